@@ -1,0 +1,85 @@
+"""The model's shape, with NeMo's key names: what `model_config.yaml` inside a .nemo archive says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nemo_aligner.errors import CheckpointError
+
+
+@dataclass
+class RopeScaling:
+    """Llama-3 style frequency scaling (as in Hugging Face `rope_scaling`), or plain linear interpolation."""
+
+    rope_type: str = "llama3"  # llama3 or linear
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class Architecture:
+    """A decoder-only transformer of the Llama family."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int  # rows of the tokenizer; the embedding is padded to make_vocab_size_divisible_by × TP
+    num_query_groups: int | None = None  # null = num_attention_heads
+    kv_channels: int | None = None  # head dimension; null = hidden_size / num_attention_heads
+    encoder_seq_length: int = 2048
+    max_position_embeddings: int = 2048
+    position_embedding_type: str = "rope"
+    rotary_percentage: float = 1.0
+    rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    normalization: str = "rmsnorm"  # rmsnorm or layernorm
+    layernorm_epsilon: float = 1e-5
+    activation: str = "fast-swiglu"  # fast-swiglu or swiglu (the same), gelu, relu, squared-relu
+    bias: bool = False  # bias on every linear layer
+    qkv_bias: bool = False  # bias on the QKV projection alone (Qwen2)
+    qk_layernorm: bool = False  # RMSNorm on each head's q and k (Qwen3)
+    window_size: int | None = None  # sliding-window attention (Mistral)
+    share_embeddings_and_output_weights: bool = False
+    make_vocab_size_divisible_by: int = 128
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    precision: str = "bf16"
+    tokenizer: dict[str, Any] = field(default_factory=dict)  # {library: huggingface|sentencepiece, files...}
+    reward_model_type: str | None = None  # binary_ranking: the archive holds an `rm_head`, no output layer
+    reward_standardization: dict[str, float] | None = None  # {mean, std} of its rewards on validation data
+    append_eod: bool = False  # reward models: texts ended with EOS in training
+    other: dict[str, Any] = field(default_factory=dict)  # keys of the archive that are not ours; written back as they were
+
+    @classmethod
+    def from_nemo(cls, config: dict[str, Any]) -> Architecture:
+        """From the mapping of `model_config.yaml`. Raises CheckpointError naming the missing keys."""
+        known = {f.name for f in fields(cls)} - {"other"}
+        required = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
+        missing = sorted(required - config.keys())
+        if missing:
+            raise CheckpointError(f"model_config.yaml lacks {', '.join(missing)}")
+        values = {k: v for k, v in config.items() if k in known}
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
+        return cls(**values, other={k: v for k, v in config.items() if k not in known})
+
+    def to_nemo(self) -> dict[str, Any]:
+        """The mapping to write as `model_config.yaml`."""
+        own = {k: v for k, v in asdict(self).items() if k != "other"}
+        return {**self.other, **own}
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads

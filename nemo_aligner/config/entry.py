@@ -1,0 +1,89 @@
+"""How a script starts: Hydra composes its YAML, and every fault a user can cause ends in one line.
+
+    exit status 0     done
+    exit status 1     `error: ...` on stderr: wrong config, data, archive or disk
+    exit status 75    stopped early on purpose (time limit, SIGTERM), state saved; the same command goes on
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.config.resolvers import register_resolvers
+from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, StoppedEarly
+
+SHARED_CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+class SharedConf(SearchPathPlugin):
+    """Makes the groups of conf/ (model, optim, trainer) reachable from any script, folder and --config-path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("nemo_aligner", f"file://{SHARED_CONF}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the faults a user can cause into one line and an exit status; anything else keeps its traceback."""
+    try:
+        yield
+    except StoppedEarly as stop:
+        _say(f"stopped early: {stop}; run the same command again to go on")
+        sys.exit(EXIT_STOPPED_EARLY)
+    except (AlignerError, HydraException, OmegaConfBaseException) as fault:
+        _say(f"error: {_one_line(fault)}")
+        sys.exit(EXIT_FAILURE)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+
+
+def _say(line: str) -> None:
+    """One line on stderr; other ranks than 0 say who they are."""
+    rank = os.environ.get("RANK", "0")
+    print(line if rank == "0" else f"[rank {rank}] {line}", file=sys.stderr, flush=True)
+
+
+def _one_line(fault: Exception) -> str:
+    """Hydra and OmegaConf spread a message over lines, hints and causes; keep what names the key."""
+    text = str(fault)
+    if isinstance(fault, AlignerError):
+        return " ".join(text.split())
+    cause = fault.__cause__
+    if isinstance(cause, Exception) and isinstance(cause, OmegaConfBaseException | HydraException):
+        text = f"{text} {str(cause).splitlines()[0]}"
+    noise = ("object_type=", "reference_type=", "Set the environment variable", "To append to your config use")
+    return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise))
+
+
+def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides."""
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def checked(cfg: DictConfig) -> None:
+            with one_line_errors():
+                task(cfg)
+
+        def main() -> None:
+            Plugins.instance().register(SharedConf)
+            register_resolvers()
+            # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            with one_line_errors():
+                hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
+
+        return main
+
+    return decorate

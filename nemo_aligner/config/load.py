@@ -1,0 +1,108 @@
+"""From the composed YAML to typed dataclasses, once, with every fault found named by its full key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(cfg: DictConfig, schema: type[T]) -> T:
+    """`cfg` as an instance of the dataclass `schema`.
+
+    Raises ConfigError with all unknown keys (also those added with `++`), wrong types and missing `???` values, one
+    after another on one line. A `validate()` method of `schema` is called at the end.
+    """
+    cfg = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
+    _resolve_escaped(cfg, cfg)
+    faults = [*_unknown_keys(cfg, schema, "")]
+    if not faults:
+        faults = [*_wrong_values(cfg, schema)]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    result = cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg)))
+    if hasattr(result, "validate"):
+        result.validate()
+    return result
+
+
+def _resolve_escaped(node: Any, root: DictConfig) -> None:
+    """A value quoted once too often arrives as the text `${multiply:1e-6,1.001}`; take it as the interpolation it is."""
+    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
+    for key in list(keys):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            raw = OmegaConf.to_container(node, resolve=False)[key]
+            if isinstance(raw, str) and raw.startswith("\\${"):
+                node[key] = raw[1:]
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            _resolve_escaped(value, root)
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    """The dataclass of an annotation such as `X`, `X | None`; None where there is none."""
+    return next((a for a in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(a)), None)  # type: ignore[return-value]
+
+
+def _unknown_keys(node: DictConfig, schema: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(schema)
+    for key in node:
+        name = str(key)
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            yield f"{prefix}{name}: no such key" + (f", did you mean {prefix}{close[0]}" if close else "")
+            continue
+        inner = _dataclass_in(hints[name])
+        if inner is not None and not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            value = node[key]
+            if isinstance(value, DictConfig):
+                yield from _unknown_keys(value, inner, f"{prefix}{name}.")
+
+
+def _wrong_values(cfg: DictConfig, schema: type) -> Iterator[str]:
+    """Wrong types, missing values, interpolations that lead nowhere."""
+    typed = OmegaConf.structured(schema)
+    try:
+        merged = OmegaConf.merge(typed, cfg)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            yield from (f"{key}: required, but not given" for key in missing)
+        else:
+            OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as fault:
+        # the merge stops at the first fault; taken leaf by leaf, every one is found and named
+        faults = [*_faults_by_leaf(typed, cfg)]
+        where = re.search(r"full_key: (\S+)", str(fault))
+        yield from faults or [f"{where.group(1) if where else '(root)'}: {str(fault).splitlines()[0]}"]
+
+
+def _faults_by_leaf(typed: DictConfig, cfg: DictConfig) -> Iterator[str]:
+    for path, value in _leaves(cfg, ()):
+        nested: Any = value
+        for name in reversed(path):
+            nested = {name: nested}
+        try:
+            OmegaConf.merge(typed, nested)
+        except OmegaConfBaseException as fault:
+            yield f"{'.'.join(path)}: {str(fault).splitlines()[0]}"
+
+
+def _leaves(node: DictConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key in node:
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig) and len(value):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value

@@ -1,0 +1,68 @@
+"""Config of the offline scripts: the random sampler and the reward labeler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from nemo_aligner.config.schema import InferenceConfig, RewardStandardization, TrainerConfig
+
+
+@dataclass
+class OfflineDataConfig:
+    """Which rows are read, and how they become model input."""
+
+    file_names: list[str] = MISSING  # JSONL files
+    concat_sampling_probabilities: list[float] = field(default_factory=lambda: [1.0])  # one weight per file, any scale
+    num_samples: int | None = None  # rows of the blend; null = sum of the file lengths
+    micro_batch_size: int = 1  # prompts (sampler) or rows (labeler) in flight per data-parallel rank
+    max_seq_length: int = 2048
+    input_key: str = "input"
+    output_key: str = "output"
+    reward_key: str = "reward"
+    prompt_template: str | None = None  # e.g. "User: {input}\nAssistant:"; must contain "{<input_key>}"
+    add_bos: bool = False
+    add_eos: bool | None = None  # sampler: never; labeler: null = as the reward model was trained
+    hf_dataset: bool = True  # read through Hugging Face datasets (memory-mapped Arrow) or by line offsets
+    index_mapping_dir: str | None = None  # cache of the loader; null = its default
+    sample_split_size: int | None = None  # online loops: rows [iter*size, (iter+1)*size), wrapping around at the end
+    sample_split_iter: int = 0
+
+
+@dataclass
+class SamplerDataConfig(OfflineDataConfig):
+    n: int = 1  # responses per prompt
+    export_metadata: bool = False  # add sample_index, finish_reason, num_tokens and logprob to each row
+
+
+@dataclass
+class OfflineConfig:
+    """What both offline scripts share."""
+
+    gpt_model_file: str = MISSING  # .nemo file or extracted directory
+    output_file: str = MISSING  # final JSONL; progress lives in <output_file>_temp/
+    checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = at the end only
+    max_time_per_run: str | None = None  # D:H:M:S; saves progress, then leaves with exit status 75
+    seed: int = 1234
+    megatron_amp_O2: bool = False
+    tensor_model_parallel_size: int = -1
+    pipeline_model_parallel_size: int = -1
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export_reward: bool = False  # labeler only; the sampler accepts it so that loop scripts may pass it to both
+
+
+@dataclass
+class SamplerConfig(OfflineConfig):
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    data: SamplerDataConfig = field(default_factory=SamplerDataConfig)
+
+
+@dataclass
+class LabelerConfig(OfflineConfig):
+    data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
+    processor: str | None = None  # rs, rest, dt or null
+    threshold: float = 0.0  # rest keeps rewards strictly above it
+    reward_template: str = "{input} <rm_score>: {reward} "  # dt
+    reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
+    print_reward_info: bool = True

@@ -1,0 +1,129 @@
+"""Typed config blocks shared by several scripts; field names are the YAML's keys, so that an override reads the same.
+
+`MISSING` fields are required (`???` in YAML). A block that may be deleted on the command line (`~model.optim.sched`)
+has `None` as its default, or the merge with this schema would bring it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ParallelConfig:
+    """How one model is cut over processes; -1 = as stored in the archive, cut down to what the world size allows."""
+
+    tensor_model_parallel_size: int = -1
+    pipeline_model_parallel_size: int = -1
+
+
+@dataclass
+class TrainerConfig:
+    num_nodes: int = 1
+    devices: int = 1  # processes on each node: GPUs, or CPU workers where there is no GPU
+    accelerator: str = "auto"  # auto, gpu or cpu
+    precision: str = "bf16-mixed"  # 32, bf16 or bf16-mixed (also "32-true", "bf16-true")
+    logger: bool = False  # NeMo YAMLs carry the next four; ours does the logging, so only these values are accepted
+    enable_checkpointing: bool = False
+    use_distributed_sampler: bool = False
+    max_time: str | None = None  # wall-clock limit D:H:M:S
+
+
+@dataclass
+class InferenceConfig:
+    """Sampling of responses; becomes algorithms.sampling.SamplingParams."""
+
+    greedy: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+    add_BOS: bool = False
+    tokens_to_generate: int = 30
+    min_tokens_to_generate: int = 0
+    repetition_penalty: float = 1.0
+    end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
+    max_batch_slots: int | None = None  # responses decoded at once; null = from micro_batch_size and n
+
+
+@dataclass
+class RewardStandardization:
+    """r → (r − mean)/std. Both given: these. Neither: the archive's own if it has them, else of the whole file."""
+
+    enable: bool = False
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass
+class OptimConfig:
+    name: str = "distributed_fused_adam"  # distributed_fused_adam, fused_adam, adamw, adam, sgd
+    lr: float = 3e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    bucket_cap_mb: int | None = None  # NeMo tuning keys of the fused optimizer: accepted, not used by megatron-core's
+    overlap_grad_sync: bool = False
+    overlap_param_sync: bool = False
+    contiguous_grad_buffer: bool = True
+    contiguous_param_buffer: bool = True
+    sched: dict[str, Any] | None = None  # {name: CosineAnnealing, warmup_steps, constant_steps, min_lr, ...}; null = constant
+
+
+@dataclass
+class CheckpointCallbackParams:
+    save_top_k: int = 5
+    monitor: str = "val_loss"
+    mode: str = "min"  # min or max of the monitored value is best
+    save_nemo_on_train_end: bool = True
+    filename: str | None = None
+    save_best_model: bool = False
+    model_parallel_size: Any = None  # NeMo YAMLs carry it; the archive reshards at load
+
+
+@dataclass
+class WandbKwargs:
+    project: str | None = None
+    name: str | None = None
+
+
+@dataclass
+class ExpManagerConfig:
+    """Where a training run logs and keeps its checkpoints (NeMo's `exp_manager` keys)."""
+
+    explicit_log_dir: str | None = None  # null: <exp_dir or nemo_experiments>/<name>
+    exp_dir: str | None = None
+    name: str = MISSING  # the final archive is <log dir>/checkpoints/<name>.nemo
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: WandbKwargs = field(default_factory=WandbKwargs)
+    resume_if_exists: bool = True
+    resume_ignore_no_checkpoint: bool = True
+    create_checkpoint_callback: bool = True
+    checkpoint_callback_params: CheckpointCallbackParams = field(default_factory=CheckpointCallbackParams)
+    max_time_per_run: str | None = None  # D:H:M:S; saves, then leaves with exit status 75
+
+
+@dataclass
+class ModelOverrides:
+    """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
+
+    restore_from_path: str = MISSING
+    precision: str | None = "${trainer.precision}"
+    tensor_model_parallel_size: int = -1
+    pipeline_model_parallel_size: int = -1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    megatron_amp_O2: bool = False
+    encoder_seq_length: int | None = None
+    seed: int = 1234
+    hidden_dropout: float | None = None
+    attention_dropout: float | None = None
+    activations_checkpoint_granularity: str | None = None  # selective (attention only) or full
+    activations_checkpoint_method: str | None = None  # uniform or block; with `full`
+    activations_checkpoint_num_layers: int | None = None  # with `full`
+    gradient_as_bucket_view: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
