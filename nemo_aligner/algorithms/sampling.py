@@ -1,0 +1,137 @@
+"""Drawing the next token: one pure function per rule of the field.
+
+Notation: B rows, V vocabulary. Logits are `[B, V]` float32, and every filter returns the same shape with the excluded
+entries at -inf, so filters compose by application.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EOS_ALIAS = "<|endoftext|>"
+"""An end string that always means the tokenizer's own EOS, whatever that token is called."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn (`inference.*` of the sampler's YAML)."""
+
+    greedy: bool = False  # argmax; temperature, top_k, top_p and repetition_penalty are then not used
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1.0 or 0.0 = off; the token that crosses the threshold is kept
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens already in the row
+    min_tokens: int = 0  # EOS and stop tokens cannot be drawn before this many response tokens
+    max_tokens: int = 30  # response tokens at most, of each sample by itself
+    end_strings: tuple[str, ...] = ()  # the response ends before the first of these; "<|endoftext|>" means EOS
+    seed: int = 1234
+
+    @property
+    def changes_distribution(self) -> bool:
+        """True when tokens are not drawn from the model's own distribution."""
+        filtered = self.top_k > 0 or 0.0 < self.top_p < 1.0 or self.repetition_penalty != 1.0
+        return self.greedy or filtered or self.temperature != 1.0
+
+
+class Drawn(NamedTuple):
+    """One token per row: ids `[B]` int64 and two log-probabilities `[B]` float32."""
+
+    tokens: Tensor
+    logprobs: Tensor  # under the model: log_softmax of the logits as they came
+    sampling_logprobs: Tensor  # under the distribution drawn from (temperature, filters, penalty); 0 when greedy
+
+
+def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens already in the row made less likely (CTRL, arXiv 1909.05858, section 4.1).
+
+    l' = l / penalty where l > 0, l · penalty otherwise, for tokens with `seen` `[B, V]` bool true.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def top_k_filtered(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits of each row; ties with the k-th are kept."""
+    if k <= 0 or k >= logits.size(-1):
+        return logits
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def top_p_filtered(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability reaches p (arXiv 1904.09751).
+
+    A token stays when the probability of all strictly more likely ones before it is still below p, so the token that
+    crosses the threshold is kept, and at least one always is.
+    """
+    if not 0.0 < p < 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ordered.softmax(dim=-1)
+    drop = probs.cumsum(dim=-1) - probs >= p
+    return logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
+
+
+def uniform_noise(seed: int, prompts: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One number in (0, 1) per row, a function of (seed, prompt index, sample index, token position) alone.
+
+    So a sample is the same whatever shares its batch, whichever rank draws it, and after any interruption.
+    Chained SplitMix64 finalisers (Steele, Lea, Flood 2014), float64 `[B]` from int64 `[B]` arrays.
+    """
+    with np.errstate(over="ignore"):  # the mixing is arithmetic modulo 2^64
+        state = np.full(len(prompts), seed, dtype=np.int64).astype(np.uint64)
+        for part in (prompts, samples, positions):
+            state = _splitmix64(state + np.uint64(0x9E3779B97F4A7C15)) ^ part.astype(np.int64).astype(np.uint64)
+        state = _splitmix64(_splitmix64(state))
+    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _splitmix64(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Token whose interval of the cumulative distribution holds `uniform` `[B]`; ids `[B]` int64.
+
+    With F the cumulative softmax, the token is min {v : F(v) > u·F(V-1)}: each is drawn with its probability.
+    """
+    cdf = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    # u·total may round up to total, which would fall past the last token that has any probability
+    target = torch.minimum(uniform.to(cdf).unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+def draw(logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: Tensor | None = None) -> Drawn:
+    """Draw one token per row.
+
+    Args:
+        logits: `[B, V]` float32, forbidden tokens already at -inf.
+        uniform: `[B]` in (0, 1), one number per row; not used when greedy.
+        seen: `[B, V]` bool, tokens already in the row; needed when `repetition_penalty` is not 1.
+    """
+    model = logits.log_softmax(dim=-1)
+    if params.greedy:
+        tokens = logits.argmax(dim=-1)
+        chosen = model.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return Drawn(tokens, chosen, torch.zeros_like(chosen))
+    assert uniform is not None
+    shaped = logits
+    if params.repetition_penalty != 1.0:
+        assert seen is not None
+        shaped = repetition_penalised(shaped, seen, params.repetition_penalty)
+    if params.temperature != 1.0:
+        shaped = shaped / params.temperature
+    shaped = top_p_filtered(top_k_filtered(shaped, params.top_k), params.top_p)
+    tokens = inverse_cdf(shaped, uniform)
+    chosen = model.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    if shaped is logits:
+        return Drawn(tokens, chosen, chosen)
+    drawn_from = shaped.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return Drawn(tokens, chosen, drawn_from)

@@ -1,0 +1,121 @@
+"""Token drawing against its definitions: brute force over small vocabularies, chi-square for frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from nemo_aligner.algorithms.sampling import (
+    SamplingParams,
+    draw,
+    inverse_cdf,
+    repetition_penalised,
+    top_k_filtered,
+    top_p_filtered,
+    uniform_noise,
+)
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.5, -3.0]])
+
+
+def noise(rows: int, seed: int = 7) -> torch.Tensor:
+    index = np.arange(rows)
+    return torch.from_numpy(uniform_noise(seed, index // 16, index % 16, np.zeros(rows, dtype=np.int64)))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.6),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.8),
+        SamplingParams(temperature=1.4, top_k=4, top_p=0.9),
+    ],
+    ids=str,
+)
+def test_frequencies_are_the_filtered_and_renormalised_probabilities(params: SamplingParams) -> None:
+    rows = 40_000
+    drawn = draw(LOGITS.expand(rows, -1), params, noise(rows))
+    expected = brute_force_probabilities(LOGITS[0].tolist(), params)
+    counts = np.bincount(drawn.tokens.numpy(), minlength=5)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    assert stats.chisquare(counts[possible], expected[possible] * rows).pvalue > 1e-3
+    torch.testing.assert_close(
+        drawn.sampling_logprobs.exp(), torch.from_numpy(expected).float()[drawn.tokens], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(drawn.logprobs, LOGITS[0].log_softmax(-1)[drawn.tokens])
+
+
+def brute_force_probabilities(logits: list[float], params: SamplingParams) -> np.ndarray:
+    """The textbook definition, token by token."""
+    scaled = [x / params.temperature for x in logits]
+    kept = set(range(len(scaled)))
+    if params.top_k:
+        kth = sorted(scaled, reverse=True)[params.top_k - 1]
+        kept = {i for i in kept if scaled[i] >= kth}
+    total = sum(np.exp(scaled[i]) for i in kept)
+    if 0 < params.top_p < 1:
+        mass, nucleus = 0.0, set()
+        for i in sorted(kept, key=lambda i: (-scaled[i], i)):
+            if mass >= params.top_p:
+                break
+            nucleus.add(i)
+            mass += np.exp(scaled[i]) / total
+        kept = nucleus
+    total = sum(np.exp(scaled[i]) for i in kept)
+    return np.array([np.exp(scaled[i]) / total if i in kept else 0.0 for i in range(len(scaled))])
+
+
+def test_greedy_ignores_everything_but_the_logits() -> None:
+    odd = SamplingParams(greedy=True, temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0)
+    assert draw(LOGITS, odd, None).tokens.tolist() == [0]
+
+
+def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    kept = top_p_filtered(probs.log(), 0.6).isfinite()
+    assert kept.tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_top_p_off_keeps_all(p: float) -> None:
+    assert top_p_filtered(LOGITS, p).equal(LOGITS)
+
+
+@pytest.mark.parametrize("k", [0, -1, 5, 99])
+def test_top_k_off_or_larger_than_the_vocabulary_keeps_all(k: int) -> None:
+    assert top_k_filtered(LOGITS, k).equal(LOGITS)
+
+
+def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
+    seen = torch.tensor([[True, True, False, False, False]])
+    after = repetition_penalised(LOGITS, seen, 2.0)
+    assert after.tolist() == [[1.0, -2.0, 0.5, 0.5, -3.0]]
+
+
+def test_noise_depends_on_seed_prompt_sample_and_position_alone() -> None:
+    prompts, samples, positions = np.array([3, 3, 4]), np.array([0, 1, 0]), np.array([5, 5, 5])
+    together = uniform_noise(1, prompts, samples, positions)
+    alone = [uniform_noise(1, prompts[i : i + 1], samples[i : i + 1], positions[i : i + 1])[0] for i in range(3)]
+    assert together.tolist() == alone
+    assert len({*together, uniform_noise(2, prompts, samples, positions)[0]}) == 4
+
+
+def test_noise_is_uniform_and_uncorrelated_between_neighbours() -> None:
+    index = np.arange(60_000)
+    values = uniform_noise(1234, index // 100, index % 10, index % 7 + index // 10 % 10)
+    grid = uniform_noise(0, np.repeat(np.arange(250), 250), np.zeros(62_500, int), np.tile(np.arange(250), 250))
+    assert stats.kstest(grid, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(grid[:-1], grid[1:])[0, 1]) < 0.02
+    assert values.min() > 0 and values.max() < 1
+
+
+@pytest.mark.parametrize("u", [1e-17, 0.5, 1 - 2**-53])
+def test_inverse_cdf_never_draws_a_token_without_probability(u: float) -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
+    token = inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))
+    assert token.item() in (1, 3)
