@@ -1,0 +1,77 @@
+"""Several files as one, by weight; and the chunk of it that one iteration of an online loop uses."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from nemo_aligner.data.jsonl import Row, Rows
+from nemo_aligner.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Blend(Sequence[Row]):
+    """Rows drawn from several files: row i is row `positions[i]` of file `sources[i]`."""
+
+    def __init__(self, files: Sequence[Rows], sources: np.ndarray, positions: np.ndarray) -> None:
+        self._files, self._sources, self._positions = files, sources, positions
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._files[self._sources[index]][int(self._positions[index])]
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(file, row of the file) of every row."""
+        return zip(self._sources.tolist(), self._positions.tolist(), strict=True)
+
+    def where(self, index: int) -> tuple[str, int]:
+        """File and line number of a row, for messages."""
+        file = self._files[self._sources[index]]
+        return str(file.path), file.numbers[int(self._positions[index])]
+
+
+def check_weights(weights: Sequence[float], files: int, key: str) -> None:
+    """One positive finite weight per file. Raises ConfigError."""
+    if len(weights) != files:
+        raise ConfigError(f"{len(weights)} weights for {files} files; give one for each", key)
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
+        raise ConfigError(f"{list(weights)} must be numbers ≥ 0 that do not sum to 0", key)
+
+
+def blend(
+    files: Sequence[Rows], weights: Sequence[float], num_samples: int | None = None, *, key: str = "weights"
+) -> Blend:
+    """Interleave `files` so that after every row each file's share is as near its weight as it can be.
+
+    Row i comes from the file with the largest deficit w_d · max(i, 1) − taken_d (ties to the first); each file is read
+    in order, and again from its start when it is used up. Length: `num_samples`, or the sum of the file lengths.
+    """
+    check_weights(weights, len(files), key)
+    total = num_samples or sum(len(file) for file in files)
+    share = np.array(weights, dtype=np.float64) / sum(weights)
+    taken = np.zeros(len(files), dtype=np.int64)
+    sources, positions = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
+    for i in range(total):
+        source = int(np.argmax(share * max(i, 1) - taken))
+        sources[i], positions[i] = source, taken[source] % len(files[source])
+        taken[source] += 1
+    for file, used in zip(files, taken, strict=True):
+        if used != len(file):
+            log.info("%s: %d of its %d rows are used (%.2f passes)", file.path, used, len(file), used / len(file))
+    return Blend(files, sources, positions)
+
+
+def split_chunk(total: int, size: int | None, iteration: int) -> range:
+    """Positions `[iteration·size, (iteration + 1)·size)`; all of `[0, total)` when `size` is None.
+
+    Positions past `total` stand for rows modulo `total`: an online loop longer than its data goes round again, and a
+    position that is never reused keeps the noise of the second round different from the first's.
+    """
+    return range(total) if size is None else range(iteration * size, (iteration + 1) * size)

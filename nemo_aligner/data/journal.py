@@ -1,0 +1,148 @@
+"""Resumable output: rows reach the disk as they are made, and become one ordered file at the end.
+
+    <output_file>_temp/fingerprint.json    what the rows were made with; another run may not add to them
+    <output_file>_temp/rank_<r>.json       JSON lines {"index": 17, "row": {...}}, appended by data-parallel rank r
+
+A row and its index are one line, so no kill can part them: a torn last line is cut off when the run goes on, and the
+places taken are read back from all files, whatever the number of ranks that wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_aligner.data.jsonl import Row, dump_row, write_atomically
+from nemo_aligner.errors import OutputError
+
+log = logging.getLogger(__name__)
+
+
+class _Cluster(Protocol):
+    """The part of engine.interfaces.Cluster that a journal needs."""
+
+    dp_rank: int
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def speaks_for_replica(self) -> bool: ...
+
+    def barrier(self) -> None: ...
+
+    def broadcast(self, value: Any) -> Any: ...
+
+
+class Journal:
+    """Rows of one run, each with its place (`index`) in the final file.
+
+    Raises OutputError when the folder cannot be written or holds the rows of another run.
+    """
+
+    def __init__(self, output_file: str | Path, fingerprint: Mapping[str, Any], cluster: _Cluster) -> None:
+        self.folder = Path(f"{output_file}_temp")
+        self._cluster = cluster
+        self._own = self.folder / f"rank_{cluster.dp_rank}.json"
+        self._buffer: list[str] = []
+        fault = None
+        if cluster.is_main:
+            try:
+                self._prepare(fingerprint)
+            except OutputError as found:
+                fault = str(found)
+        fault = cluster.broadcast(fault)
+        if fault:
+            raise OutputError(fault)
+        self.done: set[int] = {index for index, _, _ in self._entries()}
+        """Indices whose rows are on disk."""
+
+    def _prepare(self, fingerprint: Mapping[str, Any]) -> None:
+        path = self.folder / "fingerprint.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in self._files():
+                _cut_torn_line(file)
+            found = json.loads(path.read_text()) if path.exists() else None
+        except (OSError, json.JSONDecodeError) as fault:
+            raise OutputError(f"cannot use {self.folder}: {fault}") from fault
+        if found is None:
+            write_atomically(path, [json.dumps(wanted, indent=1)])
+            return
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise OutputError(
+                    f"{self.folder} holds progress of another run: {key} was {found.get(key)!r}, now "
+                    f"{wanted.get(key)!r}; remove that folder, or choose another output_file"
+                )
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("rank_*.json"))
+
+    def _entries(self) -> Iterator[tuple[int, Path, int]]:
+        """(index, file, byte offset) of every row on disk."""
+        for path in self._files():
+            offset = 0
+            with path.open("rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    try:
+                        yield json.loads(line)["index"], path, offset
+                    except (ValueError, KeyError, TypeError):
+                        raise OutputError(f"{path}:{number}: damaged; remove that line to make its row again") from None
+                    offset += len(line)
+
+    def add(self, index: int, row: Row) -> None:
+        """Keep a row until the next flush; only the rank that speaks for its replica writes."""
+        if self._cluster.speaks_for_replica:
+            self._buffer.append(f'{{"index": {index}, "row": {dump_row(row)}}}\n')
+
+    def flush(self) -> None:
+        """Make all rows added so far durable."""
+        if not self._buffer:
+            return
+        try:
+            with self._own.open("ab") as stream:
+                stream.write("".join(self._buffer).encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as fault:
+            raise OutputError(f"cannot write {self._own}: {fault.strerror or fault}") from fault
+        self._buffer.clear()
+
+    def merged(self) -> Iterator[tuple[int, Row]]:
+        """Every (index, row) once, in the order of the indices; rows are read one at a time."""
+        places = {index: (path, offset) for index, path, offset in self._entries()}
+        streams = {path: path.open("rb") for path, _ in places.values()}
+        try:
+            for index in sorted(places):
+                path, offset = places[index]
+                streams[path].seek(offset)
+                yield index, json.loads(streams[path].readline())["row"]
+        finally:
+            for stream in streams.values():
+                stream.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove what a kill left of a line behind the last line end."""
+    content_end = path.stat().st_size
+    with path.open("rb+") as stream:
+        keep = content_end
+        while keep > 0:
+            start = max(0, keep - 65536)
+            stream.seek(start)
+            newline = stream.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < content_end:
+            log.info("%s: cut off an unfinished line of %d bytes", path, content_end - keep)
+            stream.truncate(keep)
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -1,0 +1,151 @@
+"""JSON Lines in and out: faults named by file and line, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.errors import DataError, OutputError
+
+Row = dict[str, Any]
+
+
+def parse_line(text: str, path: Path, number: int) -> Row:
+    """One line as an object. Raises DataError with file and line."""
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
+    if not isinstance(row, dict):
+        raise DataError(f"a {type(row).__name__} where an object such as {{\"input\": ...}} is needed", path, number)
+    return row
+
+
+def check_texts(row: Row, required: Mapping[str, str], path: Path, number: int) -> None:
+    """`required` maps each field that must hold a string to the config key that names it. Raises DataError."""
+    for field, config_key in required.items():
+        if field not in row:
+            has = ", ".join(map(repr, row)) or "no fields"
+            raise DataError(f"no field {field!r} ({config_key}); the row has {has}", path, number)
+        if not isinstance(row[field], str):
+            kind = "null" if row[field] is None else type(row[field]).__name__
+            raise DataError(f"field {field!r} is {kind}, a string is needed", path, number)
+
+
+class Rows(Sequence[Row]):
+    """The rows of a JSONL file, read when asked for; blank lines do not count.
+
+    `line(i)` gives the text of row i; `numbers[i]` its line number, from 1.
+    """
+
+    def __init__(self, path: Path, numbers: Sequence[int], line: Callable[[int], str]) -> None:
+        self.path, self.numbers, self._line = path, numbers, line
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return parse_line(self._line(index), self.path, self.numbers[index])
+
+
+def load_rows(
+    path: str | Path, *, required: Mapping[str, str], hf_dataset: bool = False, cache_dir: str | None = None
+) -> Rows:
+    """Open a JSONL file after checking every line of it.
+
+    `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in `cache_dir`); otherwise lines are
+    found by byte offset. Both give the same rows, with every field as it stands in the file.
+    Raises DataError: missing or empty file, broken line, missing field, value that is not a string.
+    """
+    path = Path(path)
+    rows = _arrow_rows(path, cache_dir) if hf_dataset else _offset_rows(path)
+    for index, number in enumerate(rows.numbers):
+        check_texts(rows[index], required, path, number)
+    if not rows:
+        raise DataError("the file holds no rows", path)
+    return rows
+
+
+def _check_readable(path: Path) -> None:
+    if not path.is_file():
+        raise DataError("no such file", path)
+    if not os.access(path, os.R_OK):
+        raise DataError("no permission to read it", path)
+
+
+def _offset_rows(path: Path) -> Rows:
+    _check_readable(path)
+    numbers, offsets = [], []
+    position = 0
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            if raw.strip(b"\xef\xbb\xbf \t\r\n"):
+                numbers.append(number)
+                offsets.append(position)
+            position += len(raw)
+    reader = path.open("rb")
+
+    def line(index: int) -> str:
+        reader.seek(offsets[index])
+        return _decoded(reader.readline(), path, numbers[index])
+
+    return Rows(path, numbers, line)
+
+
+def _decoded(raw: bytes, path: Path, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not valid UTF-8 at byte {fault.start}", path, number) from None
+
+
+def _arrow_rows(path: Path, cache_dir: str | None) -> Rows:
+    _check_readable(path)
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        # lines, not columns: Arrow would give every row the union of all fields, and one type to each
+        table = datasets.load_dataset("text", data_files=str(path), split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError):
+        _offset_rows(path)[:]  # names the line, where there is one to name
+        raise DataError("datasets could not read it; try data.hf_dataset=False", path) from None
+    lines = table["text"]
+    kept = [i for i, text in enumerate(lines) if text.strip("\ufeff \t\r\n")]
+    return Rows(path, [i + 1 for i in kept], lambda index: lines[kept[index]].removeprefix("\ufeff"))
+
+
+def dump_row(row: Mapping[str, Any]) -> str:
+    """One JSONL line without its end; NaN becomes null, since JSON has no NaN."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
+        return json.dumps(finite, ensure_ascii=False)
+
+
+def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
+    """Write text so that the file appears whole or not at all. Raises OutputError."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(pieces)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as fault:
+        raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, one a line, atomically. Raises OutputError."""
+    write_atomically(path, (f"{dump_row(row)}\n" for row in rows))

@@ -1,0 +1,48 @@
+"""`<output>.meta.json`: with what an output file was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.data.jsonl import write_atomically
+
+_PACKAGES = ("nemo-aligner", "torch", "megatron-core", "tokenizers", "datasets")
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_provenance(
+    output_file: str | Path, *, config: Any, archive: str, inputs: Sequence[str], counts: Mapping[str, Any]
+) -> None:
+    """Write `<output_file>.meta.json`: archive hash, full config, seed, versions, hashes of the inputs, counts."""
+    settings = dataclasses.asdict(config)
+    meta = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "archive_sha256": archive,
+        "seed": settings.get("seed"),
+        "config": settings,
+        "inputs_sha256": {path: file_hash(path) for path in inputs},
+        "output_sha256": file_hash(output_file),
+        "counts": dict(counts),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+    }
+    write_atomically(f"{output_file}.meta.json", [json.dumps(meta, indent=1, ensure_ascii=False), "\n"])

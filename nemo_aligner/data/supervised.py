@@ -1,0 +1,176 @@
+"""Rows for the two supervised losses, as token ids with a mask of what is trained on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nemo_aligner.config.supervised import SFTDatasetConfig
+from nemo_aligner.data.chat import chat_segments
+from nemo_aligner.data.jsonl import Row, Rows
+from nemo_aligner.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+class _Tokenizer(Protocol):
+    bos_id: int | None
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to train on: a row for SFT, two (chosen, rejected) for a reward model.
+
+    `masks[i][t]` is 1 where token t of row i is a target.
+    """
+
+    rows: tuple[list[int], ...]
+    masks: tuple[list[int], ...]
+
+    @property
+    def longest(self) -> int:
+        return max(len(row) for row in self.rows)
+
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    tokens: list[int]
+    field: str | None  # None: literal text of the template
+
+
+class PromptTemplate:
+    """`model.data.*.prompt_template`, such as "{input} {output}": the label last, everything before it is context.
+
+    Where the template has text of its own, spaces at both ends of a field are the template's business and are stripped
+    from the field; "{input}{output}" changes nothing. A space before the label belongs to the label, as tokenizers
+    that keep it with the word want it. Pieces are tokenized one by one, so context tokens do not depend on the label.
+    """
+
+    def __init__(self, template: str, label_key: str, key: str) -> None:
+        for written, meant in (("\\n", "\n"), ("\\t", "\t")):  # a shell cannot easily pass the characters themselves
+            template = template.replace(written, meant)
+        self.fields = _PLACEHOLDER.findall(template)
+        if not self.fields or self.fields[-1] != label_key or not template.endswith(f"{{{label_key}}}"):
+            raise ConfigError(f"{template!r} must end with the label {{{label_key}}}", f"{key}.prompt_template")
+        self._label_key = label_key
+        parts = _PLACEHOLDER.split(template)
+        self._literals, self._names = parts[0::2], parts[1::2]
+        self._strip = any(self._literals)
+        lead = self._literals[-2] if len(self._literals) > 1 else ""
+        kept = lead.rstrip(" ")
+        self._label_lead = lead[len(kept) :]
+        self._literals[-2] = kept
+
+    def pieces(self, row: Row, tokenizer: _Tokenizer) -> tuple[list[_Piece], list[int]]:
+        """Context pieces and label token ids."""
+        values = {name: row[name].strip(" ") if self._strip else row[name] for name in self._names}
+        context: list[_Piece] = []
+        for literal, name in zip(self._literals, self._names, strict=False):
+            if literal:
+                context.append(_Piece(tokenizer.encode(literal), None))
+            if name != self._label_key:
+                context.append(_Piece(tokenizer.encode(values[name]), name))
+        return context, tokenizer.encode(self._label_lead + values[self._label_key])
+
+
+def sft_examples(
+    rows: Rows, config: SFTDatasetConfig, tokenizer: _Tokenizer, *, answer_only: bool, max_length: int, key: str
+) -> list[Example]:
+    """SFT rows through the prompt template. Rows whose answer is empty or cut away are left out and counted."""
+    template = PromptTemplate(config.prompt_template, config.label_key, key)
+    limit = min(config.max_seq_length, max_length)
+    examples, dropped, cut = [], 0, 0
+    for row in rows:
+        context, label = template.pieces(row, tokenizer)
+        front = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id is not None else []
+        end = [tokenizer.eos_id] if config.add_eos else []
+        excess = len(front) + sum(len(p.tokens) for p in context) + len(label) + len(end) - limit
+        if excess > 0:
+            cut += 1
+            context, label = truncated(context, label, excess, config)
+        tokens = [*front, *(token for piece in context for token in piece.tokens)]
+        if not label:
+            dropped += 1
+            continue
+        mask = [0] * len(tokens) if answer_only else [0] * len(front) + [1] * (len(tokens) - len(front))
+        examples.append(Example(([*tokens, *label, *end],), ([*mask, *[1] * (len(label) + len(end))],)))
+    _report(rows, dropped, cut, limit)
+    return examples
+
+
+def truncated(
+    context: list[_Piece], label: list[int], excess: int, config: SFTDatasetConfig
+) -> tuple[list[_Piece], list[int]]:
+    """Take `excess` tokens out of the fields named by `truncation_field`, in equal parts, then off the label's end."""
+    names = [name.strip() for name in config.truncation_field.split(",") if name.strip()]
+    fields = [i for i, piece in enumerate(context) if piece.field in names]
+    result = list(context)
+    for left, i in zip(range(len(fields), 0, -1), fields, strict=True):
+        tokens = result[i].tokens
+        take = min(len(tokens), -(-excess // left))
+        kept = tokens[: len(tokens) - take] if config.truncation_method == "right" else tokens[take:]
+        result[i] = _Piece(kept, result[i].field)
+        excess -= take
+    return result, label[: max(0, len(label) - excess)] if excess > 0 else label
+
+
+def chat_examples(rows: Rows, template: str, tokenizer: _Tokenizer, *, answer_only: bool, limit: int) -> list[Example]:
+    """Conversations through a Jinja chat template; the assistant's turns are the targets."""
+    examples, dropped = [], 0
+    for index, row in enumerate(rows):
+        tokens: list[int] = []
+        mask: list[int] = []
+        for text, is_target in chat_segments(row, template, str(rows.path), rows.numbers[index]):
+            ids = tokenizer.encode(text)
+            tokens += ids
+            mask += [int(is_target or not answer_only)] * len(ids)
+        tokens, mask = tokens[:limit], mask[:limit]
+        if not any(mask):
+            dropped += 1
+            continue
+        examples.append(Example((tokens,), (mask,)))
+    _report(rows, dropped, 0, limit)
+    return examples
+
+
+def preference_examples(rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int) -> list[Example]:
+    """Pairs of texts; a pair with a side longer than `limit` tokens is left out and counted."""
+    examples = []
+    for pair in rows:
+        sides = tuple(tokenizer.encode(row["text"]) + ([tokenizer.eos_id] if eos else []) for row in pair)
+        if all(0 < len(side) <= limit for side in sides):
+            examples.append(Example(sides, tuple([1] * len(side) for side in sides)))
+    if len(examples) < len(rows):
+        log.warning("%d of %d pairs left out: a side is empty or has over %d tokens", len(rows) - len(examples), len(rows), limit)
+    return examples
+
+
+def pairs_of(rows: Rows) -> list[tuple[Row, Row]]:
+    """Adjacent lines as (chosen, rejected). Raises DataError for an odd number."""
+    if len(rows) % 2:
+        raise DataError(
+            f"{len(rows)} rows; chosen and rejected texts come in pairs of adjacent lines", rows.path, rows.numbers[-1]
+        )
+    return [(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
+
+
+def _report(rows: Rows, dropped: int, cut: int, limit: int) -> None:
+    if cut:
+        log.warning("%s: %d rows were cut to %d tokens", rows.path, cut, limit)
+    if dropped:
+        log.warning("%s: %d of %d rows left out: nothing of the answer is left to train on", rows.path, dropped, len(rows))
+
+
+def required_texts(template: PromptTemplate, key: str) -> Mapping[str, str]:
+    """Fields a row must have, with the config key that names them."""
+    return {name: f"{key}.prompt_template" for name in template.fields}
+

@@ -1,0 +1,102 @@
+"""What a run shows: a progress bar with rate and ETA, and scalars to the console, TensorBoard, W&B and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
+
+
+class Progress:
+    """A bar counting samples, with samples/s, tokens/s and ETA; silent on all ranks but the one that shows it."""
+
+    def __init__(self, name: str, total: int, *, show: bool, done: int = 0) -> None:
+        from tqdm import tqdm
+
+        self._tokens, self._start = 0, time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=name,
+            unit="sample",
+            disable=not show,
+            mininterval=0.2 if on_terminal else _PLAIN_INTERVAL,
+            ascii=not on_terminal,
+        )
+
+    def advance(self, samples: int, tokens: int = 0, **values: float) -> None:
+        """`samples` more are done, made of `tokens` tokens; `values` stand behind the bar."""
+        self._tokens += tokens
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        if self._tokens:
+            shown["tokens/s"] = f"{self._tokens / max(1e-9, time.monotonic() - self._start):.0f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(samples)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class MetricsLogger:
+    """Scalars of a training run, by step, into `<folder>/metrics.jsonl` and TensorBoard, and W&B when asked."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool, wandb: Mapping[str, Any] | None, config: Any = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+        self._wandb = None
+        if wandb is not None:
+            try:
+                import wandb as package
+            except ImportError:
+                raise ConfigError("wandb is not installed; pip install wandb", "exp_manager.create_wandb_logger") from None
+            self._wandb = package.init(dir=str(folder), config=config, **wandb)
+
+    def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
+        """Write `prefix/name` for every value at `step`."""
+        scalars = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Timers:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
