@@ -1,0 +1,9 @@
+"""The only code that imports megatron.core or torch.distributed."""
+
+import logging
+import warnings
+
+# Megatron says at import which accelerator packages it did not find, and at every layer which arguments it will want
+# some day; a user's own messages would drown in that
+logging.getLogger("megatron").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module=r"(megatron|torch)(\..*)?")

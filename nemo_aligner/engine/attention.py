@@ -1,0 +1,82 @@
+"""Core attention over torch's scaled_dot_product_attention: no S × S score matrix is ever stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention; plugged into Megatron's layer spec in place of its DotProductAttention.
+
+    Rows are right-padded, so causality alone keeps padding out of every real position.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or config.hidden_size // config.num_attention_heads)
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query `[S, B, n, D]`, key and value `[S, B, G, D]` (G divides n) → context `[S, B, n·D]`.
+
+        With `packed_seq_params` the tensors are `[T, n, D]`, all sequences one after another, and no token sees
+        another sequence's.
+        """
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        edges = packed_seq_params.cu_seqlens_q.tolist()
+        parts = [
+            self._attend(*(t[start:end].unsqueeze(1) for t in (query, key, value))).squeeze(1)
+            for start, end in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask = None if self.window is None else sliding_window_mask(query.size(2), self.window, query.device)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """`[length, length]` bool: position t sees the `window` positions that end in t."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) & (distance < window)

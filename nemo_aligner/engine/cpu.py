@@ -1,0 +1,67 @@
+"""Megatron-core on a machine without a GPU.
+
+Megatron addresses "the current CUDA device" throughout; where there is none, this module makes those addresses mean the
+CPU, so that the laptop runs the same engine as the cluster. Nothing is changed where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
+_enabled = False
+
+
+def enable_cpu() -> None:
+    """Point Megatron's CUDA calls at the CPU; idempotent, and nothing at all where CUDA is available."""
+    global _enabled
+    if torch.cuda.is_available() or _enabled:
+        return
+    _enabled = True
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]  # used as a `device=` argument
+    torch.cuda.synchronize = lambda device=None: None  # a CPU has no queue to wait for
+    torch.cuda.set_device = lambda device: None  # one CPU, always current
+    torch.cuda.empty_cache = lambda: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    for name in _FACTORIES:  # buffers and counters are made with device="cuda"
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+@contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Let `Tensor.type()` answer `torch.cuda.*` for CPU tensors: Megatron's optimizer sorts parameters by that name.
+
+    Kept to optimizer construction and step, because checkpoints and torch itself must see the truth.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def renamed(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original(self).replace("torch.", "torch.cuda.", 1)
+        return original(self, dtype, **kwargs)
+
+    torch.Tensor.type = renamed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]

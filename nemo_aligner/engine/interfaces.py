@@ -1,0 +1,171 @@
+"""What a stage may ask of a model, and nothing about how Megatron does it.
+
+Notation: B rows (responses), S padded length, V vocabulary. Token ids are int64, log-probabilities and rewards float32.
+Stages take these protocols, so a unit test may hand them a fake and a cluster a 70B model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.algorithms.terms import LossTerms
+
+T = TypeVar("T")
+
+
+class Cluster(Protocol):
+    """The processes of this run, seen from one of them (rank layout: tensor × pipeline × data)."""
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0 alone: the one that logs, merges and writes final files."""
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """True on one rank of each data-parallel replica: the one that writes that replica's rows."""
+
+    def barrier(self) -> None: ...
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of each data-parallel rank in order, the same list on every rank."""
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when `flag` is true on at least one."""
+
+    def any_in_replica(self, flag: bool) -> bool:
+        """The same among the ranks of this data-parallel replica alone."""
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS or EOS; special tokens written in the text are recognised."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One response to draw. Its noise depends on (seed, prompt_index, sample_index, token position) alone."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One drawn response."""
+
+    prompt_index: int
+    sample_index: int
+    tokens: list[int]  # response tokens; the stopping token included when there was one
+    text: str  # decoded from `tokens`, without the stopping token or end string
+    logprobs: list[float]  # the model's own, temperature 1, nothing filtered
+    sampling_logprobs: list[float]  # of the distribution the token was really drawn from
+    finish_reason: str  # "stop" (EOS or an end string) or "length"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did, averaged over the global batch."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of one forward pass, right-padded.
+
+    tokens `[B, S]` int64; lengths `[B]` int64, true length of each row; `fields` holds whatever the loss needs,
+    each tensor with first dimension B: `loss_mask` `[B, S]` float32 is 1 where the token AT that position is a target
+    (position 0 never is); `advantages` `[B]` float32, and so on.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    fields: dict[str, Tensor] = field(default_factory=dict)
+
+
+Objective = Callable[[Tensor, Microbatch], LossTerms]
+"""Loss of one micro-batch as a sum and a count, from the model's output.
+
+Output of a policy: logprobs `[B, S]`, entry (b, t) = log p(tokens[b, t] | tokens[b, :t]), 0 at t = 0.
+Output of a reward model: rewards `[B, K]` float32, K attributes (1 for ranking)."""
+
+
+class TrainableModel(Protocol):
+    """A model with an optimizer: what the supervised and REINFORCE loops train."""
+
+    cluster: Cluster
+    tokenizer: Tokenizer
+    max_sequence_length: int
+
+    def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches (same number on every rank).
+
+        Gradient = d/dθ (Σ loss_sum / Σ count) with both sums over all micro-batches and data-parallel ranks.
+        Raises TrainingError when loss or gradient is not finite (weights are then unchanged).
+        """
+
+    def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
+        """The same averages without gradient or update (`grad_norm` and `lr` are 0)."""
+
+    def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
+        """Weights, optimizer, schedule, RNG and `state` into `folder`; appears whole or not at all."""
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        """Restore what `save_training_state` wrote, at any TP/PP/DP; returns `state`."""
+
+    def save_nemo(self, path: Path, config_updates: dict[str, Any] | None = None) -> None:
+        """Write the .nemo archive, with `config_updates` in its `model_config.yaml`; appears whole or not at all."""
+
+    def archive_hash(self) -> str:
+        """sha256 of the archive this model was loaded from."""
+
+
+class Policy(TrainableModel, Protocol):
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
+    ) -> Iterator[Response]:
+        """Draw every request of this replica, yielding each response as it finishes (any order)."""
+
+    def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+        """For each row of token ids (length L): `[L]` float32 log p(token | those before it), 0 at position 0."""
+
+
+class RewardModel(TrainableModel, Protocol):
+    append_eod: bool
+    """Whether the texts it was trained on ended with EOS."""
+
+    stored_standardization: tuple[float, float] | None
+    """Mean and std of its rewards on its validation data, where the archive holds them."""
+
+    def score(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[list[float]]:
+        """K rewards of each token row (K = 1 for ranking models), read at its last token; order of `rows` kept.
+
+        Length-sorted inside, so that rows of a micro-batch have like lengths.
+        """

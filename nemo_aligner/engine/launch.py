@@ -1,0 +1,132 @@
+"""Starting the processes of a run: plain `python`, torchrun or srun, with the same command line.
+
+    torchrun, or RANK/WORLD_SIZE set      taken as they are
+    srun with several tasks               read from SLURM_*
+    plain python, trainer.devices = N     this process becomes rank 0 and starts N - 1 copies of its own command line
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.errors import LaunchError
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_siblings: list[subprocess.Popen[bytes]] = []
+
+
+def signal_siblings(number: int) -> None:
+    """Pass a signal that rank 0 got on to the ranks it started."""
+    for sibling in _siblings:
+        if sibling.poll() is None:
+            sibling.send_signal(number)
+
+
+def launch_local_ranks(trainer: TrainerConfig) -> None:
+    """Make sure that this process is one of `devices × num_nodes` ranks, starting the others if that is our part.
+
+    Afterwards RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Raises LaunchError when the number of
+    processes that exist is not the number asked for.
+    """
+    wanted = trainer.devices * trainer.num_nodes
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _check_world(int(os.environ["WORLD_SIZE"]), trainer, "torchrun")
+        return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ and wanted > 1:
+        _from_slurm(trainer)
+        return
+    if trainer.num_nodes > 1:
+        raise LaunchError(
+            f"trainer.num_nodes={trainer.num_nodes} needs one process per device started by srun or torchrun; "
+            "plain python starts the processes of one node only"
+        )
+    _be_rank(0, wanted, 0, "127.0.0.1", _free_port())
+    if wanted > 1:
+        _start_siblings(wanted)
+
+
+def _check_world(world: int, trainer: TrainerConfig, launcher: str) -> None:
+    wanted = trainer.devices * trainer.num_nodes
+    if world != wanted:
+        raise LaunchError(
+            f"{launcher} started {world} processes, but trainer.devices={trainer.devices} × "
+            f"trainer.num_nodes={trainer.num_nodes} asks for {wanted}"
+        )
+
+
+def _from_slurm(trainer: TrainerConfig) -> None:
+    env = os.environ
+    world = int(env["SLURM_NTASKS"])
+    _check_world(world, trainer, "srun")
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000  # the same on every task without talking
+    _be_rank(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), _first_host(nodes), port)
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of a Slurm node list such as `gpu[003-005,9],cpu1`."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):  # no scontrol inside a container
+        match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
+        if match is None:
+            raise LaunchError(f"cannot read a host name out of the Slurm node list {nodelist!r}") from None
+        return match.group(1) + (match.group(2) or "")
+
+
+def _be_rank(rank: int, world: int, local_rank: int, address: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_siblings(world: int) -> None:
+    """Start ranks 1..world-1 of this node, tied to this process in life and death."""
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    for rank in range(1, world):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        _siblings.append(
+            subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]], env=env, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent
+            )
+        )
+    threading.Thread(target=_watch, args=(_siblings,), daemon=True).start()
+
+
+def _watch(children: list[subprocess.Popen[bytes]]) -> None:
+    """End the run as soon as one sibling fails: rank 0 would wait for it in a collective."""
+    while any(child.poll() is None for child in children):
+        failed = [child.returncode for child in children if child.poll() not in (None, 0)]
+        if failed:
+            time.sleep(2)  # every rank may be failing with the same message; let rank 0 say it first
+            for child in children:
+                child.kill()
+            # a rank that stopped on purpose (time limit) did so together with rank 0, which exits by itself
+            time.sleep(3)
+            os._exit(failed[0] if 0 < failed[0] < 128 else 1)
+        time.sleep(0.2)
+
+

@@ -1,0 +1,121 @@
+"""From an archive to processes that hold its model: what every stage does first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
+from nemo_aligner.engine import nemo_archive
+from nemo_aligner.engine.launch import launch_local_ranks
+from nemo_aligner.engine.model import RunOptions, build_model, parse_precision
+from nemo_aligner.engine.parallel import MegatronCluster, fit_parallel_sizes, start_cluster
+from nemo_aligner.engine.tokenizer import ArchiveTokenizer, load_tokenizer
+from nemo_aligner.errors import CheckpointError
+
+
+@contextmanager
+def start_for_archive(
+    trainer: TrainerConfig,
+    path: str | Path,
+    *,
+    key: str,
+    tensor: int = -1,
+    pipeline: int = -1,
+    context: int = 1,
+    seed: int = 1234,
+) -> Iterator[MegatronCluster]:
+    """The processes of this run, cut as the archive at `path` or the caller asks (-1: as stored).
+
+    `key` is the config key that named the archive, for messages. The archive's config is read before any process
+    starts, so a wrong path fails at once.
+    """
+    arch = nemo_archive.read_architecture(path, key=key)
+    launch_local_ranks(trainer)
+    world = trainer.devices * trainer.num_nodes
+    sizes = fit_parallel_sizes(
+        tensor, pipeline, arch.tensor_model_parallel_size, arch.pipeline_model_parallel_size, world
+    )
+    with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
+        yield cluster
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """This rank's part of an archive's model, with what belongs to it."""
+
+    module: nn.Module
+    arch: Architecture
+    tokenizer: ArchiveTokenizer
+    run: RunOptions
+    source: Path  # the archive it came from
+
+
+def load_for_inference(path: str | Path, cluster: MegatronCluster, *, precision: str, key: str) -> LoadedModel:
+    """The archive's model in evaluation mode; computes in `precision`."""
+    run = RunOptions.for_inference(parse_precision(precision), tp=cluster.tp, pp=cluster.pp)
+    loaded = _load(path, cluster, run, key=key)
+    loaded.module.eval()
+    return loaded
+
+
+def load_for_training(
+    model: ModelOverrides, trainer: TrainerConfig, cluster: MegatronCluster, *, key: str, new_head: str | None = None
+) -> LoadedModel:
+    """The archive's model with the `model.*` overrides of a training run.
+
+    `new_head`: a reward model type; the archive is then a policy's, and gets a fresh reward head instead of its
+    output layer.
+    """
+    return _load(
+        model.restore_from_path,
+        cluster,
+        RunOptions(
+            dtype=parse_precision(trainer.precision),
+            tp=cluster.tp,
+            pp=cluster.pp,
+            context=model.context_parallel_size,
+            sequence_parallel=model.sequence_parallel,
+            activations_checkpoint_granularity=model.activations_checkpoint_granularity,
+            activations_checkpoint_method=model.activations_checkpoint_method,
+            activations_checkpoint_num_layers=model.activations_checkpoint_num_layers,
+            hidden_dropout=model.hidden_dropout,
+            attention_dropout=model.attention_dropout,
+        ),
+        key=key,
+        encoder_seq_length=model.encoder_seq_length,
+        new_head=new_head,
+    )
+
+
+def _load(
+    path: str | Path,
+    cluster: MegatronCluster,
+    run: RunOptions,
+    *,
+    key: str,
+    encoder_seq_length: int | None = None,
+    new_head: str | None = None,
+) -> LoadedModel:
+    arch = nemo_archive.read_architecture(path, key=key)
+    head_is_new = new_head is not None and arch.reward_model_type is None
+    if new_head is not None:
+        arch = replace(arch, reward_model_type=new_head)
+    if encoder_seq_length is not None:
+        arch = replace(arch, encoder_seq_length=encoder_seq_length)
+    with nemo_archive.open_archive(path, cluster, key=key) as folder:
+        tokenizer = load_tokenizer(folder, arch)
+        if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
+            arch = replace(arch, vocab_size=tokenizer.vocab_size)
+        if tokenizer.vocab_size > arch.vocab_size:
+            raise CheckpointError(
+                f"{key}={path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
+            )
+        module = build_model(arch, run)
+        nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new)
+    return LoadedModel(module, arch, tokenizer, run, Path(path))

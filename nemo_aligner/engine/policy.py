@@ -1,0 +1,60 @@
+"""The policy: a language model that generates, gives log-probabilities, and may be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
+from nemo_aligner.engine.decode import CachedForward
+from nemo_aligner.engine.forward import forward_outputs
+from nemo_aligner.engine.generation import Generator
+from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Response
+from nemo_aligner.engine.loading import load_for_inference, load_for_training
+from nemo_aligner.engine.parallel import MegatronCluster
+from nemo_aligner.engine.trainable import MegatronTrainable
+
+
+class MegatronPolicy(MegatronTrainable):
+    """Implements interfaces.Policy."""
+
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
+    ) -> Iterator[Response]:
+        """Draw every request, `max_slots` at once, yielding each response as it finishes (any order)."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            forward = CachedForward(self.module, self.arch)
+            generator = Generator(forward, self.tokenizer, sampling, max_slots, self.max_sequence_length)
+            yield from generator.run(requests)
+        finally:
+            self.module.train(was_training)
+
+    def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+        """Log-probability of each token given those before it: `[L]` float32 per row of L tokens, 0 at position 0."""
+        results: list[Tensor] = [torch.empty(0)] * len(rows)
+        for batch in length_sorted_batches(rows, micro_batch_size):
+            tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
+            [logprobs] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
+            for row, i in enumerate(batch):
+                results[i] = logprobs[row, : len(rows[i])].clone()
+        return results
+
+
+def load_policy(
+    path: str | Path, cluster: MegatronCluster, *, precision: str, key: str = "gpt_model_file"
+) -> MegatronPolicy:
+    """The policy of an archive, for generation and log-probabilities."""
+    return MegatronPolicy(load_for_inference(path, cluster, precision=precision, key=key), cluster)
+
+
+def load_policy_for_training(model: ModelOverrides, trainer: TrainerConfig, cluster: MegatronCluster) -> MegatronPolicy:
+    """The policy at `model.restore_from_path`; `add_optimizer` makes it trainable."""
+    loaded = load_for_training(model, trainer, cluster, key="model.restore_from_path")
+    return MegatronPolicy(loaded, cluster)

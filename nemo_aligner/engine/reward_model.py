@@ -1,0 +1,62 @@
+"""The reward model: a transformer whose head gives one number per attribute at the last token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
+from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
+from nemo_aligner.engine.forward import forward_outputs
+from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.loading import LoadedModel, load_for_inference, load_for_training
+from nemo_aligner.engine.parallel import MegatronCluster
+from nemo_aligner.engine.trainable import MegatronTrainable
+from nemo_aligner.errors import CheckpointError
+
+
+class MegatronRewardModel(MegatronTrainable):
+    """Implements interfaces.RewardModel."""
+
+    @property
+    def append_eod(self) -> bool:
+        return self.arch.append_eod
+
+    @property
+    def stored_standardization(self) -> tuple[float, float] | None:
+        stored = self.arch.reward_standardization
+        return None if not stored else (stored["mean"], stored["std"])
+
+    def score(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[list[float]]:
+        """K rewards of each token row (order kept), read at its last token; length-sorted inside."""
+        results: list[list[float]] = [[]] * len(rows)
+        for batch in length_sorted_batches(rows, micro_batch_size):
+            tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
+            [rewards] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
+            for row, i in enumerate(batch):
+                results[i] = rewards[row].tolist()
+        return results
+
+
+def load_reward_model(
+    path: str | Path, cluster: MegatronCluster, *, precision: str, key: str = "gpt_model_file"
+) -> MegatronRewardModel:
+    """The reward model of an archive, for scoring. Raises CheckpointError when the archive is a policy's."""
+    loaded = load_for_inference(path, cluster, precision=precision, key=key)
+    _check_is_reward_model(loaded, key, path)
+    return MegatronRewardModel(loaded, cluster)
+
+
+def load_reward_model_for_training(
+    model: ModelOverrides, trainer: TrainerConfig, cluster: MegatronCluster, *, reward_model_type: str
+) -> MegatronRewardModel:
+    """A reward model grown from the policy (or reward model) archive at `model.restore_from_path`."""
+    key = "pretrained_checkpoint.restore_from_path"
+    return MegatronRewardModel(load_for_training(model, trainer, cluster, key=key, new_head=reward_model_type), cluster)
+
+
+def _check_is_reward_model(loaded: LoadedModel, key: str, path: str | Path) -> None:
+    if loaded.arch.reward_model_type is None:
+        raise CheckpointError(
+            f"{key}={path} is a language model, not a reward model; train one with examples/nlp/gpt/train_reward_model.py"
+        )

@@ -1,0 +1,47 @@
+"""When a response ends: EOS, an end string, or its length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_aligner.algorithms.sampling import EOS_ALIAS
+from nemo_aligner.engine.interfaces import Tokenizer
+
+
+class StopCondition:
+    """End strings of a sampling run, split into those that are one token and those that must be looked for in text.
+
+    A text end string may span tokens and may begin inside one, so the decoded tail of the response is searched,
+    a window long enough that no occurrence ending in the newest token can be missed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self.stop_ids: set[int] = {tokenizer.eos_id}
+        self._texts: list[str] = []
+        for end in end_strings:
+            if not end or end == EOS_ALIAS:
+                continue
+            ids = tokenizer.encode(end)
+            if len(ids) == 1 and tokenizer.decode(ids) == "":
+                self.stop_ids.add(ids[0])  # a special token: it never shows up in decoded text
+            else:
+                self._texts.append(end)
+        # a token decodes to at least one byte, so this many tokens hold the longest end string and one character more
+        self._window = max((len(text.encode()) for text in self._texts), default=0) + 4
+
+    def is_stop(self, response: Sequence[int]) -> bool:
+        """True when the newest token of `response` ends it."""
+        if response[-1] in self.stop_ids:
+            return True
+        if not self._texts:
+            return False
+        tail = self._tokenizer.decode(response[-self._window :])
+        return any(text in tail for text in self._texts)
+
+    def text_of(self, response: Sequence[int]) -> str:
+        """Decoded response, without its stop token and cut before the first end string in it."""
+        kept = response[:-1] if response and response[-1] in self.stop_ids else response
+        text = self._tokenizer.decode(kept)
+        cuts = [at for at in (text.find(end) for end in self._texts) if at >= 0]
+        return text[: min(cuts)] if cuts else text

@@ -1,0 +1,162 @@
+"""Generation with a cache against the plain forward pass of the same model, and against the model's probabilities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.decode import CachedForward
+from nemo_aligner.engine.generation import Generator
+from nemo_aligner.engine.interfaces import GenerationRequest, Response
+from nemo_aligner.engine.model import RunOptions, build_model
+from nemo_aligner.engine.parallel import start_cluster
+from tests.unit.engine.test_stopping import ByteTokenizer
+
+ARCH = Architecture(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=258,
+    encoder_seq_length=64,
+    max_position_embeddings=64,
+    init_method_std=0.3,  # far from uniform predictions, so that greedy choices are not near ties
+)
+SHAPES = {
+    "llama": ARCH,
+    "qwen2": replace(ARCH, qkv_bias=True, share_embeddings_and_output_weights=True),
+    "qwen3": replace(ARCH, qk_layernorm=True, kv_channels=16),
+    "mistral": replace(ARCH, window_size=5),
+    "gpt2": replace(
+        ARCH, position_embedding_type="learned_absolute", normalization="layernorm", activation="gelu", bias=True,
+        num_query_groups=None,
+    ),
+}  # fmt: skip
+PROMPTS = [tuple(b"A film"), tuple(b"It was a long evening"), tuple(b"x")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[object]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def build(arch: Architecture) -> torch.nn.Module:
+    torch.manual_seed(3)
+    return build_model(arch, RunOptions.for_inference(torch.float32)).eval()
+
+
+def full_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """`[L, V]` float32 of the model's ordinary forward pass, no cache."""
+    ids = torch.tensor([tokens])
+    positions = torch.arange(len(tokens))[None]
+    with torch.no_grad():
+        return model(ids, positions, None)[0, :, : ARCH.vocab_size].float()
+
+
+def generate(model: torch.nn.Module, arch: Architecture, sampling: SamplingParams, slots: int, n: int = 1) -> list[Response]:
+    requests = [GenerationRequest(p, s, prompt) for p, prompt in enumerate(PROMPTS) for s in range(n)]
+    generator = Generator(CachedForward(model, arch), ByteTokenizer(), sampling, slots, arch.max_position_embeddings)
+    return sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_greedy_with_cache_equals_argmax_of_the_plain_forward(name: str) -> None:
+    model, arch = build(SHAPES[name]), SHAPES[name]
+    for prompt, response in zip(PROMPTS, generate(model, arch, SamplingParams(greedy=True, max_tokens=12), 2), strict=True):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 12 and (len(tokens) == len(prompt) or tokens[-1] != ByteTokenizer.eos_id):
+            tokens.append(int(full_logits(model, tokens)[-1].argmax()))
+        assert response.tokens == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logprobs_of_drawn_tokens_equal_a_full_forward(name: str) -> None:
+    model, arch = build(SHAPES[name]), SHAPES[name]
+    for response in generate(model, arch, SamplingParams(max_tokens=9, temperature=1.3), 7, n=3):
+        prompt = list(PROMPTS[response.prompt_index])
+        logits = full_logits(model, prompt + response.tokens)[len(prompt) - 1 : -1]
+        for logprobs, temperature in ((response.logprobs, 1.0), (response.sampling_logprobs, 1.3)):
+            expected = (logits / temperature).log_softmax(-1)[torch.arange(len(response.tokens)), response.tokens]
+            torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_samples_do_not_depend_on_the_number_of_slots() -> None:
+    model = build(ARCH)
+    by_slots = [generate(model, ARCH, SamplingParams(max_tokens=10, seed=5), slots, n=8) for slots in (1, 7, 64)]
+    assert [r.tokens for r in by_slots[0]] == [r.tokens for r in by_slots[1]] == [r.tokens for r in by_slots[2]]
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_sampled_pairs_of_tokens_follow_the_model_by_chi_square(slots: int) -> None:
+    arch = replace(ARCH, vocab_size=258, init_method_std=0.6)
+    model = build(arch)
+    draws = 400 if slots == 1 else 3000
+    requests = [GenerationRequest(0, s, PROMPTS[0]) for s in range(draws)]
+    generator = Generator(CachedForward(model, arch), ByteTokenizer(), SamplingParams(max_tokens=2), slots, 64)
+    seen = [tuple(response.tokens) for response in generator.run(requests)]
+    first = full_logits(model, list(PROMPTS[0]))[-1].softmax(-1)
+    likely = first.topk(6).indices.tolist()
+    expected: dict[tuple[int, ...], float] = {}
+    for token in likely:
+        second = full_logits(model, [*PROMPTS[0], token])[-1].softmax(-1)
+        for other in second.topk(4).indices.tolist():
+            expected[token, other] = float(first[token] * second[other])
+    kept = [pair for pair, p in expected.items() if p * draws >= 5 and pair[0] != ByteTokenizer.eos_id]
+    assert len(kept) >= 3, "the model must have pairs frequent enough to test"
+    probabilities = [expected[pair] for pair in kept]
+    counts = [seen.count(pair) for pair in kept]
+    rest_p, rest_n = 1 - sum(probabilities), draws - sum(counts)
+    assert stats.chisquare([*counts, rest_n], np.array([*probabilities, rest_p]) * draws).pvalue > 1e-3
+
+
+def test_every_request_is_answered_once_with_at_most_its_limit() -> None:
+    model = build(ARCH)
+    responses = generate(model, ARCH, SamplingParams(max_tokens=6), 4, n=5)
+    assert [(r.prompt_index, r.sample_index) for r in responses] == list(itertools.product(range(3), range(5)))
+    for response in responses:
+        assert len(response.tokens) == len(response.logprobs) == len(response.sampling_logprobs)
+        assert response.finish_reason == ("stop" if response.tokens[-1] == ByteTokenizer.eos_id else "length")
+        assert len(response.tokens) == 6 or response.finish_reason == "stop"
+
+
+def test_no_stop_token_before_min_tokens() -> None:
+    model = build(replace(ARCH, init_method_std=0.02))  # nearly uniform: EOS comes up often
+    early = [r for r in generate(model, ARCH, SamplingParams(max_tokens=20, seed=2), 64, n=60) if len(r.tokens) <= 8]
+    late = generate(model, ARCH, SamplingParams(max_tokens=20, min_tokens=8, seed=2), 64, n=60)
+    assert early, "without a minimum some responses are short"
+    assert all(len(r.tokens) >= 8 and ByteTokenizer.eos_id not in r.tokens[:7] for r in late)
+
+
+def test_repetition_penalty_is_applied_to_prompt_and_response_tokens() -> None:
+    model, penalty = build(ARCH), 3.0
+    sampling = SamplingParams(max_tokens=8, repetition_penalty=penalty, seed=4)
+    for response in generate(model, ARCH, sampling, 2, n=2):
+        prompt = list(PROMPTS[response.prompt_index])
+        for at, token in enumerate(response.tokens):
+            row = prompt + response.tokens[:at]
+            logits = full_logits(model, row)[-1]
+            seen = torch.tensor(sorted(set(row)))
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            expected = float(logits.log_softmax(-1)[token])
+            assert response.sampling_logprobs[at] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_response_never_passes_the_context_of_the_model() -> None:
+    model = build(ARCH)
+    request = GenerationRequest(0, 0, tuple([65] * 60))
+    generator = Generator(CachedForward(model, ARCH), ByteTokenizer(), SamplingParams(greedy=True, max_tokens=50), 2, 64)
+    [response] = generator.run([request])
+    assert len(response.tokens) <= 4
+
+
