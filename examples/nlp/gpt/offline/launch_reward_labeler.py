@@ -1,0 +1,23 @@
+"""Score responses with a reward model, and select or rewrite them by their rewards (`processor`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_aligner.config.entry import script
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.offline import LabelerConfig
+
+
+@script("megatron_reward_labeler", Path(__file__).resolve().parent / "conf")
+def main(cfg: DictConfig) -> None:
+    config = load_config(cfg, LabelerConfig)
+    from nemo_aligner.stages.reward_labeler import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

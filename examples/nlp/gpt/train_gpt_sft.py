@@ -1,0 +1,23 @@
+"""Fine-tune a policy on prompts and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_aligner.config.entry import script
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.supervised import SFTConfig
+
+
+@script("gpt_sft", Path(__file__).resolve().parent / "conf")
+def main(cfg: DictConfig) -> None:
+    config = load_config(cfg, SFTConfig)
+    from nemo_aligner.stages.sft import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

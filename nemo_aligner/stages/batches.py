@@ -1,0 +1,73 @@
+"""The order of training: which examples make up global batch s, and which of them a rank gets in which micro-batch.
+
+Everything is a function of (seed, step), so a run resumed at step s goes on with the batch it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_aligner.algorithms.batching import pad_rows
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.interfaces import Microbatch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Global batches over `count` examples; the last of an epoch may be smaller, and is trained unless `drop_last`."""
+
+    count: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole = self.count / self.global_batch_size
+        # fewer examples than one batch are still a batch
+        return max(1, math.floor(whole)) if self.drop_last else math.ceil(whole)
+
+    def indices(self, step: int) -> list[int]:
+        """Examples of the global batch of optimizer step `step`, counted from 0 over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = list(range(self.count))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.count, generator=generator).tolist()
+        return order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+
+
+def microbatches(
+    examples: Sequence[Example], indices: Sequence[int], *, size: int, dp_rank: int, dp_size: int, pad_id: int
+) -> list[Microbatch]:
+    """This rank's part of a global batch, in micro-batches of `size` examples of like length.
+
+    Every rank gets the same number of micro-batches; places left over are filled with masked examples, which count
+    for nothing.
+    """
+    per_rank = math.ceil(len(indices) / dp_size)
+    count = math.ceil(per_rank / size)
+    ordered = sorted(indices, key=lambda i: -examples[i].longest)
+    mine = [examples[i] for i in ordered[dp_rank::dp_size]]
+    result = []
+    for start in range(0, count * size, size):
+        part = mine[start : start + size]
+        result.append(collate(part or [examples[ordered[-1]]], pad_id, masked=not part))
+    return result
+
+
+def collate(examples: Sequence[Example], pad_id: int, *, masked: bool = False) -> Microbatch:
+    """Examples as one micro-batch: `loss_mask` `[B, S]` and `weights` `[B]` float32, both 0 when `masked`."""
+    rows = [row for example in examples for row in example.rows]
+    tokens, lengths = pad_rows(rows, pad_id)
+    masks = [mask for example in examples for mask in example.masks]
+    loss_mask, _ = pad_rows(masks, 0)
+    loss_mask[:, 0] = 0  # nothing comes before the first token to predict it from
+    keep = 0.0 if masked else 1.0
+    fields = {"loss_mask": loss_mask.float() * keep, "weights": torch.full((len(rows),), keep)}
+    return Microbatch(tokens, lengths, fields)

@@ -1,0 +1,86 @@
+"""Which training checkpoints are kept: the newest, always, and the `save_top_k` best by the monitored value.
+
+    <log dir>/checkpoints/<name>--<monitor>=<value>-step=<s>-consumed_samples=<c>[-last]/
+    <log dir>/checkpoints/<name>.nemo
+
+Names are for people; what a run resumes from is read from the state file inside.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.config.schema import ExpManagerConfig
+from nemo_aligner.engine.interfaces import Cluster, TrainableModel
+from nemo_aligner.engine.train_checkpoint import latest, read_state
+from nemo_aligner.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_LAST = "-last"
+
+
+class Checkpoints:
+    """The checkpoint folder of one training run. Raises ConfigError for a monitor that is never logged."""
+
+    def __init__(self, config: ExpManagerConfig, cluster: Cluster, *, metrics: set[str], validates: bool) -> None:
+        params = config.checkpoint_callback_params
+        if params.mode not in ("min", "max"):
+            raise ConfigError(f"{params.mode!r} is not min or max", "exp_manager.checkpoint_callback_params.mode")
+        if params.monitor not in metrics:
+            raise ConfigError(
+                f"{params.monitor!r} is not logged; one of {', '.join(sorted(metrics))} is",
+                "exp_manager.checkpoint_callback_params.monitor",
+            )
+        self._monitor, self._sign = params.monitor, 1.0 if params.mode == "max" else -1.0
+        if params.monitor.startswith("val_") and not validates:
+            log.info("no validation: the newest %d checkpoints are kept, not the best by %s", params.save_top_k, params.monitor)
+            self._monitor, self._sign = "global_step", 1.0
+        self.root = log_dir(config) / "checkpoints"
+        self.archive = self.root / f"{config.name}.nemo"
+        self._name, self._top_k, self._cluster = config.name, params.save_top_k, cluster
+        self._resume = config.resume_if_exists
+
+    def newest(self) -> Path | None:
+        """The checkpoint to resume from, the same on every rank."""
+        found = latest(self.root) if self._resume and self._cluster.is_main else None
+        return self._cluster.broadcast(found)
+
+    def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
+        """Write one more checkpoint as the newest, then drop those that need not be kept. Collective."""
+        value = values.get(self._monitor, math.nan)
+        label = f"{self._name}--{self._monitor}={value:.3f}-step={state['step']}-consumed_samples={state['consumed_samples']}"
+        if self._cluster.is_main:
+            self.root.mkdir(parents=True, exist_ok=True)
+        self._cluster.barrier()
+        model.save_training_state(self.root / f"{label}{_LAST}", {**state, "monitored": value})
+        if self._cluster.is_main:
+            self._prune(keep=f"{label}{_LAST}")
+        self._cluster.barrier()
+
+    def _prune(self, keep: str) -> None:
+        others = [path for path in self.root.glob(f"{self._name}--*/") if path.name != keep and (path / "state.json").is_file()]
+        for path in self.root.glob(f"{self._name}--*.partial/"):
+            shutil.rmtree(path, ignore_errors=True)
+        everything = [*others, self.root / keep]
+        best = sorted(everything, key=self._rank, reverse=True)
+        kept = best if self._top_k < 0 else best[: self._top_k]
+        for path in others:
+            if path not in kept:
+                shutil.rmtree(path)
+            elif path.name.endswith(_LAST):
+                path.rename(path.with_name(path.name.removesuffix(_LAST)))
+
+    def _rank(self, path: Path) -> tuple[float, int]:
+        state = read_state(path)
+        value = float(state["monitored"]) * self._sign
+        return (-math.inf if math.isnan(value) else value), int(state["step"])
+
+
+def log_dir(config: ExpManagerConfig) -> Path:
+    """`explicit_log_dir`, or `<exp_dir or nemo_experiments>/<name>`."""
+    return Path(config.explicit_log_dir or Path(config.exp_dir or "nemo_experiments") / config.name)

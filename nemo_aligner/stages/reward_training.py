@@ -1,0 +1,98 @@
+"""Reward-model training: a policy's backbone with a new head learns which of two texts people prefer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_aligner.config.supervised import RMConfig
+from nemo_aligner.data.blending import blend
+from nemo_aligner.data.jsonl import Row, load_rows
+from nemo_aligner.data.supervised import pairs_of, preference_examples
+from nemo_aligner.engine.interfaces import TrainableModel
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.supervised import (
+    RANKING_METRICS,
+    Task,
+    check_not_empty,
+    ranking_objective,
+    ranking_task_notes,
+    train,
+)
+
+Pairs = list[tuple[Row, Row]]
+
+
+def run(cfg: RMConfig) -> None:
+    """Train on `model.data.data_prefix.train`; the archive carries mean and std of the validation rewards."""
+    if cfg.model.reward_model_type != "binary_ranking":
+        raise ConfigError(f"{cfg.model.reward_model_type!r} is not binary_ranking", "model.reward_model_type")
+    pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
+    if not pairs["train"]:
+        raise ConfigError("required, but not given", "model.data.data_prefix.train")
+
+    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.reward_model import load_reward_model_for_training
+
+    with start_for_archive(
+        cfg.trainer,
+        cfg.model.restore_from_path,
+        key="pretrained_checkpoint.restore_from_path",
+        tensor=cfg.model.tensor_model_parallel_size,
+        pipeline=cfg.model.pipeline_model_parallel_size,
+        context=cfg.model.context_parallel_size,
+        seed=cfg.model.seed,
+    ) as cluster:
+        model = load_reward_model_for_training(
+            cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
+        )
+        task = make_task(cfg, model, pairs)
+        model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
+        train(task, model, cfg.exp_manager)
+
+
+def open_pairs(cfg: RMConfig, split: str) -> Pairs:
+    """Pairs of one split of `model.data.data_prefix`: [file] or the blend [weight, file, weight, file, ...]."""
+    key = f"model.data.data_prefix.{split}"
+    prefix = cfg.model.data.data_prefix
+    entries = prefix.get(split) if isinstance(prefix, dict) else prefix if split == "train" else None
+    if not entries:
+        return []
+    names, weights = split_weights([entries] if isinstance(entries, str) else entries, key)
+    files = [load_rows(name, required={"text": key}) for name in names]
+    if len(files) == 1:
+        return pairs_of(files[0])
+    paired = [pairs_of(file) for file in files]
+    order = blend(files, weights, sum(map(len, paired)), key=key)
+    return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
+
+
+def split_weights(entries: Sequence[Any], key: str) -> tuple[list[str], list[float]]:
+    """[f] or [w1, f1, w2, f2, ...] → names and weights. Raises ConfigError."""
+    if len(entries) == 1:
+        return [str(entries[0])], [1.0]
+    try:
+        return [str(name) for name in entries[1::2]], [float(weight) for weight in entries[0::2]]
+    except ValueError:
+        raise ConfigError(f"{list(entries)} is neither [file] nor [weight, file, weight, file, ...]", key) from None
+
+
+def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
+    data = cfg.model.data
+    limit = min(data.seq_length, model.max_sequence_length)
+    splits = {
+        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit)
+        for split, rows in pairs.items()
+    }
+    check_not_empty(splits["train"], "model.data.data_prefix.train")
+    return Task(
+        train=splits["train"],
+        validation=splits["validation"],
+        objective=ranking_objective,
+        plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
+        micro_batch_size=cfg.model.micro_batch_size,
+        loop=cfg.trainer.rm,
+        metric_names=RANKING_METRICS,
+        archive_notes=ranking_task_notes(data.append_eod, cfg.model.reward_model_type),
+    )

@@ -1,0 +1,66 @@
+"""When a stage must stop before its end: the time limit, SIGTERM, or SIGUSR1 (Slurm's warning)."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from nemo_aligner.engine.interfaces import Cluster
+from nemo_aligner.engine.launch import signal_siblings
+from nemo_aligner.errors import ConfigError
+
+_FORM = re.compile(r"^(?:(\d+):)?(\d+):(\d+):(\d+)$")
+
+
+def parse_duration(text: str, key: str) -> float:
+    """Seconds of `D:H:M:S` or `H:M:S`. Raises ConfigError naming `key`."""
+    match = _FORM.match(str(text).strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not of the form D:H:M:S or H:M:S, such as 00:03:55:00", key)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+class RunControl:
+    """Used as a context manager; ask `stop_reason()` between two pieces of work, on every rank at the same place."""
+
+    def __init__(self, max_time: str | None, cluster: Cluster, *, key: str = "max_time_per_run") -> None:
+        self._cluster = cluster
+        self._limit = None if max_time is None else parse_duration(max_time, key)
+        self._max_time, self._start = max_time, time.monotonic()
+        self._signal: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> RunControl:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        signal_siblings(number)
+
+    def replica_reason(self) -> str | None:
+        """Why this replica should stop, the same answer on each of its ranks; collective in the replica only."""
+        reason = self._local_reason()
+        told = self._cluster.any_in_replica(reason is not None)
+        return (reason or "another rank was told to stop") if told else None
+
+    def _local_reason(self) -> str | None:
+        if self._signal is not None:
+            return self._signal
+        if self._limit is not None and time.monotonic() - self._start >= self._limit:
+            return f"max_time_per_run={self._max_time}"
+        return None
+
+    def stop_reason(self) -> str | None:
+        """Why the run should stop now, the same answer (None or not) on every rank; collective."""
+        reason = self._local_reason()
+        return (reason or "another rank was told to stop") if self._cluster.any(reason is not None) else None

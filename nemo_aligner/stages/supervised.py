@@ -1,0 +1,215 @@
+"""Supervised training: one loop, two losses.
+
+    examples ─▶ global batch (seed, step) ─▶ micro-batches ─▶ train_step ─▶ validate? save? ─▶ ... ─▶ <name>.nemo
+
+SFT trains on the answer's tokens, reward-model training on pairs of texts; a Task says in what they differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aligner.algorithms.losses import ranking_loss, sft_loss
+from nemo_aligner.config.schema import ExpManagerConfig
+from nemo_aligner.config.supervised import LoopConfig
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics, TrainableModel
+from nemo_aligner.errors import StoppedEarly, TrainingError
+from nemo_aligner.metrics import MetricsLogger, Progress
+from nemo_aligner.stages.batches import BatchPlan, microbatches
+from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.run_control import RunControl
+
+log = logging.getLogger(__name__)
+
+_ALWAYS_LOGGED = {"global_step", "step", "consumed_samples", "epoch", "loss", "train_loss", "lr", "grad_norm", "val_loss"}
+
+
+def sft_objective(logprobs: Any, microbatch: Microbatch) -> Any:
+    return sft_loss(logprobs, microbatch.fields["loss_mask"])
+
+
+def ranking_objective(rewards: Any, microbatch: Microbatch) -> Any:
+    return ranking_loss(rewards, microbatch.fields["weights"])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a supervised run trains on, and how."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    objective: Objective
+    plan: BatchPlan
+    micro_batch_size: int
+    loop: LoopConfig
+    metric_names: frozenset[str] = frozenset()  # what the objective reports besides the loss
+    # after training: what validation says that the archive should carry
+    archive_notes: Callable[[StepMetrics, int], dict[str, Any]] = lambda metrics, count: {}
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.validation) and not self.loop.skip_validation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        per_epoch = self.plan.steps_per_epoch
+        limit = self.loop.limit_train_batches
+        if isinstance(limit, int) and not isinstance(limit, bool):
+            per_epoch = min(per_epoch, limit)
+        else:
+            per_epoch = max(1, math.ceil(per_epoch * float(limit)))
+        total = per_epoch * self.loop.max_epochs
+        return total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between validations; a float up to 1.0 is a part of an epoch."""
+        interval = self.loop.val_check_interval
+        return max(1, int(interval * self.plan.steps_per_epoch)) if isinstance(interval, float) else int(interval)
+
+
+def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
+    """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
+    cluster = model.cluster
+    names = set(task.metric_names)
+    known = _ALWAYS_LOGGED | {f"{part}{name}" for name in names for part in ("", "train_", "val_")}
+    checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
+    step = resume(model, checkpoints)
+    logger = open_logger(exp) if cluster.is_main else None
+    progress = Progress("training", task.steps, show=cluster.is_main, done=step)
+    values: dict[str, float] = {}
+    if not task.validates:
+        log.info("no validation during training")
+    with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
+        while step < task.steps:
+            metrics = model.train_step(batch(task, model, task.train, task.plan.indices(step)), task.objective)
+            step += 1
+            values |= scalars(metrics, "train_") | progress_values(task, step)
+            at_end = step == task.steps
+            if logger is not None:
+                logger.log(step, "train", {**metrics.terms, "loss": metrics.loss, "lr": metrics.lr, "grad_norm": metrics.grad_norm})
+            progress.advance(1, token_count(task, step - 1), loss=metrics.loss, lr=metrics.lr)
+            if task.validates and (at_end or step % task.validation_interval == 0):
+                found = validate(task, model)
+                values |= scalars(found, "val_")
+                if logger is not None:
+                    logger.log(step, "val", {**found.terms, "loss": found.loss})
+            reason = None if at_end else control.stop_reason()
+            due = task.loop.save_interval and (at_end or step % task.loop.save_interval == 0)
+            if exp.create_checkpoint_callback and (due or reason):
+                checkpoints.save(model, state_of(task, step), values)
+            if reason:
+                raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
+    progress.close()
+    if logger is not None:
+        logger.close()
+    if exp.checkpoint_callback_params.save_nemo_on_train_end:
+        model.save_nemo(checkpoints.archive, notes(task, model))
+
+
+def resume(model: TrainableModel, checkpoints: Checkpoints) -> int:
+    """Optimizer steps already done: those of the newest checkpoint, which is loaded, or 0."""
+    newest = checkpoints.newest()
+    if newest is None:
+        return 0
+    state = model.load_training_state(newest)
+    log.info("resuming at step %d from %s", state["step"], newest)
+    return int(state["step"])
+
+
+def open_logger(exp: ExpManagerConfig) -> MetricsLogger:
+    wandb = vars(exp.wandb_logger_kwargs) if exp.create_wandb_logger else None
+    return MetricsLogger(log_dir(exp), tensorboard=exp.create_tensorboard_logger, wandb=wandb)
+
+
+def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indices: Sequence[int]) -> list[Microbatch]:
+    cluster = model.cluster
+    return microbatches(
+        examples,
+        indices,
+        size=task.micro_batch_size,
+        dp_rank=cluster.dp_rank,
+        dp_size=cluster.dp_size,
+        pad_id=model.tokenizer.pad_id,
+    )
+
+
+def validate(task: Task, model: TrainableModel) -> StepMetrics:
+    """Averages over the validation examples, or over the first `limit_val_batches` of them."""
+    return model.evaluate(batch(task, model, task.validation, range(validation_count(task))), task.objective)
+
+
+def validation_count(task: Task) -> int:
+    limit = task.loop.limit_val_batches
+    total = len(task.validation)
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        return min(total, limit * task.plan.global_batch_size)
+    return max(1, int(total * float(limit)))
+
+
+def notes(task: Task, model: TrainableModel) -> dict[str, Any]:
+    """What the archive should say of its model, from the validation examples (or the training ones without any)."""
+    examples = task.validation or task.train
+    if not task.metric_names:
+        return task.archive_notes(StepMetrics(0.0, 0.0, 0.0), 0)
+    found = model.evaluate(batch(task, model, examples, range(len(examples))), task.objective)
+    return task.archive_notes(found, len(examples))
+
+
+def token_count(task: Task, step: int) -> int:
+    return sum(len(row) for i in task.plan.indices(step) for row in task.train[i].rows)
+
+
+def progress_values(task: Task, step: int) -> dict[str, float]:
+    state = state_of(task, step)
+    return {"global_step": step, "step": step, "consumed_samples": state["consumed_samples"], "epoch": state["epoch"]}
+
+
+def state_of(task: Task, step: int) -> dict[str, Any]:
+    """What a checkpoint says of where the run is."""
+    epoch, within = divmod(step, task.plan.steps_per_epoch)
+    consumed = epoch * task.plan.count + min(task.plan.count, within * task.plan.global_batch_size)
+    return {"step": step, "consumed_samples": consumed, "epoch": epoch, "steps": task.steps}
+
+
+def scalars(metrics: StepMetrics, prefix: str) -> dict[str, float]:
+    """Values under the names a monitor may use: `loss` and `train_loss` alike for training."""
+    own = {**metrics.terms, "loss": metrics.loss}
+    named = {f"{prefix}{name}": value for name, value in own.items()}
+    return {**named, **own, "lr": metrics.lr, "grad_norm": metrics.grad_norm} if prefix == "train_" else named
+
+
+def reward_notes(append_eod: bool, reward_model_type: str, metrics: StepMetrics, count: int) -> dict[str, Any]:
+    """Mean and (unbiased) std of the rewards of `count` pairs, for the labeler's standardisation."""
+    mean, n = metrics.terms["rewards_all_mean"], 2 * count
+    variance = max(0.0, metrics.terms["rewards_all_square"] - mean**2) * n / max(1, n - 1)
+    log.info(
+        "held-out pairs: %d, accuracy %.4f, reward mean %.4f, std %.4f",
+        count, metrics.terms["accuracy"], mean, math.sqrt(variance),
+    )  # fmt: skip
+    return {
+        "reward_standardization": {"mean": mean, "std": math.sqrt(variance)},
+        "reward_model_type": reward_model_type,
+        "append_eod": append_eod,
+    }
+
+
+RANKING_METRICS = frozenset(
+    {"accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "rewards_all_mean", "rewards_all_square"}
+)
+
+
+def check_not_empty(examples: Sequence[Example], path: str) -> None:
+    if not examples:
+        raise TrainingError(f"{path}: no row is left to train on")
+
+
+def ranking_task_notes(append_eod: bool, reward_model_type: str) -> Callable[[StepMetrics, int], dict[str, Any]]:
+    return functools.partial(reward_notes, append_eod, reward_model_type)
