@@ -24,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, StoppedEarly
 
+# as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
+_RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+
 SHARED_CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -81,6 +84,7 @@ def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig
             register_resolvers()
             # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            sys.argv[1:1] = _RUN_IN_PLACE
             with one_line_errors():
                 hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
 

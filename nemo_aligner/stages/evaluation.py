@@ -1,0 +1,147 @@
+"""How good a policy is: plain samples on held-out prompts, their rewards, and the KL to the policy it began as.
+
+One process; the models are loaded one after another: policy (generate, logprobs), initial policy, reward model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.jsonl import write_atomically, write_jsonl
+from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
+from nemo_aligner.metrics import Progress
+from nemo_aligner.stages.offline_data import check_output, check_template, filled, open_rows
+from nemo_aligner.stages.random_sampler import Prompts, sampling_params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A response with the token ids of its prompt."""
+
+    prompt_tokens: tuple[int, ...]
+    response: Response
+
+    @property
+    def row(self) -> list[int]:
+        return [*self.prompt_tokens, *self.response.tokens]
+
+
+def run(cfg: EvaluationConfig) -> None:
+    """Write `{reward_mean, reward_std, kl, response_length, finished, samples}` to `cfg.output_file`, samples beside it."""
+    check_output(cfg)
+    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
+
+    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.policy import load_policy
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
+    with start_for_archive(
+        cfg.trainer,
+        cfg.gpt_model_file,
+        key="gpt_model_file",
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    ) as cluster:
+        policy = load_policy(cfg.gpt_model_file, cluster, precision=precision)
+        drawn = draw(cfg, rows, policy, cluster)
+        kl = None
+        if cfg.initial_policy_file is not None:
+            tokens = [d.row for d in drawn]
+            own = policy.logprobs(tokens, batch)
+            policy = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
+            kl = sequence_kl(drawn, own, policy.logprobs(tokens, batch))
+        del policy  # one model at a time
+        judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
+        report(cfg, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+
+
+def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -> list[Drawn]:
+    """`data.n` samples of each of this replica's prompts, in prompt order."""
+    prompts = Prompts(cfg, rows, policy)
+    requests = [
+        GenerationRequest(p, s, prompts.tokens(p))
+        for p in range(cluster.dp_rank, len(rows), cluster.dp_size)
+        for s in range(cfg.data.n)
+    ]
+    slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
+    progress = Progress("evaluating", len(requests), show=cluster.is_main)
+    tokens = {request.prompt_index: request.prompt_tokens for request in requests}
+    drawn = []
+    for response in policy.generate(requests, sampling_params(cfg.inference, cfg.seed), slots):
+        drawn.append(Drawn(tokens[response.prompt_index], response))
+        progress.advance(1, len(response.tokens))
+    progress.close()
+    return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
+
+
+def sequence_kl(drawn: Sequence[Drawn], policy: Sequence[Tensor], initial: Sequence[Tensor]) -> list[float]:
+    """Per response, in nats: Σ_t log π(y_t) − log π_0(y_t) over its tokens; its mean estimates KL(π ‖ π_0).
+
+    `policy` and `initial` hold the log-probability of every token of each row, `[L]` float32.
+    """
+    starts = [len(d.prompt_tokens) for d in drawn]
+    return [float((own[s:] - first[s:]).sum()) for s, own, first in zip(starts, policy, initial, strict=True)]
+
+
+def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
+    """Rewards of template(prompt) + response text."""
+    data, texts = cfg.data, []
+    for d in drawn:
+        prompt = filled(data.prompt_template, data.input_key, rows[d.response.prompt_index][data.input_key])
+        ids = judge.tokenizer.encode(prompt + d.response.text)[: judge.max_sequence_length - 1]
+        texts.append([*ids, judge.tokenizer.eos_id] if judge.append_eod or not ids else ids)
+    return [reward[0] for reward in judge.score(texts, data.micro_batch_size)]
+
+
+def report(
+    cfg: EvaluationConfig,
+    rows: Blend,
+    drawn: Sequence[Drawn],
+    rewards: Sequence[float],
+    kl: Sequence[float] | None,
+    cluster: Cluster,
+) -> None:
+    """Gather over replicas and write the figures and the samples."""
+    own = [
+        {
+            **rows[d.response.prompt_index],
+            cfg.data.output_key: d.response.text,
+            cfg.data.reward_key: reward,
+            "kl": None if kl is None else kl[i],
+            "num_tokens": len(d.response.tokens),
+            "finish_reason": d.response.finish_reason,
+            "prompt_index": d.response.prompt_index,
+        }
+        for i, (d, reward) in enumerate(zip(drawn, rewards, strict=True))
+    ]
+    samples: list[dict[str, Any]] = sorted(
+        (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
+    )
+    if not cluster.is_main:
+        return
+    mean, std = mean_and_std([sample[cfg.data.reward_key] for sample in samples])
+    figures = {
+        "reward_mean": mean,
+        "reward_std": std,
+        "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
+        "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
+        "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
+        "samples": len(samples),
+    }
+    write_jsonl(f"{cfg.output_file}.samples.jsonl", samples)
+    write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None))

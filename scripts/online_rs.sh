@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Online rejection sampling: sample, label, train, and again with the better policy.
+#
+# Settings come from the environment:
+#   TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED            iterations, prompts per iteration, base seed
+#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo
+#   RESULT_PATH                                       everything this script writes, unless said otherwise below
+#   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
+#   ITER_LOG_PATH                                     holds the number of finished iterations
+#   PROCESSOR                                         rs, or rest (see online_rest.sh)
+#   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
+#
+# A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
+# after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is
+# replaced by one rename.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+: "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
+: "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
+: "${REWARD_MODEL_PATH:?the reward model, a .nemo file}" "${RESULT_PATH:?a folder for results}"
+: "${GENERATE_SAMPLES_PATH:=$RESULT_PATH/generated_samples.jsonl}"
+: "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
+: "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
+eval "sampler_args=(${SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
+
+MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
+mkdir -p "$RESULT_PATH/checkpoints"
+
+iter=0
+if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
+
+# Seconds of each stage, one line a stage: "<iteration> <stage> <seconds>"
+run_stage() {
+  local name=$1 started=$SECONDS
+  shift
+  echo "== iteration $iter: $name"
+  "$PYTHON" "$@"
+  echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
+}
+
+while ((iter < TRAINING_ITERS)); do
+  if ((iter > 0)); then POLICY_MODEL_PATH=$MODEL_OUTPUT_PATH; fi
+  sft_dir=$RESULT_PATH/iter_$iter
+  trained=$sft_dir/checkpoints/megatron_gpt_sft.nemo
+
+  if [[ ! -f $trained ]]; then
+    if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
+      run_stage sample examples/nlp/gpt/offline/launch_random_sampler.py \
+        gpt_model_file="$POLICY_MODEL_PATH" \
+        data.file_names="[$PROMPTS_PATH]" \
+        data.concat_sampling_probabilities=[1] \
+        data.sample_split_size="$ROLLOUT_BATCH_SIZE" \
+        data.sample_split_iter="$iter" \
+        seed="$((SEED + iter))" \
+        output_file="$GENERATE_SAMPLES_PATH" \
+        "${sampler_args[@]}"
+    fi
+    if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
+      run_stage label examples/nlp/gpt/offline/launch_reward_labeler.py \
+        gpt_model_file="$REWARD_MODEL_PATH" \
+        data.file_names="[$GENERATE_SAMPLES_PATH]" \
+        data.concat_sampling_probabilities=[1] \
+        processor="$PROCESSOR" \
+        output_file="$LABELED_SAMPLES_PATH" \
+        "${labeler_args[@]}"
+    fi
+    run_stage train examples/nlp/gpt/train_gpt_sft.py \
+      model.restore_from_path="$POLICY_MODEL_PATH" \
+      model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
+      ++trainer.sft.skip_validation=True \
+      model.answer_only_loss=True \
+      model.seed="$((SEED + iter))" \
+      exp_manager.explicit_log_dir="$sft_dir" \
+      exp_manager.checkpoint_callback_params.monitor=global_step \
+      exp_manager.checkpoint_callback_params.mode=max \
+      ++exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True \
+      "${sft_args[@]}"
+  fi
+
+  # The new policy takes the old one's place in one rename; until the count below is written, $trained says that this
+  # iteration's work is done, so a kill anywhere here repeats only these lines.
+  ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
+  mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*
+  echo $((iter + 1)) >"$ITER_LOG_PATH.new"
+  mv -f "$ITER_LOG_PATH.new" "$ITER_LOG_PATH"
+  rm -rf "$sft_dir"
+  iter=$((iter + 1))
+done

