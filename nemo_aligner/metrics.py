@@ -65,7 +65,9 @@ class MetricsLogger:
             try:
                 import wandb as package
             except ImportError:
-                raise ConfigError("wandb is not installed; pip install wandb", "exp_manager.create_wandb_logger") from None
+                raise ConfigError(
+                    "wandb is not installed; pip install wandb", "exp_manager.create_wandb_logger"
+                ) from None
             self._wandb = package.init(dir=str(folder), config=config, **wandb)
 
     def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:

@@ -54,7 +54,9 @@ class ScoredSample(Sample):
     def to_row(self, keys: Keys, export_reward: bool = True) -> dict[str, Any]:
         """The JSONL object, with the reward unless `export_reward` is False."""
         row = super().to_row(keys)
-        return {**row, keys.reward: self.reward} if export_reward else {k: v for k, v in row.items() if k != keys.reward}
+        return (
+            {**row, keys.reward: self.reward} if export_reward else {k: v for k, v in row.items() if k != keys.reward}
+        )
 
     def with_reward(self, reward: float) -> ScoredSample:
         return replace(self, reward=reward)

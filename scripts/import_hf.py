@@ -95,7 +95,9 @@ def read_shape(path: Path) -> Architecture:
     return Architecture.from_nemo({**yaml.safe_load(path.read_text()), "tokenizer": settings})
 
 
-def write(arch: Architecture, tensors: dict[str, Tensor] | None, tokenizer_json: bytes, args: argparse.Namespace) -> None:
+def write(
+    arch: Architecture, tensors: dict[str, Tensor] | None, tokenizer_json: bytes, args: argparse.Namespace
+) -> None:
     """Build the model in this one process, fill it, and save the archive."""
     from nemo_aligner.config.schema import TrainerConfig
     from nemo_aligner.engine.launch import launch_local_ranks

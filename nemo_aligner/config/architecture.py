@@ -55,7 +55,9 @@ class Architecture:
     reward_model_type: str | None = None  # binary_ranking: the archive holds an `rm_head`, no output layer
     reward_standardization: dict[str, float] | None = None  # {mean, std} of its rewards on validation data
     append_eod: bool = False  # reward models: texts ended with EOS in training
-    other: dict[str, Any] = field(default_factory=dict)  # keys of the archive that are not ours; written back as they were
+    other: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys of the archive that are not ours; written back as they were
 
     @classmethod
     def from_nemo(cls, config: dict[str, Any]) -> Architecture:

@@ -1,8 +1,8 @@
 """How a script starts: Hydra composes its YAML, and every fault a user can cause ends in one line.
 
-    exit status 0     done
-    exit status 1     `error: ...` on stderr: wrong config, data, archive or disk
-    exit status 75    stopped early on purpose (time limit, SIGTERM), state saved; the same command goes on
+exit status 0     done
+exit status 1     `error: ...` on stderr: wrong config, data, archive or disk
+exit status 75    stopped early on purpose (time limit, SIGTERM), state saved; the same command goes on
 """
 
 from __future__ import annotations

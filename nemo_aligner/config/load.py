@@ -36,11 +36,11 @@ def load_config(cfg: DictConfig, schema: type[T]) -> T:
 
 
 def _resolve_escaped(node: Any, root: DictConfig) -> None:
-    """A value quoted once too often arrives as the text `${multiply:1e-6,1.001}`; take it as the interpolation it is."""
-    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
-    for key in list(keys):
+    """A value quoted once too often arrives as the text `${multiply:1e-6,1.001}`: take it as what it is."""
+    keys: list[Any] = list(node.keys() if isinstance(node, DictConfig) else range(len(node)))
+    for key in keys:
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-            raw = OmegaConf.to_container(node, resolve=False)[key]
+            raw = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
             if isinstance(raw, str) and raw.startswith("\\${"):
                 node[key] = raw[1:]
             continue
@@ -56,15 +56,14 @@ def _dataclass_in(annotation: Any) -> type | None:
 
 def _unknown_keys(node: DictConfig, schema: type, prefix: str) -> Iterator[str]:
     hints = get_type_hints(schema)
-    for key in node:
-        name = str(key)
+    for name in map(str, node):
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
             yield f"{prefix}{name}: no such key" + (f", did you mean {prefix}{close[0]}" if close else "")
             continue
         inner = _dataclass_in(hints[name])
-        if inner is not None and not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            value = node[key]
+        if inner is not None and not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+            value = node[name]
             if isinstance(value, DictConfig):
                 yield from _unknown_keys(value, inner, f"{prefix}{name}.")
 
@@ -98,11 +97,11 @@ def _faults_by_leaf(typed: DictConfig, cfg: DictConfig) -> Iterator[str]:
 
 
 def _leaves(node: DictConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key in node:
+    for key in map(str, node):
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
         value = node[key]
         if isinstance(value, DictConfig) and len(value):
-            yield from _leaves(value, (*path, str(key)))
+            yield from _leaves(value, (*path, key))
         else:
-            yield (*path, str(key)), value
+            yield (*path, key), value

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.schema import InferenceConfig, RewardStandardization, TrainerConfig
+from nemo_aligner.config.schema import InferenceConfig, RewardStandardization, TrainerConfig, at_least
 
 
 @dataclass
@@ -28,6 +28,11 @@ class OfflineDataConfig:
     index_mapping_dir: str | None = None  # cache of the loader; null = its default
     sample_split_size: int | None = None  # online loops: rows [iter*size, (iter+1)*size), wrapping around at the end
     sample_split_iter: int = 0
+
+    def validate(self) -> None:
+        at_least(1, data__micro_batch_size=self.micro_batch_size, data__max_seq_length=self.max_seq_length)
+        at_least(1, data__num_samples=self.num_samples, data__sample_split_size=self.sample_split_size)
+        at_least(0, data__sample_split_iter=self.sample_split_iter)
 
 
 @dataclass
@@ -57,6 +62,12 @@ class SamplerConfig(OfflineConfig):
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     data: SamplerDataConfig = field(default_factory=SamplerDataConfig)
 
+    def validate(self) -> None:
+        at_least(1, data__n=self.data.n, checkpoint_interval=self.checkpoint_interval)
+        self.data.validate()
+        self.inference.validate()
+        self.trainer.validate()
+
 
 @dataclass
 class LabelerConfig(OfflineConfig):
@@ -66,3 +77,8 @@ class LabelerConfig(OfflineConfig):
     reward_template: str = "{input} <rm_score>: {reward} "  # dt
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
     print_reward_info: bool = True
+
+    def validate(self) -> None:
+        at_least(1, checkpoint_interval=self.checkpoint_interval)
+        self.data.validate()
+        self.trainer.validate()

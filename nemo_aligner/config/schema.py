@@ -11,6 +11,17 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_aligner.errors import ConfigError
+
+PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
+
+
+def at_least(low: int, **values: int | None) -> None:
+    """Whole numbers that must not be below `low`; the dots of a key are written as `__`. Raises ConfigError."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{value} is below {low}", name.replace("__", "."))
+
 
 @dataclass
 class ParallelConfig:
@@ -29,7 +40,15 @@ class TrainerConfig:
     logger: bool = False  # NeMo YAMLs carry the next four; ours does the logging, so only these values are accepted
     enable_checkpointing: bool = False
     use_distributed_sampler: bool = False
-    max_time: str | None = None  # wall-clock limit D:H:M:S
+    max_time: str | None = None  # use max_time_per_run
+
+    def validate(self) -> None:
+        at_least(1, trainer__num_nodes=self.num_nodes, trainer__devices=self.devices)
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"{self.precision!r} is not one of {', '.join(PRECISIONS)}", "trainer.precision")
+        for name, wanted in (("logger", False), ("enable_checkpointing", False), ("max_time", None)):
+            if getattr(self, name) != wanted:
+                raise ConfigError("set by exp_manager here; leave it as it is", f"trainer.{name}")
 
 
 @dataclass
@@ -47,6 +66,25 @@ class InferenceConfig:
     end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
     max_batch_slots: int | None = None  # responses decoded at once; null = from micro_batch_size and n
 
+    def validate(self) -> None:
+        at_least(
+            1, inference__tokens_to_generate=self.tokens_to_generate, inference__max_batch_slots=self.max_batch_slots
+        )
+        at_least(0, inference__top_k=self.top_k, inference__min_tokens_to_generate=self.min_tokens_to_generate)
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"{self.temperature} is not above 0; for the likeliest token use greedy", "inference.temperature"
+            )
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"{self.top_p} is not between 0 and 1", "inference.top_p")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"{self.repetition_penalty} is not above 0", "inference.repetition_penalty")
+        if self.min_tokens_to_generate > self.tokens_to_generate:
+            raise ConfigError(
+                f"{self.min_tokens_to_generate} is above inference.tokens_to_generate={self.tokens_to_generate}",
+                "inference.min_tokens_to_generate",
+            )
+
 
 @dataclass
 class RewardStandardization:
@@ -59,7 +97,7 @@ class RewardStandardization:
 
 @dataclass
 class OptimConfig:
-    name: str = "distributed_fused_adam"  # distributed_fused_adam, fused_adam, adamw, adam, sgd
+    name: str = "distributed_fused_adam"  # distributed_fused_adam, fused_adam, adamw, adam: all are AdamW
     lr: float = 3e-5
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -69,7 +107,9 @@ class OptimConfig:
     overlap_param_sync: bool = False
     contiguous_grad_buffer: bool = True
     contiguous_param_buffer: bool = True
-    sched: dict[str, Any] | None = None  # {name: CosineAnnealing, warmup_steps, constant_steps, min_lr, ...}; null = constant
+    sched: dict[str, Any] | None = (
+        None  # {name: CosineAnnealing, warmup_steps, constant_steps, min_lr, ...}; null = constant
+    )
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig
+from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
 
 
 @dataclass
@@ -80,6 +80,18 @@ class SFTConfig:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: SFTModelConfig = field(default_factory=SFTModelConfig)
 
+    def validate(self) -> None:
+        self.trainer.validate()
+        data = self.model.data.train_ds
+        at_least(
+            1,
+            model__data__train_ds__micro_batch_size=data.micro_batch_size,
+            model__data__train_ds__global_batch_size=data.global_batch_size,
+            model__data__train_ds__max_seq_length=data.max_seq_length,
+            trainer__sft__max_epochs=self.trainer.sft.max_epochs,
+        )
+        at_least(0, trainer__sft__save_interval=self.trainer.sft.save_interval)
+
 
 @dataclass
 class RMDataConfig:
@@ -112,3 +124,14 @@ class RMConfig:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     model: RMModelConfig = field(default_factory=RMModelConfig)
+
+    def validate(self) -> None:
+        self.trainer.validate()
+        at_least(
+            1,
+            model__micro_batch_size=self.model.micro_batch_size,
+            model__global_batch_size=self.model.global_batch_size,
+            model__data__seq_length=self.model.data.seq_length,
+            trainer__rm__max_epochs=self.trainer.rm.max_epochs,
+        )
+        at_least(0, trainer__rm__save_interval=self.trainer.rm.save_interval)

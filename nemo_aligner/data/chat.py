@@ -15,7 +15,7 @@ _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "ass
 
 
 def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
-    """`messages` [{role, content}] as they are, or NeMo's {system, conversations: [{from, value}]} brought to that form.
+    """`messages` [{role, content}] as they are, NeMo's {system, conversations: [{from, value}]} brought to that form.
 
     Raises DataError.
     """
@@ -23,8 +23,11 @@ def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
         messages = row["messages"]
     elif isinstance(row.get("conversations"), list):
         turns = [turn if isinstance(turn, dict) else {} for turn in row["conversations"]]
-        named = [{"role": str(t.get("from", "")).lower(), "content": t.get("value")} for t in turns]
-        messages = [{**m, "role": _ROLES.get(m["role"], m["role"])} for m in named]
+        roles = [str(turn.get("from", "")).lower() for turn in turns]
+        messages = [
+            {"role": _ROLES.get(role, role), "content": turn.get("value")}
+            for role, turn in zip(roles, turns, strict=True)
+        ]
         if row.get("system"):
             messages = [{"role": "system", "content": row["system"]}, *messages]
     else:
@@ -69,7 +72,9 @@ def chat_segments(row: Row, template: str, path: str, line: int) -> list[tuple[s
             before = render(template, messages[:i], generation_prompt=True)
             after = render(template, messages[: i + 1], generation_prompt=False)
             if not (before.startswith(done) and after.startswith(before)):
-                raise DataError("the chat template does not render a conversation as a prefix of its continuation", path, line)
+                raise DataError(
+                    "the chat template does not render a conversation as a prefix of its continuation", path, line
+                )
             segments += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
     except jinja2.TemplateError as fault:

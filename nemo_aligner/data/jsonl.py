@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ def parse_line(text: str, path: Path, number: int) -> Row:
     except json.JSONDecodeError as fault:
         raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
     if not isinstance(row, dict):
-        raise DataError(f"a {type(row).__name__} where an object such as {{\"input\": ...}} is needed", path, number)
+        raise DataError(f'a {type(row).__name__} where an object such as {{"input": ...}} is needed', path, number)
     return row
 
 
@@ -113,7 +114,8 @@ def _arrow_rows(path: Path, cache_dir: str | None) -> Rows:
         # lines, not columns: Arrow would give every row the union of all fields, and one type to each
         table = datasets.load_dataset("text", data_files=str(path), split="train", cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError):
-        _offset_rows(path)[:]  # names the line, where there is one to name
+        if not _offset_rows(path)[:]:  # names the broken line, where there is one to name
+            raise DataError("the file holds no rows", path) from None
         raise DataError("datasets could not read it; try data.hf_dataset=False", path) from None
     lines = table["text"]
     kept = [i for i, text in enumerate(lines) if text.strip("\ufeff \t\r\n")]
@@ -143,7 +145,8 @@ def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
     except OSError as fault:
         raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written has nothing to remove either
+            partial.unlink()
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -142,7 +142,9 @@ def chat_examples(rows: Rows, template: str, tokenizer: _Tokenizer, *, answer_on
     return examples
 
 
-def preference_examples(rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int) -> list[Example]:
+def preference_examples(
+    rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int
+) -> list[Example]:
     """Pairs of texts; a pair with a side longer than `limit` tokens is left out and counted."""
     examples = []
     for pair in rows:
@@ -150,7 +152,12 @@ def preference_examples(rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, 
         if all(0 < len(side) <= limit for side in sides):
             examples.append(Example(sides, tuple([1] * len(side) for side in sides)))
     if len(examples) < len(rows):
-        log.warning("%d of %d pairs left out: a side is empty or has over %d tokens", len(rows) - len(examples), len(rows), limit)
+        log.warning(
+            "%d of %d pairs left out: a side is empty or has over %d tokens",
+            len(rows) - len(examples),
+            len(rows),
+            limit,
+        )
     return examples
 
 
@@ -167,10 +174,11 @@ def _report(rows: Rows, dropped: int, cut: int, limit: int) -> None:
     if cut:
         log.warning("%s: %d rows were cut to %d tokens", rows.path, cut, limit)
     if dropped:
-        log.warning("%s: %d of %d rows left out: nothing of the answer is left to train on", rows.path, dropped, len(rows))
+        log.warning(
+            "%s: %d of %d rows left out: nothing of the answer is left to train on", rows.path, dropped, len(rows)
+        )
 
 
 def required_texts(template: PromptTemplate, key: str) -> Mapping[str, str]:
     """Fields a row must have, with the config key that names them."""
     return {name: f"{key}.prompt_template" for name in template.fields}
-

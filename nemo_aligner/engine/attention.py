@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -32,7 +33,9 @@ class SdpaCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or config.hidden_size // config.num_attention_heads)
+        self.scale = softmax_scale or 1.0 / math.sqrt(
+            config.kv_channels or config.hidden_size // config.num_attention_heads
+        )
         self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
@@ -55,7 +58,7 @@ class SdpaCoreAttention(MegatronModule):
         edges = packed_seq_params.cu_seqlens_q.tolist()
         parts = [
             self._attend(*(t[start:end].unsqueeze(1) for t in (query, key, value))).squeeze(1)
-            for start, end in zip(edges[:-1], edges[1:], strict=True)
+            for start, end in itertools.pairwise(edges)
         ]
         return torch.cat(parts)
 

@@ -30,6 +30,11 @@ def enable_cpu() -> None:
     torch.cuda.empty_cache = lambda: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    # activation recomputation saves and restores the random state of both; here the CPU's alone decides
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
     for name in _FACTORIES:  # buffers and counters are made with device="cuda"
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -7,13 +7,15 @@ dimension, T cached positions, V vocabulary. Hidden states are `[S, B, H]`, Mega
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 
@@ -72,14 +74,14 @@ class CachedPrompt:
 class CachedForward:
     """The forward passes of generation, for this rank's part of the model."""
 
-    def __init__(self, model: nn.Module, arch: Architecture) -> None:
+    def __init__(self, model: GPTModel, arch: Architecture) -> None:
         self.model = model
         self.arch = arch
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.layers = list(model.decoder.layers)
         self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        self._cos, self._sin = self._rotary_tables()
+        self._rotary = self._rotary_tables()
 
     def new_cache(self) -> KVCache:
         attention = self.layers[0].self_attention
@@ -150,28 +152,34 @@ class CachedForward:
 
         return self._logits(self._layers(tokens[:, None], positions[:, None], attend))
 
-    def _layers(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
-        """Hidden states `[S, B, H]` after this stage's layers; `tokens` and `positions` are `[B, S]`."""
+    def _layers(
+        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Hidden states `[S, B, H]` after this stage's layers, handed on to the next stage where there is one.
+
+        `tokens` and `positions` are `[B, S]`.
+        """
         if self._first:
             hidden = self.model.embedding(input_ids=tokens, position_ids=positions)
         else:
             hidden = self._receive(tokens)
-        if self._cos is not None:
-            turn = positions.t()
-            cos, sin = self._cos[turn].unsqueeze(2), self._sin[turn].unsqueeze(2)  # [S, B, 1, D/2]
+        turn = None
+        if self._rotary is not None:
+            turn = [table[positions.t()].unsqueeze(2) for table in self._rotary]  # cos and sin, [S, B, 1, D/2]
         for index, layer in enumerate(self.layers):
             attention = layer.self_attention
             query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
-            if self._cos is not None:
-                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if turn is not None:
+                query, key = rotate(query, *turn), rotate(key, *turn)
             hidden = _residual(hidden, attention.linear_proj(attend(index, query, key, value)))
             hidden = _residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+        if not self._last:
+            torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor | None:
-        """Logits `[B, V]` float32 of hidden states `[1, B, H]` on the last stage; hands them on elsewhere."""
+        """Logits `[B, V]` float32 of hidden states `[1, B, H]`; None off the last stage."""
         if not self._last:
-            torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
             return None
         hidden = self.model.decoder.final_layernorm(hidden)
         shared = self.model.share_embeddings_and_output_weights
@@ -186,10 +194,10 @@ class CachedForward:
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden
 
-    def _rotary_tables(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _rotary_tables(self) -> tuple[Tensor, Tensor] | None:
         """cos and sin of every position's rotary angles, `[max positions, D/2]` in the model's dtype."""
         if self.arch.position_embedding_type != "rope":
-            return None, None
+            return None
         cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
         return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 

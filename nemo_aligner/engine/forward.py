@@ -1,6 +1,6 @@
 """Forward and backward passes over micro-batches, through Megatron's schedules (any TP, PP).
 
-    tokens ─▶ model ─▶ output: logprobs `[B, S]` of a policy, rewards `[B, K]` of a reward model ─▶ objective ─▶ LossTerms
+tokens ─▶ model ─▶ output: logprobs `[B, S]` of a policy, rewards `[B, K]` of a reward model ─▶ objective ─▶ LossTerms
 """
 
 from __future__ import annotations

@@ -120,9 +120,14 @@ Output of a reward model: rewards `[B, K]` float32, K attributes (1 for ranking)
 class TrainableModel(Protocol):
     """A model with an optimizer: what the supervised and REINFORCE loops train."""
 
-    cluster: Cluster
-    tokenizer: Tokenizer
-    max_sequence_length: int
+    @property
+    def cluster(self) -> Cluster: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_sequence_length(self) -> int: ...
 
     def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
         """One optimizer step over this rank's micro-batches (same number on every rank).
@@ -158,11 +163,13 @@ class Policy(TrainableModel, Protocol):
 
 
 class RewardModel(TrainableModel, Protocol):
-    append_eod: bool
-    """Whether the texts it was trained on ended with EOS."""
+    @property
+    def append_eod(self) -> bool:
+        """Whether the texts it was trained on ended with EOS."""
 
-    stored_standardization: tuple[float, float] | None
-    """Mean and std of its rewards on its validation data, where the archive holds them."""
+    @property
+    def stored_standardization(self) -> tuple[float, float] | None:
+        """Mean and std of its rewards on its validation data, where the archive holds them."""
 
     def score(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[list[float]]:
         """K rewards of each token row (K = 1 for ranking models), read at its last token; order of `rows` kept.

@@ -1,8 +1,8 @@
 """Starting the processes of a run: plain `python`, torchrun or srun, with the same command line.
 
-    torchrun, or RANK/WORLD_SIZE set      taken as they are
-    srun with several tasks               read from SLURM_*
-    plain python, trainer.devices = N     this process becomes rank 0 and starts N - 1 copies of its own command line
+torchrun, or RANK/WORLD_SIZE set      taken as they are
+srun with several tasks               read from SLURM_*
+plain python, trainer.devices = N     this process becomes rank 0 and starts N - 1 copies of its own command line
 """
 
 from __future__ import annotations
@@ -128,5 +128,3 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> None:
             time.sleep(3)
             os._exit(failed[0] if 0 < failed[0] < 128 else 1)
         time.sleep(0.2)
-
-

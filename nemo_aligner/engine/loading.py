@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
@@ -49,7 +49,7 @@ def start_for_archive(
 class LoadedModel:
     """This rank's part of an archive's model, with what belongs to it."""
 
-    module: nn.Module
+    module: MegatronModule
     arch: Architecture
     tokenizer: ArchiveTokenizer
     run: RunOptions

@@ -42,17 +42,11 @@ class RunOptions:
 
 
 def parse_precision(value: str | int) -> torch.dtype:
-    """`trainer.precision` → the dtype of weights and matrix products.
+    """`trainer.precision` (one of config.schema.PRECISIONS) → the dtype of weights and matrix products.
 
     bf16 and bf16-mixed are the same here: bf16 weights, fp32 master weights in the optimizer.
     """
-    known = {
-        "32": torch.float32, "32-true": torch.float32,
-        "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16,
-    }  # fmt: skip
-    if str(value) not in known:
-        raise ConfigError(f"{value!r} is not one of {', '.join(known)}", "trainer.precision")
-    return known[str(value)]
+    return torch.float32 if str(value).startswith("32") else torch.bfloat16
 
 
 def padded_vocab_size(arch: Architecture, tp: int) -> int:
@@ -91,7 +85,8 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
         )
     if method not in ("uniform", "block"):
         raise ConfigError(
-            f"{method!r} is not one of uniform, block (granularity full needs one)", "model.activations_checkpoint_method"
+            f"{method!r} is not one of uniform, block (granularity full needs one)",
+            "model.activations_checkpoint_method",
         )
     layers = run.activations_checkpoint_num_layers or 1
     return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
@@ -103,7 +98,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         raise ConfigError("context parallelism is not supported; use 1", "model.context_parallel_size")
     if arch.num_attention_heads % run.tp or arch.num_layers % run.pp:
         raise ConfigError(
-            f"{arch.num_attention_heads} heads and {arch.num_layers} layers cannot be cut by TP {run.tp} and PP {run.pp}",
+            f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
             "model.tensor_model_parallel_size",
         )
     on_cpu = not torch.cuda.is_available()
@@ -172,6 +167,8 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
 class RewardGPTModel(GPTModel):
     """A GPTModel with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
 
+    post_process: bool
+
     def __init__(self, *args: Any, attributes: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process:
@@ -202,7 +199,9 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     """This rank's pipeline stage, with random weights, in `run.dtype`."""
     is_reward_model = arch.reward_model_type is not None
     if arch.position_embedding_type not in ("rope", "learned_absolute"):
-        raise CheckpointError(f"position_embedding_type {arch.position_embedding_type!r} is not rope or learned_absolute")
+        raise CheckpointError(
+            f"position_embedding_type {arch.position_embedding_type!r} is not rope or learned_absolute"
+        )
     scaling = arch.rope_scaling
     kind = RewardGPTModel if is_reward_model else GPTModel
     model = kind(

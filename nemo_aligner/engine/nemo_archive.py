@@ -26,7 +26,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from megatron.core.transformer.module import MegatronModule
 
     from nemo_aligner.engine.interfaces import Cluster
     from nemo_aligner.engine.tokenizer import ArchiveTokenizer
@@ -125,8 +125,10 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
 def _extract(path: Path, folder: Path, key: str) -> None:
     with _open_tar(path, key) as tar:
         for member in tar:
-            if member.issym() or member.islnk():
-                raise CheckpointError(f"{key}={path}: member {member.name!r} is a link; archives hold plain files only")
+            if not (member.isfile() or member.isdir()):
+                raise CheckpointError(f"{key}={path}: member {member.name!r} is a link or device; archives hold files")
+            if member.name.startswith("/") or ".." in Path(member.name).parts:
+                raise CheckpointError(f"{key}={path}: member {member.name!r} would leave the archive's folder")
             try:
                 tar.extract(member, folder, filter="data")
             except tarfile.FilterError as fault:
@@ -140,7 +142,7 @@ def _extract(path: Path, folder: Path, key: str) -> None:
         raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
 
 
-def load_weights(model: nn.Module, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
+def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
     """Read an opened archive's weights into `model`, whatever TP and PP wrote them.
 
     `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
@@ -159,7 +161,7 @@ def load_weights(model: nn.Module, folder: Path, cluster: Cluster, *, new_head: 
 
 
 def save_archive(
-    path: str | Path, model: nn.Module, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
+    path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
 ) -> None:
     """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
     from nemo_aligner.engine.sharded import save_sharded, without_extra_state

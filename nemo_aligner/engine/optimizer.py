@@ -6,7 +6,12 @@ import logging
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.utils import get_model_config
 from torch import nn
 
@@ -16,13 +21,12 @@ from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_NAMES = {  # name → (Megatron's optimizer, sharded over data-parallel ranks)
-    "distributed_fused_adam": ("adam", True),
-    "mcore_distributed_optim": ("adam", True),
-    "fused_adam": ("adam", False),
-    "adamw": ("adam", False),
-    "adam": ("adam", False),
-    "sgd": ("sgd", False),
+_NAMES = {  # all are AdamW; True: its state is sharded over data-parallel ranks
+    "distributed_fused_adam": True,
+    "mcore_distributed_optim": True,
+    "fused_adam": False,
+    "adamw": False,
+    "adam": False,
 }
 
 
@@ -36,7 +40,7 @@ def build_optimizer(
     """
     if optim.name not in _NAMES:
         raise ConfigError(f"{optim.name!r} is not one of {', '.join(_NAMES)}", "model.optim.name")
-    kind, distributed = _NAMES[optim.name]
+    distributed = _NAMES[optim.name]
     if distributed and not torch.cuda.is_available():
         log.info("model.optim.name=%s: on a CPU the optimizer state is not sharded over ranks", optim.name)
         distributed = False
@@ -48,7 +52,7 @@ def build_optimizer(
         module=model,
     )
     settings = OptimizerConfig(
-        optimizer=kind,
+        optimizer="adam",
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.betas[0],
@@ -60,7 +64,10 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
     )
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(settings, [wrapped])
+        # the overrides take biases and norms out of weight decay; without them Megatron decays everything
+        optimizer = get_megatron_optimizer(settings, [wrapped], get_standard_config_overrides(settings))
+    for group in optimizer.param_groups:  # Megatron leaves this to its own schedule class, which is not used here
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
     config = get_model_config(model)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads

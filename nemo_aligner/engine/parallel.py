@@ -78,7 +78,9 @@ class MegatronCluster:
         return bool(raised.item())
 
 
-def fit_parallel_sizes(tensor: int, pipeline: int, stored_tensor: int, stored_pipeline: int, world: int) -> tuple[int, int]:
+def fit_parallel_sizes(
+    tensor: int, pipeline: int, stored_tensor: int, stored_pipeline: int, world: int
+) -> tuple[int, int]:
     """Tensor- and pipeline-parallel sizes for `world` processes.
 
     -1 takes the stored size, reduced until it divides what is there; an explicit size that does not is a ConfigError.

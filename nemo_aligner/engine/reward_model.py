@@ -58,5 +58,5 @@ def load_reward_model_for_training(
 def _check_is_reward_model(loaded: LoadedModel, key: str, path: str | Path) -> None:
     if loaded.arch.reward_model_type is None:
         raise CheckpointError(
-            f"{key}={path} is a language model, not a reward model; train one with examples/nlp/gpt/train_reward_model.py"
+            f"{key}={path} is a language model, not a reward model; examples/nlp/gpt/train_reward_model.py makes one"
         )

@@ -1,4 +1,4 @@
-"""Sharded state on disk: megatron-core's torch_dist format, written from any cut of the model and read into any other."""
+"""Sharded state on disk: megatron-core's torch_dist format, written from any cut of a model, read into any other."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def load_sharded(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     """Read into the places `state` describes; collective. Raises CheckpointError naming keys that are missing."""
     check_metadata(folder)
     try:
-        loaded, missing, _ = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        # Megatron calls "unexpected" what was asked for and is not in the checkpoint
+        loaded, _, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except (OSError, ValueError, RuntimeError, EOFError, dist_checkpointing.core.CheckpointingException) as fault:
         raise CheckpointError(f"{folder.name} cannot be read: {' '.join(str(fault).split())[:300]}") from fault
     if missing:

@@ -1,8 +1,8 @@
 """Training checkpoints: a folder that appears whole or not at all.
 
-    <folder>/shards/        model and optimizer, torch_dist; any TP, PP, DP reads them
-    <folder>/rng_<rank>.pt  random number generators of each rank
-    <folder>/state.json     step, consumed samples and whatever the caller adds; written last, so it marks completeness
+<folder>/shards/        model and optimizer, torch_dist; any TP, PP, DP reads them
+<folder>/rng_<rank>.pt  random number generators of each rank
+<folder>/state.json     step, consumed samples and whatever the caller adds; written last, so it marks completeness
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.engine.cpu import cuda_type_names
 from nemo_aligner.engine.interfaces import Cluster
@@ -33,7 +33,7 @@ STATE = "state.json"
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _sharded(model: nn.Module, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
+def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
     weights = without_extra_state(model.sharded_state_dict(prefix="model."))
     if optimizer is None:
         return weights
@@ -45,7 +45,7 @@ def _sharded(model: nn.Module, optimizer: MegatronOptimizer | None, *, loading: 
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: MegatronOptimizer | None, state: dict[str, Any], cluster: Cluster
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, state: dict[str, Any], cluster: Cluster
 ) -> None:
     """Write a checkpoint; collective. Raises OutputError, and then leaves nothing behind."""
     partial = folder.with_name(f"{folder.name}.partial")
@@ -70,7 +70,7 @@ def save(
     cluster.barrier()
 
 
-def load(folder: Path, model: nn.Module, optimizer: MegatronOptimizer | None, cluster: Cluster) -> dict[str, Any]:
+def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, cluster: Cluster) -> dict[str, Any]:
     """Read a checkpoint into model and optimizer; returns the caller's state. Collective."""
     state = read_state(folder)
     loaded = load_sharded(_sharded(model, optimizer, loading=True), folder / "shards")

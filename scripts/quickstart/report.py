@@ -54,7 +54,8 @@ def samples_text(folder: Path, last: int, count: int = 5) -> str:
     )
     step = max(1, len(before) // count)
     for old, new in list(zip(before, after, strict=True))[::step][:count]:
-        parts.append(f"\n**{old['input']}**")
+        opening = old["input"].split("<|im_end|>")[0].removeprefix("<|im_start|>user\n")
+        parts.append(f"\n**{opening}**")
         parts += [
             f"- {name} ({row['reward']:+.2f}): {' '.join(row['output'].split())}"
             for name, row in (("before", old), ("after", new))

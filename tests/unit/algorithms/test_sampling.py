@@ -111,7 +111,7 @@ def test_noise_is_uniform_and_uncorrelated_between_neighbours() -> None:
     grid = uniform_noise(0, np.repeat(np.arange(250), 250), np.zeros(62_500, int), np.tile(np.arange(250), 250))
     assert stats.kstest(grid, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(grid[:-1], grid[1:])[0, 1]) < 0.02
-    assert values.min() > 0 and values.max() < 1
+    assert 0 < values.min() < values.max() < 1
 
 
 @pytest.mark.parametrize("u", [1e-17, 0.5, 1 - 2**-53])

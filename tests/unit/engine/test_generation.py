@@ -19,7 +19,7 @@ from nemo_aligner.engine.generation import Generator
 from nemo_aligner.engine.interfaces import GenerationRequest, Response
 from nemo_aligner.engine.model import RunOptions, build_model
 from nemo_aligner.engine.parallel import start_cluster
-from tests.unit.engine.test_stopping import ByteTokenizer
+from tests.fakes import ByteTokenizer
 
 ARCH = Architecture(
     num_layers=2,
@@ -64,7 +64,9 @@ def full_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
         return model(ids, positions, None)[0, :, : ARCH.vocab_size].float()
 
 
-def generate(model: torch.nn.Module, arch: Architecture, sampling: SamplingParams, slots: int, n: int = 1) -> list[Response]:
+def generate(
+    model: torch.nn.Module, arch: Architecture, sampling: SamplingParams, slots: int, n: int = 1
+) -> list[Response]:
     requests = [GenerationRequest(p, s, prompt) for p, prompt in enumerate(PROMPTS) for s in range(n)]
     generator = Generator(CachedForward(model, arch), ByteTokenizer(), sampling, slots, arch.max_position_embeddings)
     return sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
@@ -73,7 +75,9 @@ def generate(model: torch.nn.Module, arch: Architecture, sampling: SamplingParam
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_with_cache_equals_argmax_of_the_plain_forward(name: str) -> None:
     model, arch = build(SHAPES[name]), SHAPES[name]
-    for prompt, response in zip(PROMPTS, generate(model, arch, SamplingParams(greedy=True, max_tokens=12), 2), strict=True):
+    for prompt, response in zip(
+        PROMPTS, generate(model, arch, SamplingParams(greedy=True, max_tokens=12), 2), strict=True
+    ):
         tokens = list(prompt)
         while len(tokens) < len(prompt) + 12 and (len(tokens) == len(prompt) or tokens[-1] != ByteTokenizer.eos_id):
             tokens.append(int(full_logits(model, tokens)[-1].argmax()))
@@ -155,8 +159,8 @@ def test_repetition_penalty_is_applied_to_prompt_and_response_tokens() -> None:
 def test_a_response_never_passes_the_context_of_the_model() -> None:
     model = build(ARCH)
     request = GenerationRequest(0, 0, tuple([65] * 60))
-    generator = Generator(CachedForward(model, ARCH), ByteTokenizer(), SamplingParams(greedy=True, max_tokens=50), 2, 64)
+    generator = Generator(
+        CachedForward(model, ARCH), ByteTokenizer(), SamplingParams(greedy=True, max_tokens=50), 2, 64
+    )
     [response] = generator.run([request])
     assert len(response.tokens) <= 4
-
-

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from nemo_aligner.engine.stopping import StopCondition
-
-EOS, END_OF_TURN = 256, 257
-
-
-class ByteTokenizer:
-    vocab_size, bos_id, eos_id, pad_id, chat_template = 258, None, EOS, EOS, None
-
-    def encode(self, text: str) -> list[int]:
-        return [END_OF_TURN] if text == "<turn>" else list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+from tests.fakes import END_OF_TURN, EOS, ByteTokenizer
 
 
 def drawn_until_stop(text_ids: list[int], end_strings: list[str]) -> tuple[int, str]:

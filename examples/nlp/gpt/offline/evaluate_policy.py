@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_aligner.config.entry import script
-from nemo_aligner.config.load import load_config
 from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.config.load import load_config
 
 
 @script("evaluate_policy", Path(__file__).resolve().parent / "conf")

@@ -1,0 +1,35 @@
+"""Run a function on several gloo processes, each of them a rank of a Megatron cluster on the CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from nemo_aligner.config.schema import TrainerConfig
+
+
+def _rank(
+    rank: int, world: int, port: int, sizes: tuple[int, int], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from nemo_aligner.engine.parallel import start_cluster
+
+    trainer = TrainerConfig(devices=world, accelerator="cpu")
+    with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], seed=7) as cluster:
+        function(cluster, *args)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, tensor: int = 1, pipeline: int = 1) -> None:
+    """Call `function(cluster, *args)` on `world` processes; a failure of any of them is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, args=(world, port, (tensor, pipeline), function, args), nprocs=world, join=True)

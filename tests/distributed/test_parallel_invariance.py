@@ -1,0 +1,134 @@
+"""The same archive gives the same numbers however it is cut: logprobs, rewards, samples, and one training step.
+
+Cuts: TP 2, PP 2, DP 2 against one process. Not covered: sequence parallelism, virtual pipeline stages, NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.interfaces import GenerationRequest
+from tests.distributed.helpers import run_ranks
+from tests.unit.engine.test_generation import ARCH
+
+ROWS = [[5, 9, 77, 30, 2], [8, 8], [100, 3, 40, 41, 42, 43, 44], [1, 2, 3]]
+EXAMPLES = [Example((row,), ([0] + [1] * (len(row) - 1),)) for row in ROWS]
+CUTS = {"TP 2": (2, 2, 1), "PP 2": (2, 1, 2), "DP 2": (2, 1, 1)}
+
+
+def write_archives(cluster: Any, folder: Path) -> None:
+    """A policy and a reward model, by whatever ranks there are."""
+    import torch
+
+    from nemo_aligner.engine import nemo_archive
+    from nemo_aligner.engine.model import RunOptions, build_model
+    from nemo_aligner.engine.tokenizer import FastTokenizer
+    from scripts.import_hf import byte_tokenizer
+    from tests.unit.engine.test_nemo_archive import SETTINGS
+
+    for name, kind in (("policy", None), ("reward", "binary_ranking")):
+        arch = replace(ARCH, vocab_size=259, tokenizer=SETTINGS, reward_model_type=kind)
+        torch.manual_seed(3)
+        model = build_model(arch, RunOptions(tp=cluster.tp, pp=cluster.pp))
+        nemo_archive.save_archive(
+            folder / f"{name}.nemo", model, arch, FastTokenizer(byte_tokenizer(), SETTINGS), cluster
+        )
+
+
+def measure(cluster: Any, folder: Path, name: str) -> None:
+    """Everything a stage asks of a model, written as JSON by rank 0."""
+    from nemo_aligner.engine.policy import load_policy, load_policy_for_training
+    from nemo_aligner.engine.reward_model import load_reward_model
+    from nemo_aligner.stages.batches import microbatches
+    from nemo_aligner.stages.supervised import sft_objective
+
+    policy = load_policy(folder / "policy.nemo", cluster, precision="32")
+    found: dict[str, Any] = {"logprobs": [row.tolist() for row in policy.logprobs(ROWS, 2)]}
+    requests = [
+        GenerationRequest(p, s, tuple(row))
+        for p, row in enumerate(ROWS)
+        for s in range(3)
+        if p % cluster.dp_size == cluster.dp_rank
+    ]
+    drawn = [
+        r for part in cluster.gather(list(policy.generate(requests, SamplingParams(max_tokens=8), 4))) for r in part
+    ]
+    found["samples"] = sorted((r.prompt_index, r.sample_index, r.tokens) for r in drawn)
+    reward_model = load_reward_model(folder / "reward.nemo", cluster, precision="32")
+    found["rewards"] = reward_model.score(ROWS, 3)
+
+    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"))
+    trained = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
+    trained.add_optimizer(OptimConfig(name="adamw", lr=1e-2), clip_grad=1.0, max_steps=3)
+    for step in range(2):
+        batch = microbatches(
+            EXAMPLES, range(4 - step), size=1, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258
+        )
+        metrics = trained.train_step(batch, sft_objective)
+        found[f"step {step}"] = [metrics.loss, metrics.grad_norm]
+    trained.save_training_state(folder / f"checkpoint {name}", {"step": 2})
+    found["after"] = [row.tolist() for row in trained.logprobs(ROWS, 4)]
+    if cluster.is_main:
+        (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def resume(cluster: Any, folder: Path, checkpoint: str, name: str) -> None:
+    """Go on from a checkpoint, on whatever cut this is."""
+    from nemo_aligner.engine.policy import load_policy_for_training
+    from nemo_aligner.stages.batches import microbatches
+    from nemo_aligner.stages.supervised import sft_objective
+
+    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"))
+    model = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
+    model.add_optimizer(OptimConfig(name="adamw", lr=1e-2), clip_grad=1.0, max_steps=3)
+    model.load_training_state(folder / f"checkpoint {checkpoint}")
+    batch = microbatches(EXAMPLES, range(4), size=2, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258)
+    metrics = model.train_step(batch, sft_objective)
+    if cluster.is_main:
+        (folder / f"{name}.json").write_text(json.dumps([metrics.loss, metrics.grad_norm]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cuts")
+    run_ranks(1, write_archives, folder)
+    run_ranks(1, measure, folder, "one")
+    run_ranks(1, resume, folder, "one", "one resumed")
+    return folder
+
+
+def close(a: Any, b: Any, tolerance: float) -> None:
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            close(x, y, tolerance)
+    else:
+        assert a == pytest.approx(b, abs=tolerance)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_gives_the_numbers_of_one_process(cut: str, folder: Path) -> None:
+    world, tensor, pipeline = CUTS[cut]
+    run_ranks(world, measure, folder, cut, tensor=tensor, pipeline=pipeline)
+    one, cut_found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", cut))
+    assert cut_found["samples"] == one["samples"]
+    for key in ("logprobs", "rewards", "step 0", "step 1"):
+        close(cut_found[key], one[key], 1e-4)
+    close(cut_found["after"], one["after"], 2e-3)
+
+
+@pytest.mark.parametrize(("written", "read"), [("TP 2", "PP 2"), ("one", "TP 2")])
+def test_a_checkpoint_of_one_cut_goes_on_in_another(written: str, read: str, folder: Path) -> None:
+    if written != "one" and not (folder / f"checkpoint {written}").exists():
+        pytest.skip("runs after the test above, which writes the checkpoint")
+    world, tensor, pipeline = CUTS[read]
+    run_ranks(world, resume, folder, written, "resumed", tensor=tensor, pipeline=pipeline)
+    close(*(json.loads((folder / f"{n}.json").read_text()) for n in ("resumed", "one resumed")), 1e-3)  # type: ignore[misc]

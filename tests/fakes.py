@@ -1,0 +1,46 @@
+"""Stand-ins behind protocols, shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+EOS, END_OF_TURN = 256, 257
+
+
+class ByteTokenizer:
+    """One token per byte; EOS and one more special token."""
+
+    vocab_size, bos_id, eos_id, pad_id, chat_template = 258, None, EOS, EOS, None
+
+    def encode(self, text: str) -> list[int]:
+        return [END_OF_TURN] if text == "<turn>" else list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class OneProcess:
+    """A cluster of one; `dp_rank` and `dp_size` may pretend to be one of several."""
+
+    def __init__(self, dp_rank: int = 0, dp_size: int = 1) -> None:
+        self.rank = self.dp_rank = dp_rank
+        self.world_size = self.dp_size = dp_size
+
+    is_main = True
+    speaks_for_replica = True
+
+    def barrier(self) -> None:
+        pass
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def any_in_replica(self, flag: bool) -> bool:
+        return flag

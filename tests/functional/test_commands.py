@@ -1,0 +1,160 @@
+"""The scripts as a user meets them: bad input, interruption, and the online loop under kill -9."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.functional.conftest import ENV, ROOT, Workshop, run
+
+SAMPLER = "examples/nlp/gpt/offline/launch_random_sampler.py"
+LABELER = "examples/nlp/gpt/offline/launch_reward_labeler.py"
+SFT = "examples/nlp/gpt/train_gpt_sft.py"
+
+
+def sampler(shop: Workshop, output: Path, *more: str) -> list[str]:
+    return [
+        "python", SAMPLER, f"gpt_model_file={shop.path('sft_model.nemo')}", "trainer.precision=32",
+        f"data.file_names=[{shop.path('prompts_dataset.jsonl')}]", "data.hf_dataset=False", "data.n=4",
+        "inference.tokens_to_generate=8", f"output_file={output}", *more,
+    ]  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input": "a"}\n{"input": \n')
+    labeler = [
+        "python",
+        LABELER,
+        f"data.file_names=[{workshop.path('generated_samples.jsonl')}]",
+        f"output_file={tmp_path}/o",
+    ]
+    reward = f"gpt_model_file={workshop.path('reward_model.nemo')}"
+    cases = {
+        "not valid JSON": sampler(workshop, tmp_path / "o", f"data.file_names=[{bad}]"),
+        "nowhere.nemo: no such file": sampler(workshop, tmp_path / "o", "gpt_model_file=nowhere.nemo"),
+        "data.max_seq_len": sampler(workshop, tmp_path / "o", "++data.max_seq_len=3"),
+        "Could not override 'data.typo'": sampler(workshop, tmp_path / "o", "data.typo=3"),
+        "processor: 'best'": [*labeler, reward, "processor=best"],
+        "threshold=1000000 leaves no sample": [*labeler, reward, "processor=rest", "threshold=1e6"],
+        "is a language model, not a reward model": [*labeler, f"gpt_model_file={workshop.path('sft_model.nemo')}"],
+        "cannot write": sampler(workshop, Path("/proc/nowhere/o")),
+        "does not divide": sampler(workshop, tmp_path / "o", "tensor_model_parallel_size=3"),
+    }
+    for message, command in cases.items():
+        done = run(*command, check=False, HYDRA_FULL_ERROR="1")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1, command
+        assert len(errors) == 1, done.stderr
+        assert message in errors[0], errors
+        assert "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "o").exists()
+
+
+def test_killed_at_any_moment_the_rerun_gives_the_uninterrupted_result(workshop: Workshop, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    run(*sampler(workshop, whole))
+    slow = sampler(workshop, tmp_path / "killed.jsonl", "checkpoint_interval=1", "inference.max_batch_slots=1")
+    process = subprocess.Popen(slow, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "killed.jsonl_temp" / "rank_0.json"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(*sampler(workshop, tmp_path / "killed.jsonl", "trainer.devices=2"))
+    assert (tmp_path / "killed.jsonl").read_text() == whole.read_text()
+
+
+def test_a_time_limit_keeps_the_work_and_says_so_with_its_exit_status(workshop: Workshop, tmp_path: Path) -> None:
+    command = sampler(workshop, tmp_path / "o.jsonl")
+    stopped = run(*command, "max_time_per_run=0:0:0", check=False)
+    assert stopped.returncode == 75
+    assert "stopped early: max_time_per_run=0:0:0" in stopped.stderr
+    assert not (tmp_path / "o.jsonl").exists()
+    run(*command)
+    assert len(Workshop(tmp_path).rows("o.jsonl")) == 24
+
+
+def test_sft_stopped_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    def sft(name: str, *more: str, check: bool = True) -> int:
+        return run(
+            "python", SFT, f"model.restore_from_path={workshop.path('sft_model.nemo')}", "trainer.precision=32",
+            f"model.data.train_ds.file_path={workshop.path('generated_samples.jsonl')}", "trainer.sft.max_epochs=2",
+            "model.data.train_ds.global_batch_size=4", f"exp_manager.explicit_log_dir={tmp_path / name}",
+            "trainer.sft.save_interval=2", "exp_manager.checkpoint_callback_params.monitor=global_step",
+            "exp_manager.checkpoint_callback_params.mode=max", "exp_manager.checkpoint_callback_params.save_top_k=1",
+            *more, check=check,
+        ).returncode  # fmt: skip
+
+    sft("whole")
+    assert sft("parts", "exp_manager.max_time_per_run=0:0:0", check=False) == 75
+    [checkpoint] = (tmp_path / "parts/checkpoints").glob("*-last")
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == 1
+    sft("parts")
+    a, b = ((tmp_path / name / "checkpoints/megatron_gpt_sft.nemo") for name in ("whole", "parts"))
+    assert weights(a, tmp_path / "a") == weights(b, tmp_path / "b")
+    kept = sorted(p.name for p in (tmp_path / "whole/checkpoints").glob("*/"))
+    assert kept == ["megatron_gpt_sft--global_step=6.000-step=6-consumed_samples=18-last"]
+    # a finished run started again only writes what is missing
+    a.unlink()
+    sft("whole")
+    assert weights(a, tmp_path / "c") == weights(b, tmp_path / "b")
+
+
+def weights(archive: Path, folder: Path) -> list[bytes]:
+    """The weight bytes of an archive."""
+    shutil.unpack_archive(archive, folder, "tar")
+    return [path.read_bytes() for path in sorted((folder / "model_weights").glob("*.distcp"))]
+
+
+def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop: Workshop, tmp_path: Path) -> None:
+    def loop(name: str) -> subprocess.Popen[str]:
+        settings = {
+            "TRAINING_ITERS": "1", "ROLLOUT_BATCH_SIZE": "3", "RESULT_PATH": str(tmp_path / name),
+            "PROMPTS_PATH": str(workshop.path("prompts_dataset.jsonl")),
+            "POLICY_MODEL_PATH": str(workshop.path("sft_model.nemo")),
+            "REWARD_MODEL_PATH": str(workshop.path("reward_model.nemo")),
+            "SAMPLER_ARGS": "data.n=3 inference.tokens_to_generate=6 trainer.precision=32",
+            "LABELER_ARGS": "trainer.precision=32",
+            "SFT_ARGS": "'model.data.train_ds.prompt_template=\"{input}{output}\"' trainer.precision=32",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", "scripts/online_rs.sh"], cwd=ROOT, env={**ENV, **settings}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    whole = loop("whole")
+    assert whole.wait() == 0, whole.stdout
+    for stage in ("sample", "label", "train"):
+        process = loop("killed")
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == f"== iteration 0: {stage}":
+                break
+        time.sleep(3)
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        process.wait()
+    final = loop("killed")
+    output = final.communicate()[0]
+    assert final.returncode == 0, output
+    paths = [tmp_path / name / "checkpoints/megatron_gpt_sft.nemo" for name in ("whole", "killed")]
+    assert weights(paths[0], tmp_path / "a") == weights(paths[1], tmp_path / "b")
+    assert (tmp_path / "killed/iter.log").read_text() == "1\n"
+
+
+def test_the_tiny_quickstart_runs_through(tmp_path: Path) -> None:
+    run("bash", "scripts/quickstart.sh", "--tiny", QUICKSTART_DIR=str(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"reward_before", "reward_after", "reward_std_before", "kl_after", "seconds"} < summary.keys()
+    assert [row["iteration"] for row in summary["iterations"]] == [0, 1, 2, 3]
+    assert summary["iterations"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert "**" in (tmp_path / "samples.md").read_text()

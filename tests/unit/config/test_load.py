@@ -1,0 +1,113 @@
+"""Every fault of a config is one line with the full key; every shipped YAML equals its dataclass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
+from nemo_aligner.config.resolvers import register_resolvers
+from nemo_aligner.config.supervised import RMConfig, SFTConfig
+from nemo_aligner.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3] / "examples" / "nlp" / "gpt"
+SHIPPED = {
+    "offline/conf/megatron_random_sampler": SamplerConfig,
+    "offline/conf/megatron_reward_labeler": LabelerConfig,
+    "offline/conf/evaluate_policy": EvaluationConfig,
+    "conf/gpt_sft": SFTConfig,
+    "conf/training_rm": RMConfig,
+}
+SAMPLER = ["gpt_model_file=m.nemo", "output_file=o.jsonl", "data.file_names=[p.jsonl]"]
+
+
+def composed(name: str, overrides: list[str]) -> DictConfig:
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    path = ROOT / name
+    with initialize_config_dir(str(path.parent), version_base=None):
+        return compose(path.name, overrides)
+
+
+def load_sampler(*overrides: str) -> SamplerConfig:
+    return load_config(composed("offline/conf/megatron_random_sampler", [*SAMPLER, *overrides]), SamplerConfig)
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{path}{name}.").items()}
+    return {path[:-1]: value}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_key_of_a_shipped_yaml_is_known_and_every_known_key_is_in_it(name: str) -> None:
+    cfg = OmegaConf.to_container(composed(name, []), resolve=False)
+    schema = OmegaConf.to_container(OmegaConf.structured(SHIPPED[name]), resolve=False)
+    assert isinstance(cfg, dict)
+    assert isinstance(schema, dict)
+    found = {key for key in leaves(cfg) if not key.startswith("model.optim.sched.")}
+    optional = {"model.optim.sched", "model.data.validation_ds"}
+    known = {key for key in leaves(schema) if key not in optional}
+    inert = {"trainer.logger", "trainer.enable_checkpointing", "trainer.use_distributed_sampler", "trainer.max_time"}
+    assert {key for key in found if not key.startswith("model.data.validation_ds.")} == known - (
+        inert if name.startswith("offline") else set()
+    )
+
+
+@pytest.mark.parametrize("name", list(SHIPPED)[:2])
+def test_yaml_defaults_and_dataclass_defaults_agree(name: str) -> None:
+    yaml = leaves(OmegaConf.to_container(composed(name, []), resolve=False))  # type: ignore[arg-type]
+    schema = leaves(OmegaConf.to_container(OmegaConf.structured(SHIPPED[name]), resolve=False))  # type: ignore[arg-type]
+    allowed = {"data.max_seq_length", "data.add_eos"}  # the two scripts share the dataclass, not these defaults
+    differ = {key for key, value in yaml.items() if schema[key] != value and value != MISSING} - allowed
+    assert differ == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("++inference.temprature=0.5", "inference.temprature: no such key, did you mean inference.temperature"),
+        ("data.n=many", "data.n: Value 'many' of type 'str' could not be converted to Integer"),
+        ("++data.n=[1]", "data.n: "),
+        ("data.file_names=???", "data.file_names: required, but not given"),
+        ("data.n=0", "data.n: 0 is below 1"),
+        ("inference.temperature=0", "inference.temperature: 0.0 is not above 0"),
+        ("inference.top_p=1.5", "inference.top_p: 1.5 is not between 0 and 1"),
+        ("data.micro_batch_size=0", "data.micro_batch_size: 0 is below 1"),
+        ("trainer.precision=16", "trainer.precision: '16' is not one of"),
+    ],
+)
+def test_a_fault_is_one_line_with_the_full_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sampler(override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_unknown_keys_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sampler("++data.nn=1", "++inference.topp=1")
+    assert "data.nn: no such key" in str(caught.value)
+    assert "inference.topp: no such key" in str(caught.value)
+
+
+def test_deleting_the_schedule_means_a_constant_rate() -> None:
+    cfg = composed("conf/gpt_sft", ["model.restore_from_path=m", "~model.optim.sched"])
+    assert load_config(cfg, SFTConfig).model.optim.sched is None
+
+
+@pytest.mark.parametrize("written", ["${multiply:1e-6,1.001}", r"\${multiply:1e-6,1.001}"])
+def test_a_learning_rate_may_be_a_product_in_both_quotings(written: str) -> None:
+    cfg = composed("conf/gpt_sft", ["model.restore_from_path=m", f'model.optim.lr="{written}"'])
+    assert load_config(cfg, SFTConfig).model.optim.lr == pytest.approx(1.001e-6)
+
+
+def test_a_whole_number_may_stand_where_a_decimal_is_meant() -> None:
+    assert load_sampler("inference.temperature=1").inference.temperature == 1.0

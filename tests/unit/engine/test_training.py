@@ -1,0 +1,170 @@
+"""One optimizer step against plain torch, and checkpoints against uninterrupted training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import OptimConfig, TrainerConfig
+from nemo_aligner.engine import train_checkpoint
+from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.loading import LoadedModel
+from nemo_aligner.engine.model import RunOptions, build_model
+from nemo_aligner.engine.parallel import MegatronCluster, start_cluster
+from nemo_aligner.engine.trainable import MegatronTrainable
+from nemo_aligner.errors import TrainingError
+from nemo_aligner.stages.supervised import ranking_objective, sft_objective
+from tests.fakes import ByteTokenizer
+from tests.unit.engine.test_generation import ARCH
+
+OPTIM = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def trainable(cluster: MegatronCluster, arch: Architecture = ARCH) -> MegatronTrainable:
+    torch.manual_seed(5)
+    run = RunOptions()
+    model = MegatronTrainable(LoadedModel(build_model(arch, run), arch, ByteTokenizer(), run, Path("none")), cluster)  # type: ignore[arg-type]
+    model.add_optimizer(OPTIM, clip_grad=0.0, max_steps=10)
+    return model
+
+
+def rows(count: int = 4, seed: int = 0) -> Microbatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 250, (count, 9), generator=generator)
+    lengths = torch.tensor([9, 5, 7, 3][:count])
+    mask = (torch.arange(9) < lengths[:, None]) & (torch.arange(9) >= 2)
+    return Microbatch(tokens, lengths, {"loss_mask": mask.float(), "weights": torch.ones(count)})
+
+
+def split(whole: Microbatch, size: int) -> list[Microbatch]:
+    return [
+        Microbatch(
+            whole.tokens[i : i + size],
+            whole.lengths[i : i + size],
+            {k: v[i : i + size] for k, v in whole.fields.items()},
+        )
+        for i in range(0, len(whole.tokens), size)
+    ]
+
+
+def plain_sft_loss(module: torch.nn.Module, batch: Microbatch) -> torch.Tensor:
+    """The objective over the dense model, in plain torch."""
+    positions = torch.arange(batch.tokens.size(1)).expand_as(batch.tokens)
+    logprobs = module(batch.tokens, positions, None)[..., : ARCH.vocab_size].log_softmax(-1)
+    picked = logprobs[:, :-1].gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)
+    mask = batch.fields["loss_mask"]
+    return -(picked * mask[:, 1:]).sum() / mask.sum()
+
+
+def test_a_step_equals_torch_adamw_on_the_plain_gradient(cluster: MegatronCluster) -> None:
+    model, twin = trainable(cluster), trainable(cluster)
+    reference = twin.module
+    decayed = [p for p in reference.parameters() if p.dim() > 1]
+    others = [p for p in reference.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        batch = rows(seed=step)
+        loss = plain_sft_loss(reference, batch)
+        adamw.zero_grad()
+        for parameter, gradient in zip(
+            reference.parameters(), torch.autograd.grad(loss, list(reference.parameters())), strict=True
+        ):
+            parameter.grad = gradient
+        adamw.step()
+        metrics = model.train_step([batch], sft_objective)
+        assert metrics.loss == pytest.approx(loss.item(), abs=1e-5)
+        for (name, ours), theirs in zip(model.module.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(
+                ours, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batch_size_changes_neither_loss_nor_weights(cluster: MegatronCluster, size: int) -> None:
+    whole, parts = trainable(cluster), trainable(cluster)
+    a = whole.train_step([rows()], sft_objective)
+    b = parts.train_step(split(rows(), size), sft_objective)
+    assert a.loss == pytest.approx(b.loss, abs=1e-6)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+    for ours, theirs in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_rewards_are_read_at_the_last_real_token_and_do_not_see_padding(cluster: MegatronCluster) -> None:
+    model = trainable(cluster, replace(ARCH, reward_model_type="binary_ranking"))
+    seen: list[torch.Tensor] = []
+
+    def spy(rewards: torch.Tensor, batch: Microbatch):  # type: ignore[no-untyped-def]
+        seen.append(rewards.detach().clone())
+        return ranking_objective(rewards, batch)
+
+    model.evaluate([rows()], spy)
+    alone = [Microbatch(rows().tokens[i : i + 1, :n], torch.tensor([n])) for i, n in enumerate((9, 5, 7, 3))]
+    for i, single in enumerate(alone):
+        raw = model.module(single.tokens, torch.arange(single.tokens.size(1))[None], None)
+        torch.testing.assert_close(seen[0][i], raw[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_learning_to_rank_ranks(cluster: MegatronCluster) -> None:
+    model = trainable(cluster, replace(ARCH, reward_model_type="binary_ranking"))
+    accuracy = [model.train_step([rows()], ranking_objective).terms["accuracy"] for _ in range(10)]
+    assert accuracy[-1] == 1.0
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(cluster: MegatronCluster) -> None:
+    model = trainable(cluster)
+    before = [p.clone() for p in model.module.parameters()]
+    broken = replace(rows(), fields={**rows().fields, "loss_mask": torch.full((4, 9), float("nan"))})
+    with pytest.raises((TrainingError, ValueError, RuntimeError)):
+        model.train_step([broken], sft_objective)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+
+
+def test_nothing_to_train_on_is_said(cluster: MegatronCluster) -> None:
+    masked = replace(rows(), fields={**rows().fields, "loss_mask": torch.zeros(4, 9)})
+    with pytest.raises(TrainingError, match="every row is masked"):
+        trainable(cluster).train_step([masked], sft_objective)
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(cluster: MegatronCluster, tmp_path: Path) -> None:
+    straight = trainable(cluster)
+    for step in range(4):
+        straight.train_step([rows(seed=step)], sft_objective)
+    first = trainable(cluster)
+    for step in range(2):
+        first.train_step([rows(seed=step)], sft_objective)
+    first.save_training_state(tmp_path / "a", {"step": 2})
+    torch.manual_seed(99)
+    second = trainable(cluster)
+    assert second.load_training_state(tmp_path / "a")["step"] == 2
+    for step in range(2, 4):
+        second.train_step([rows(seed=step)], sft_objective)
+    for ours, theirs in zip(straight.module.parameters(), second.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_the_newest_complete_checkpoint_is_found_by_its_state_not_its_name(
+    cluster: MegatronCluster, tmp_path: Path
+) -> None:
+    model = trainable(cluster)
+    model.save_training_state(tmp_path / "zzz-step=9", {"step": 1})
+    model.save_training_state(tmp_path / "aaa-step=1", {"step": 5})
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "state.json").write_text('{"step": 77')
+    model.save_training_state(tmp_path / "half", {"step": 99})
+    (tmp_path / "half").rename(tmp_path / "half.partial")
+    (tmp_path / "half.partial" / "state.json").unlink()
+    assert train_checkpoint.latest(tmp_path) == tmp_path / "aaa-step=1"
+    assert train_checkpoint.latest(tmp_path / "none") is None
