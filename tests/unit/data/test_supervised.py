@@ -14,7 +14,10 @@ from nemo_aligner.data.supervised import chat_examples, pairs_of, preference_exa
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import EOS, ByteTokenizer
 
-CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def rows(tmp_path: Path, *values: dict[str, Any]) -> Rows:
