@@ -69,8 +69,10 @@ class Journal:
             for file in self._files():
                 _cut_torn_line(file)
             found = json.loads(path.read_text()) if path.exists() else None
-        except (OSError, json.JSONDecodeError) as fault:
-            raise OutputError(f"cannot use {self.folder}: {fault}") from fault
+        except OSError as fault:
+            raise OutputError(f"cannot write {self.folder}: {fault.strerror or fault}") from fault
+        except json.JSONDecodeError as fault:
+            raise OutputError(f"{path}: damaged ({fault}); remove {self.folder} to start over") from fault
         if found is None:
             write_atomically(path, [json.dumps(wanted, indent=1)])
             return
