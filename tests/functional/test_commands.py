@@ -42,7 +42,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(workshop: Workshop, tmp_path: 
         "data.max_seq_len": sampler(workshop, tmp_path / "o", "++data.max_seq_len=3"),
         "Could not override 'data.typo'": sampler(workshop, tmp_path / "o", "data.typo=3"),
         "processor: 'best'": [*labeler, reward, "processor=best"],
-        "threshold=1000000 leaves no sample": [*labeler, reward, "processor=rest", "threshold=1e6"],
+        "threshold=1e+06 leaves no sample": [*labeler, reward, "processor=rest", "threshold=1e6"],
         "is a language model, not a reward model": [*labeler, f"gpt_model_file={workshop.path('sft_model.nemo')}"],
         "cannot write": sampler(workshop, Path("/proc/nowhere/o")),
         "does not divide": sampler(workshop, tmp_path / "o", "tensor_model_parallel_size=3"),
