@@ -71,6 +71,19 @@ def _one_line(fault: Exception) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise))
 
 
+def _with_overrides(arguments: list[str], more: list[str]) -> list[str]:
+    """`arguments` with `more` overrides put before the first override there, or at the end.
+
+    Hydra's parser takes overrides in one run only: between flags, or after them, but not in two places.
+    """
+
+    def is_override(argument: str) -> bool:
+        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+    first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
+    return [*arguments[:first], *more, *arguments[first:]]
+
+
 def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides."""
 
@@ -84,7 +97,7 @@ def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig
             register_resolvers()
             # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            sys.argv[1:1] = _RUN_IN_PLACE
+            sys.argv[1:] = _with_overrides(sys.argv[1:], _RUN_IN_PLACE)
             with one_line_errors():
                 hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
 

@@ -19,7 +19,7 @@ from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_atomically, write_jsonl
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.metrics import Progress
-from nemo_aligner.stages.offline_data import check_output, check_template, filled, open_rows
+from nemo_aligner.stages.offline_data import check_output, check_template, filled, open_rows, start_cluster
 from nemo_aligner.stages.random_sampler import Prompts, sampling_params
 
 log = logging.getLogger(__name__)
@@ -43,19 +43,11 @@ def run(cfg: EvaluationConfig) -> None:
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.policy import load_policy
     from nemo_aligner.engine.reward_model import load_reward_model
 
     precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
-    with start_for_archive(
-        cfg.trainer,
-        cfg.gpt_model_file,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    ) as cluster:
+    with start_cluster(cfg) as cluster:
         policy = load_policy(cfg.gpt_model_file, cluster, precision=precision)
         drawn = draw(cfg, rows, policy, cluster)
         kl = None

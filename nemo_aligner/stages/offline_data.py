@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.data.provenance import file_hash
 from nemo_aligner.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from nemo_aligner.engine.parallel import MegatronCluster
+
+
+def start_cluster(cfg: OfflineConfig) -> AbstractContextManager[MegatronCluster]:
+    """The processes of an offline run, cut as its config or the archive `gpt_model_file` says."""
+    from nemo_aligner.engine.loading import start_for_archive
+
+    return start_for_archive(
+        cfg.trainer,
+        cfg.gpt_model_file,
+        key="gpt_model_file",
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    )
 
 
 def open_rows(data: OfflineDataConfig, required: Mapping[str, str]) -> Blend:

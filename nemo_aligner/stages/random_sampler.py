@@ -23,7 +23,14 @@ from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
-from nemo_aligner.stages.offline_data import check_output, check_template, data_fingerprint, filled, open_rows
+from nemo_aligner.stages.offline_data import (
+    check_output,
+    check_template,
+    data_fingerprint,
+    filled,
+    open_rows,
+    start_cluster,
+)
 from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
@@ -35,17 +42,9 @@ def run(cfg: SamplerConfig) -> None:
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.policy import load_policy
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.gpt_model_file,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    ) as cluster:
+    with start_cluster(cfg) as cluster:
         sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
 
 

@@ -20,7 +20,14 @@ from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError, StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
-from nemo_aligner.stages.offline_data import check_output, check_template, data_fingerprint, filled, open_rows
+from nemo_aligner.stages.offline_data import (
+    check_output,
+    check_template,
+    data_fingerprint,
+    filled,
+    open_rows,
+    start_cluster,
+)
 from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
@@ -38,17 +45,9 @@ def run(cfg: LabelerConfig) -> None:
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
-    from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.reward_model import load_reward_model
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.gpt_model_file,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    ) as cluster:
+    with start_cluster(cfg) as cluster:
         label(cfg, rows, load_reward_model(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
 
 

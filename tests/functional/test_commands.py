@@ -57,6 +57,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(workshop: Workshop, tmp_path: 
         assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    "flags", [["--cfg", "job"], ["--config-path", str(ROOT / "examples/nlp/gpt/conf"), "--cfg", "job"]]
+)
+@pytest.mark.parametrize("overrides_first", [False, True])
+def test_shared_groups_are_reached_from_any_folder(tmp_path: Path, flags: list[str], overrides_first: bool) -> None:
+    group = ["+model=tiny"]
+    arguments = [*group, *flags] if overrides_first else [*flags, *group]
+    done = run("python", str(ROOT / SFT), *arguments, cwd=tmp_path)
+    assert "num_query_groups: 2" in done.stdout
+    assert "answer_only_loss: true" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_at_any_moment_the_rerun_gives_the_uninterrupted_result(workshop: Workshop, tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     run(*sampler(workshop, whole))
