@@ -85,11 +85,16 @@ def load_sharded(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_tree(folder: Path) -> None:
     """Make every file below `folder` durable."""
     for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(path)

@@ -51,10 +51,7 @@ class MegatronTrainable:
         self._optimizer.zero_grad()
         sums = run_objective(self._wrapped, microbatches, objective, self.arch.vocab_size, forward_only=False)
         averages = self._averages(sums)
-        finite = math.isfinite(averages["loss"]) and all(
-            bool(buffer.grad_data.isfinite().all()) for buffer in self._wrapped.buffers
-        )
-        if self.cluster.any(not finite):
+        if self.cluster.any(not (math.isfinite(averages["loss"]) and self._gradient_is_finite())):
             raise TrainingError(
                 f"loss {averages['loss']} or its gradient is not finite at optimizer step {self._steps_done + 1}; "
                 "weights were left as they were; a lower model.optim.lr may help"
@@ -66,6 +63,13 @@ class MegatronTrainable:
             _, grad_norm, _ = self._optimizer.step()
         self._steps_done += 1
         return StepMetrics(averages.pop("loss"), float(grad_norm or 0.0), lr, averages)
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether the norm of this rank's gradient is a float32, also when squared and summed over all ranks."""
+        assert self._wrapped is not None
+        norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in self._wrapped.buffers]
+        square = sum(float(norm) ** 2 for norm in norms)
+        return square * self.cluster.world_size < torch.finfo(torch.float32).max  # False for inf and nan
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:

@@ -17,7 +17,7 @@ from typing import Any
 from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.engine.train_checkpoint import latest, read_state
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,10 @@ class Checkpoints:
                 path.rename(path.with_name(path.name.removesuffix(_LAST)))
 
     def _rank(self, path: Path) -> tuple[float, int]:
-        state = read_state(path)
+        try:
+            state = read_state(path)
+        except CheckpointError:  # damaged: the first to go
+            return -math.inf, -1
         value = float(state["monitored"]) * self._sign
         return (-math.inf if math.isnan(value) else value), int(state["step"])
 
