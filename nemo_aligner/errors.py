@@ -6,6 +6,7 @@
     ├── CheckpointError             a .nemo archive or a training checkpoint cannot be read or written
     ├── OutputError                 an output place is not writable, or holds the work of another run
     ├── LaunchError                 processes, devices or ports do not fit what was asked for
+    ├── ServerError                 the reward server cannot start, is not there, or does not answer
     └── TrainingError               training cannot go on (loss not finite, nothing to train on)
 
     StoppedEarly                    not a fault: time limit or SIGTERM; state is saved, exit status 75
@@ -52,6 +53,10 @@ class OutputError(AlignerError):
 
 class LaunchError(AlignerError):
     """The processes, devices or ports asked for cannot be had."""
+
+
+class ServerError(AlignerError):
+    """The reward server cannot be started or reached."""
 
 
 class TrainingError(AlignerError):

@@ -50,11 +50,25 @@ class Progress:
 
 
 class MetricsLogger:
-    """Scalars of a training run, by step, into `<folder>/metrics.jsonl` and TensorBoard, and W&B when asked."""
+    """Scalars of a training run, by step, into `<folder>/metrics.jsonl` and TensorBoard, and W&B when asked.
 
-    def __init__(self, folder: Path, *, tensorboard: bool, wandb: Mapping[str, Any] | None, config: Any = None) -> None:
+    `resumed_at` is the `position` that the checkpoint holds from which the run goes on: what was logged after it will
+    be logged again, so it is cut off.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None,
+        config: Any = None,
+        resumed_at: int | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if resumed_at is not None and resumed_at < self._file.tell():
+            self._file.truncate(resumed_at)
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +94,11 @@ class MetricsLogger:
                 self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    @property
+    def position(self) -> int:
+        """Bytes of `metrics.jsonl` so far."""
+        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()

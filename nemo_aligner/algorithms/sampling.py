@@ -96,30 +96,56 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Token whose interval of the cumulative distribution holds `uniform` `[B]`; ids `[B]` int64.
+_BLOCK = 256
+"""Tokens whose probability is summed together before a single one is looked for."""
 
-    With F the cumulative softmax, the token is min {v : F(v) > u·F(V-1)}: each is drawn with its probability.
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Token whose interval of the cumulative distribution holds `uniform`, and the log of the normaliser.
+
+    With F the cumulative sum of exp(logits), the token is min {v : F(v) > u·F(V-1)}: each is drawn with its
+    probability. Found in two steps, the block of tokens and then the token in it, so only one block per row is summed
+    in float64. `uniform` `[B]` float64 in (0, 1); returns ids `[B]` int64 and logsumexp(logits) `[B]` float32.
     """
-    cdf = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    # u·total may round up to total, which would fall past the last token that has any probability
-    target = torch.minimum(uniform.to(cdf).unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = torch.sub(logits, largest).exp_()
+    if weights.size(-1) % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -weights.size(-1) % _BLOCK))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float32).double()
+    block, within = _first_above(sums, uniform.to(sums))
+    chosen = blocks[torch.arange(len(blocks), device=logits.device), block].double()
+    token, _ = _first_above(chosen, within)
+    return block * _BLOCK + token, sums.sum(dim=-1).log().float() + largest[:, 0]
+
+
+def _first_above(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose cumulative sum exceeds `fraction` of the total, and how far into its weight that lies.
+
+    weights `[B, n]` ≥ 0 and fraction `[B]`, float64; returns `[B]` int64 and `[B]` float64 in [0, 1).
+    """
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # fraction·total may round up to total, which would fall past the last index that has any weight
+    target = torch.minimum(fraction.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, target, right=True)
+    weight = weights.gather(-1, index)
+    into = ((target - (cumulative.gather(-1, index) - weight)) / weight).clamp(0.0, 1.0)
+    return index.squeeze(-1), into.squeeze(-1)
 
 
 def draw(logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: Tensor | None = None) -> Drawn:
     """Draw one token per row.
 
     Args:
-        logits: `[B, V]` float32, forbidden tokens already at -inf.
+        logits: `[B, V]` floating, forbidden tokens already at -inf.
         uniform: `[B]` in (0, 1), one number per row; not used when greedy.
         seen: `[B, V]` bool, tokens already in the row; needed when `repetition_penalty` is not 1.
     """
-    model = logits.log_softmax(dim=-1)
+    logits = logits.float()
     if params.greedy:
         tokens = logits.argmax(dim=-1)
-        chosen = model.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        chosen = _at(logits, tokens) - logits.logsumexp(dim=-1)
         return Drawn(tokens, chosen, torch.zeros_like(chosen))
     assert uniform is not None
     shaped = logits
@@ -129,9 +155,13 @@ def draw(logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: T
     if params.temperature != 1.0:
         shaped = shaped / params.temperature
     shaped = top_p_filtered(top_k_filtered(shaped, params.top_k), params.top_p)
-    tokens = inverse_cdf(shaped, uniform)
-    chosen = model.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    tokens, normaliser = inverse_cdf(shaped, uniform)
+    drawn_from = _at(shaped, tokens) - normaliser
     if shaped is logits:
-        return Drawn(tokens, chosen, chosen)
-    drawn_from = shaped.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return Drawn(tokens, chosen, drawn_from)
+        return Drawn(tokens, drawn_from, drawn_from)
+    return Drawn(tokens, _at(logits, tokens) - logits.logsumexp(dim=-1), drawn_from)
+
+
+def _at(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Each row's entry at its token, `[B]`."""
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

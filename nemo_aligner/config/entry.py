@@ -21,6 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner.config.aliases import Aliases, let_through
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, StoppedEarly
 
@@ -84,8 +85,13 @@ def _with_overrides(arguments: list[str], more: list[str]) -> list[str]:
     return [*arguments[:first], *more, *arguments[first:]]
 
 
-def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides."""
+def script(
+    config_name: str, config_dir: Path, aliases: Aliases | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides.
+
+    `aliases` are older names of keys, which load_config puts in their new places.
+    """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
         def checked(cfg: DictConfig) -> None:
@@ -97,7 +103,7 @@ def script(config_name: str, config_dir: Path) -> Callable[[Callable[[DictConfig
             register_resolvers()
             # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            sys.argv[1:] = _with_overrides(sys.argv[1:], _RUN_IN_PLACE)
+            sys.argv[1:] = _with_overrides(let_through(sys.argv[1:], aliases or {}), _RUN_IN_PLACE)
             with one_line_errors():
                 hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
 

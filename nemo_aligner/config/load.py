@@ -11,18 +11,20 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner.config.aliases import Aliases, renamed
 from nemo_aligner.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def load_config(cfg: DictConfig, schema: type[T]) -> T:
-    """`cfg` as an instance of the dataclass `schema`.
+def load_config(cfg: DictConfig, schema: type[T], aliases: Aliases | None = None) -> T:
+    """`cfg` as an instance of the dataclass `schema`; keys under the older names of `aliases` are renamed first.
 
     Raises ConfigError with all unknown keys (also those added with `++`), wrong types and missing `???` values, one
     after another on one line. A `validate()` method of `schema` is called at the end.
     """
     cfg = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
+    cfg = renamed(cfg, aliases or {})
     _resolve_escaped(cfg, cfg)
     faults = [*_unknown_keys(cfg, schema, "")]
     if not faults:

@@ -68,6 +68,25 @@ def blend(
     return Blend(files, sources, positions)
 
 
+def prefix_files(prefix: Any, split: str, key: str) -> tuple[list[str], list[float]]:
+    """Files and weights of one split of `data_prefix`; both empty where the split is not given.
+
+    The prefix is {train: ..., validation: ..., test: ...}, or what stands for `train` alone: a file, [file], or the
+    blend [weight, file, weight, file, ...]. Raises ConfigError.
+    """
+    entries = prefix.get(split) if isinstance(prefix, dict) else prefix if split == "train" else None
+    if not entries:
+        return [], []
+    if isinstance(entries, str):
+        entries = [entries]
+    if len(entries) == 1:
+        return [str(entries[0])], [1.0]
+    try:
+        return [str(name) for name in entries[1::2]], [float(weight) for weight in entries[0::2]]
+    except ValueError:
+        raise ConfigError(f"{list(entries)} is neither [file] nor [weight, file, weight, file, ...]", key) from None
+
+
 def split_chunk(total: int, size: int | None, iteration: int) -> range:
     """Positions `[iteration·size, (iteration + 1)·size)`; all of `[0, total)` when `size` is None.
 

@@ -25,13 +25,15 @@ class _Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to train on: a row for SFT, two (chosen, rejected) for a reward model.
+    """One thing to train on: a row for SFT and REINFORCE, two (chosen, rejected) for a reward model.
 
-    `masks[i][t]` is 1 where token t of row i is a target.
+    `masks[i][t]` is 1 where token t of row i is a target; `weight` is what the loss is multiplied by, the advantage in
+    REINFORCE.
     """
 
     rows: tuple[list[int], ...]
     masks: tuple[list[int], ...]
+    weight: float = 1.0
 
     @property
     def longest(self) -> int:

@@ -1,23 +1,29 @@
 """Incremental forward passes over the live Megatron model: prefill a prompt once, then one token per step.
 
-Runs on the model's own modules (so on its weights, whatever TP and PP), with keys and values kept in a cache.
-Notation: S prompt length (padded), B rows, G key/value heads of this rank, R query heads per key/value head, D head
-dimension, T cached positions, V vocabulary. Hidden states are `[S, B, H]`, Megatron's layout.
+Reads the model's own weight tensors (so any TP and PP, and no second copy), with keys and values kept in a cache; the
+modules around the weights are for training and cost more than the products of a single token.
+Notation: B rows, S positions fed per row, N = B·S tokens, G key/value heads of this rank, R query heads per key/value
+head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N, H]`, row after row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.engine.attention import sliding_window_mask
 
 
 class KVCache:
@@ -79,40 +85,38 @@ class CachedForward:
         self.arch = arch
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.layers = list(model.decoder.layers)
+        self.layers: list[Any] = list(model.decoder.layers)
         self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        self._tp = parallel_state.get_tensor_model_parallel_world_size()
+        self._groups: int = self.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
 
     def new_cache(self) -> KVCache:
-        attention = self.layers[0].self_attention
-        groups = attention.num_query_groups_per_partition
-        return KVCache(len(self.layers), groups, attention.hidden_size_per_attention_head, self.dtype, self.device)
+        return KVCache(len(self.layers), self._groups, self.arch.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> list[CachedPrompt]:
         """Run right-padded prompts `tokens` `[B, S]` int64 of true `lengths` `[B]` int64; one CachedPrompt each."""
         batch, width = tokens.shape
         positions = torch.arange(width, device=self.device)
+        window = self.arch.window_size
+        mask = None if window is None else sliding_window_mask(width, window, self.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            query, key, value = (t.unflatten(0, (batch, width)).transpose(1, 2) for t in (query, key, value))
             keys.append(key)
             values.append(value)
-            mask = None
-            if self.arch.window_size is not None:
-                distance = positions[:, None] - positions[None, :]
-                mask = (distance >= 0) & (distance < self.arch.window_size)
             context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.size(1) != key.size(1)
             )
-            return context.permute(2, 0, 1, 3).flatten(2)
+            return context.transpose(1, 2).flatten(2).flatten(0, 1)
 
-        hidden = self._layers(tokens, positions.expand(batch, width), attend)
+        hidden = self._layers(tokens.flatten(), positions.repeat(batch), attend)
         # only the last real position of each prompt is needed for the first response token
-        ends = hidden[lengths - 1, torch.arange(batch, device=self.device)].unsqueeze(0)
-        logits = self._logits(ends)
+        ends = torch.arange(batch, device=self.device) * width + lengths - 1
+        logits = self._logits(hidden[ends])
         return [
             CachedPrompt(
                 [key[b, :, :length] for key in keys],
@@ -126,7 +130,7 @@ class CachedForward:
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor | None:
         """Feed one token per row: `tokens` and their `positions`, both `[B]` int64; rows are the cache's first B.
 
-        `longest` is max(positions) + 1. Returns logits `[B, V]` float32 on the last pipeline stage, else None.
+        `longest` is max(positions) + 1. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
         batch = tokens.size(0)
         rows = torch.arange(batch, device=self.device)
@@ -134,63 +138,96 @@ class CachedForward:
         visible = cached <= positions[:, None]
         if self.arch.window_size is not None:
             visible &= cached > (positions - self.arch.window_size)[:, None]
-        visible = visible[:, None, None, :]
+        # added to the scores; made once, where a bool mask would be turned into this in every layer
+        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+        bias = bias[:, None, None, :]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, positions] = key[0]
-            cache.values[layer][rows, :, positions] = value[0]
-            groups, head_dim = key.shape[-2:]
+            cache.keys[layer][rows, :, positions] = key
+            cache.values[layer][rows, :, positions] = value
             # the R query heads of a key/value head stand as R query rows, so keys are never repeated
-            grouped = query[0].view(batch, groups, -1, head_dim)
             context = F.scaled_dot_product_attention(
-                grouped,
+                query.view(batch, self._groups, -1, self.arch.head_dim),
                 cache.keys[layer][:batch, :, :longest],
                 cache.values[layer][:batch, :, :longest],
-                attn_mask=visible,
+                attn_mask=bias,
             )
-            return context.reshape(1, batch, -1)
+            return context.reshape(batch, -1)
 
-        return self._logits(self._layers(tokens[:, None], positions[:, None], attend))
+        return self._logits(self._layers(tokens, positions, attend))
 
     def _layers(
         self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Hidden states `[S, B, H]` after this stage's layers, handed on to the next stage where there is one.
+        """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.
 
-        `tokens` and `positions` are `[B, S]`.
+        `tokens` and `positions` are `[N]`; `attend(layer, query, key, value)` gets `[N, heads, D]`, returns `[N, H']`.
         """
-        if self._first:
-            hidden = self.model.embedding(input_ids=tokens, position_ids=positions)
-        else:
-            hidden = self._receive(tokens)
+        hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
         turn = None
         if self._rotary is not None:
-            turn = [table[positions.t()].unsqueeze(2) for table in self._rotary]  # cos and sin, [S, B, 1, D/2]
+            turn = [table[positions].unsqueeze(1) for table in self._rotary]  # cos and sin, [N, 1, D/2]
         for index, layer in enumerate(self.layers):
-            attention = layer.self_attention
-            query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
+            query, key, value = self._query_key_value(layer.self_attention, layer.input_layernorm(hidden))
             if turn is not None:
                 query, key = rotate(query, *turn), rotate(key, *turn)
-            hidden = _residual(hidden, attention.linear_proj(attend(index, query, key, value)))
-            hidden = _residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+            hidden = hidden + self._row_parallel(layer.self_attention.linear_proj, attend(index, query, key, value))
+            hidden = hidden + self._feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
         if not self._last:
             torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        table = self.model.embedding.word_embeddings
+        if self._tp == 1:
+            hidden = F.embedding(tokens, table.weight)
+        else:  # each rank holds some rows of the table
+            mine = (tokens >= table.vocab_start_index) & (tokens < table.vocab_end_index)
+            found = F.embedding((tokens - table.vocab_start_index).where(mine, 0), table.weight)
+            hidden = reduce_from_tensor_model_parallel_region(found * mine[:, None])
+        if self.arch.position_embedding_type == "learned_absolute":
+            hidden = hidden + self.model.embedding.position_embeddings(positions)
+        return hidden
+
+    def _query_key_value(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[N, G·R, D]`, key and value `[N, G, D]`; the fused weight holds R query heads, key, value by group."""
+        projection = attention.linear_qkv
+        mixed = F.linear(hidden, projection.weight, projection.bias)
+        mixed = mixed.view(len(hidden), self._groups, -1, self.arch.head_dim)
+        query, key, value = mixed[:, :, :-2], mixed[:, :, -2], mixed[:, :, -1]
+        if attention.q_layernorm is not None:
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        return query.flatten(1, 2), key, value
+
+    def _feed_forward(self, mlp: Any, hidden: Tensor) -> Tensor:
+        inner = F.linear(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        if mlp.config.gated_linear_unit:
+            gate, value = inner.chunk(2, dim=-1)
+            inner = mlp.activation_func(gate).mul_(value)
+        else:
+            inner = mlp.activation_func(inner)
+        return self._row_parallel(mlp.linear_fc2, inner)
+
+    def _row_parallel(self, linear: Any, hidden: Tensor) -> Tensor:
+        """A product whose inner dimension is cut over TP ranks."""
+        output = F.linear(hidden, linear.weight)
+        if self._tp > 1:
+            output = reduce_from_tensor_model_parallel_region(output)
+        return output if linear.bias is None else output + linear.bias
+
     def _logits(self, hidden: Tensor) -> Tensor | None:
-        """Logits `[B, V]` float32 of hidden states `[1, B, H]`; None off the last stage."""
+        """Logits `[B, V]` of hidden states `[B, H]`, in the model's dtype; None off the last stage."""
         if not self._last:
             return None
-        hidden = self.model.decoder.final_layernorm(hidden)
         shared = self.model.share_embeddings_and_output_weights
-        weight = self.model.shared_embedding_or_output_weight() if shared else None
-        logits, _ = self.model.output_layer(hidden, weight=weight)
-        logits = gather_from_tensor_model_parallel_region(logits)
-        return logits[0, :, : self.arch.vocab_size].float()
+        weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
+        logits = F.linear(self.model.decoder.final_layernorm(hidden), weight)
+        if self._tp > 1:
+            logits = gather_from_tensor_model_parallel_region(logits)
+        return logits[:, : self.arch.vocab_size]
 
-    def _receive(self, tokens: Tensor) -> Tensor:
-        batch, width = tokens.shape
-        hidden = torch.empty(width, batch, self.arch.hidden_size, dtype=self.dtype, device=self.device)
+    def _receive(self, count: int) -> Tensor:
+        hidden = torch.empty(count, self.arch.hidden_size, dtype=self.dtype, device=self.device)
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden
 
@@ -203,15 +240,10 @@ class CachedForward:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves form (arXiv 2104.09864): `heads` `[S, B, n, D]`, cos/sin `[S, B, 1, D_rot/2]`.
+    """Rotary position embedding, halves form (arXiv 2104.09864): `heads` `[N, n, D]`, cos/sin `[N, 1, D_rot/2]`.
 
     (a, b) → (a·cos − b·sin, b·cos + a·sin), with a and b the halves of the first D_rot dimensions.
     """
     half = cos.size(-1)
     a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-
-def _residual(hidden: Tensor, output_and_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-    output, bias = output_and_bias
-    return hidden + output if bias is None else hidden + output + bias

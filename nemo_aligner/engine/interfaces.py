@@ -129,6 +129,9 @@ class TrainableModel(Protocol):
     @property
     def max_sequence_length(self) -> int: ...
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
         """One optimizer step over this rank's micro-batches (same number on every rank).
 
@@ -160,6 +163,9 @@ class Policy(TrainableModel, Protocol):
 
     def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
         """For each row of token ids (length L): `[L]` float32 log p(token | those before it), 0 at position 0."""
+
+    def initial_logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+        """The same under the weights that `keep_initial_weights` kept."""
 
 
 class RewardModel(TrainableModel, Protocol):

@@ -15,6 +15,7 @@ from nemo_aligner.engine.decode import CachedForward
 from nemo_aligner.engine.forward import forward_outputs
 from nemo_aligner.engine.generation import Generator
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Response
+from nemo_aligner.engine.kept_weights import KeptWeights
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
 from nemo_aligner.engine.parallel import MegatronCluster
 from nemo_aligner.engine.trainable import MegatronTrainable
@@ -22,6 +23,18 @@ from nemo_aligner.engine.trainable import MegatronTrainable
 
 class MegatronPolicy(MegatronTrainable):
     """Implements interfaces.Policy."""
+
+    _initial: KeptWeights | None = None
+
+    def keep_initial_weights(self) -> None:
+        """Remember the weights as they are now, in CPU memory, for `initial_logprobs`."""
+        self._initial = KeptWeights(self.module)
+
+    def initial_logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+        """`logprobs` under the kept weights, which take the place of the present ones meanwhile."""
+        assert self._initial is not None, "keep_initial_weights comes first"
+        with self._initial.swapped_in():
+            return self.logprobs(rows, micro_batch_size)
 
     def generate(
         self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
@@ -38,12 +51,15 @@ class MegatronPolicy(MegatronTrainable):
 
     def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
         """Log-probability of each token given those before it: `[L]` float32 per row of L tokens, 0 at position 0."""
+        was_training = self.module.training
+        self.module.eval()
         results: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in length_sorted_batches(rows, micro_batch_size):
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
             [logprobs] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
             for row, i in enumerate(batch):
                 results[i] = logprobs[row, : len(rows[i])].clone()
+        self.module.train(was_training)
         return results
 
 
@@ -54,7 +70,8 @@ def load_policy(
     return MegatronPolicy(load_for_inference(path, cluster, precision=precision, key=key), cluster)
 
 
-def load_policy_for_training(model: ModelOverrides, trainer: TrainerConfig, cluster: MegatronCluster) -> MegatronPolicy:
+def load_policy_for_training(
+    model: ModelOverrides, trainer: TrainerConfig, cluster: MegatronCluster, *, key: str = "model.restore_from_path"
+) -> MegatronPolicy:
     """The policy at `model.restore_from_path`; `add_optimizer` makes it trainable."""
-    loaded = load_for_training(model, trainer, cluster, key="model.restore_from_path")
-    return MegatronPolicy(loaded, cluster)
+    return MegatronPolicy(load_for_training(model, trainer, cluster, key=key), cluster)

@@ -30,7 +30,7 @@ class MegatronTrainable:
     def __init__(self, loaded: LoadedModel, cluster: MegatronCluster) -> None:
         self.cluster = cluster
         self.module, self.arch, self.tokenizer = loaded.module, loaded.arch, loaded.tokenizer
-        self.max_sequence_length = loaded.arch.encoder_seq_length
+        self.max_sequence_length, self.vocab_size = loaded.arch.encoder_seq_length, loaded.arch.vocab_size
         self._dtype, self._source = loaded.run.dtype, loaded.source
         self._wrapped: DistributedDataParallel | None = None
         self._optimizer: MegatronOptimizer | None = None

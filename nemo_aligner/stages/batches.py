@@ -69,5 +69,6 @@ def collate(examples: Sequence[Example], pad_id: int, *, masked: bool = False) -
     loss_mask, _ = pad_rows(masks, 0)
     loss_mask[:, 0] = 0  # nothing comes before the first token to predict it from
     keep = 0.0 if masked else 1.0
-    fields = {"loss_mask": loss_mask.float() * keep, "weights": torch.full((len(rows),), keep)}
+    weights = torch.tensor([example.weight for example in examples for _ in example.rows])
+    fields = {"loss_mask": loss_mask.float() * keep, "weights": weights * keep}
     return Microbatch(tokens, lengths, fields)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from nemo_aligner.config.supervised import RMConfig
-from nemo_aligner.data.blending import blend
+from nemo_aligner.data.blending import blend, prefix_files
 from nemo_aligner.data.jsonl import Row, load_rows
 from nemo_aligner.data.supervised import pairs_of, preference_examples
 from nemo_aligner.engine.interfaces import TrainableModel
@@ -55,27 +52,15 @@ def run(cfg: RMConfig) -> None:
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:
     """Pairs of one split of `model.data.data_prefix`: [file] or the blend [weight, file, weight, file, ...]."""
     key = f"model.data.data_prefix.{split}"
-    prefix = cfg.model.data.data_prefix
-    entries = prefix.get(split) if isinstance(prefix, dict) else prefix if split == "train" else None
-    if not entries:
+    names, weights = prefix_files(cfg.model.data.data_prefix, split, key)
+    if not names:
         return []
-    names, weights = split_weights([entries] if isinstance(entries, str) else entries, key)
     files = [load_rows(name, required={"text": key}) for name in names]
     if len(files) == 1:
         return pairs_of(files[0])
     paired = [pairs_of(file) for file in files]
     order = blend(files, weights, sum(map(len, paired)), key=key)
     return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
-
-
-def split_weights(entries: Sequence[Any], key: str) -> tuple[list[str], list[float]]:
-    """[f] or [w1, f1, w2, f2, ...] → names and weights. Raises ConfigError."""
-    if len(entries) == 1:
-        return [str(entries[0])], [1.0]
-    try:
-        return [str(name) for name in entries[1::2]], [float(weight) for weight in entries[0::2]]
-    except ValueError:
-        raise ConfigError(f"{list(entries)} is neither [file] nor [weight, file, weight, file, ...]", key) from None
 
 
 def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:

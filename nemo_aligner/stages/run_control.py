@@ -24,18 +24,16 @@ def parse_duration(text: str, key: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-class RunControl:
-    """Used as a context manager; ask `stop_reason()` between two pieces of work, on every rank at the same place."""
+class StopSignal:
+    """Used as a context manager: notes SIGTERM, SIGUSR1 and, with `interrupt`, SIGINT; passes them to our own ranks."""
 
-    def __init__(self, max_time: str | None, cluster: Cluster, *, key: str = "max_time_per_run") -> None:
-        self._cluster = cluster
-        self._limit = None if max_time is None else parse_duration(max_time, key)
-        self._max_time, self._start = max_time, time.monotonic()
-        self._signal: str | None = None
+    def __init__(self, *, interrupt: bool = True) -> None:
+        self.name: str | None = None  # of the signal that came
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGINT,) if interrupt else ()))
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> RunControl:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+    def __enter__(self) -> StopSignal:
+        for number in self._numbers:
             self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -46,8 +44,27 @@ class RunControl:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
+        self.name = signal.Signals(number).name
         signal_siblings(number)
+
+
+class RunControl:
+    """Used as a context manager; ask `stop_reason()` between two pieces of work, on every rank at the same place."""
+
+    def __init__(self, max_time: str | None, cluster: Cluster, *, key: str = "max_time_per_run") -> None:
+        self._cluster = cluster
+        self._limit = None if max_time is None else parse_duration(max_time, key)
+        self._max_time, self._start = max_time, time.monotonic()
+        self._signal = StopSignal(interrupt=False)
+
+    def __enter__(self) -> RunControl:
+        self._signal.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._signal.__exit__(kind, value, trace)
 
     def replica_reason(self) -> str | None:
         """Why this replica should stop, the same answer on each of its ranks; collective in the replica only."""
@@ -56,8 +73,8 @@ class RunControl:
         return (reason or "another rank was told to stop") if told else None
 
     def _local_reason(self) -> str | None:
-        if self._signal is not None:
-            return self._signal
+        if self._signal.name is not None:
+            return self._signal.name
         if self._limit is not None and time.monotonic() - self._start >= self._limit:
             return f"max_time_per_run={self._max_time}"
         return None

@@ -91,8 +91,8 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
     names = set(task.metric_names)
     known = _ALWAYS_LOGGED | {f"{part}{name}" for name in names for part in ("", "train_", "val_")}
     checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
-    step = resume(model, checkpoints)
-    logger = open_logger(exp) if cluster.is_main else None
+    step, logged = resume(model, checkpoints)
+    logger = open_logger(exp, logged) if cluster.is_main else None
     progress = Progress("training", task.steps, show=cluster.is_main, done=step)
     values: dict[str, float] = {}
     if not task.validates:
@@ -118,7 +118,8 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
             reason = None if at_end else control.stop_reason()
             due = task.loop.save_interval and (at_end or step % task.loop.save_interval == 0)
             if exp.create_checkpoint_callback and (due or reason):
-                checkpoints.save(model, state_of(task, step), values)
+                logged = 0 if logger is None else logger.position
+                checkpoints.save(model, {**state_of(task, step), "metrics_bytes": logged}, values)
             if reason:
                 raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
     progress.close()
@@ -128,19 +129,19 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
         model.save_nemo(checkpoints.archive, notes(task, model))
 
 
-def resume(model: TrainableModel, checkpoints: Checkpoints) -> int:
-    """Optimizer steps already done: those of the newest checkpoint, which is loaded, or 0."""
+def resume(model: TrainableModel, checkpoints: Checkpoints) -> tuple[int, int | None]:
+    """Optimizer steps already done and metrics already logged: those of the newest checkpoint, which is loaded."""
     newest = checkpoints.newest()
     if newest is None:
-        return 0
+        return 0, None
     state = model.load_training_state(newest)
     log.info("resuming at step %d from %s", state["step"], newest)
-    return int(state["step"])
+    return int(state["step"]), state.get("metrics_bytes")
 
 
-def open_logger(exp: ExpManagerConfig) -> MetricsLogger:
+def open_logger(exp: ExpManagerConfig, resumed_at: int | None) -> MetricsLogger:
     wandb = vars(exp.wandb_logger_kwargs) if exp.create_wandb_logger else None
-    return MetricsLogger(log_dir(exp), tensorboard=exp.create_tensorboard_logger, wandb=wandb)
+    return MetricsLogger(log_dir(exp), tensorboard=exp.create_tensorboard_logger, wandb=wandb, resumed_at=resumed_at)
 
 
 def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indices: Sequence[int]) -> list[Microbatch]:

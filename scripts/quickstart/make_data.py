@@ -44,9 +44,9 @@ def chat_prompt(opening: str) -> str:
 
 
 def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Prompts with the first 4 to 8 words of `count` reviews."""
+    """Prompts with the first 3 to 5 words of `count` reviews."""
     words = [tidy(review["text"]).split(" ") for review in reviews[:count]]
-    return [{"input": chat_prompt(" ".join(text[: rng.randint(4, 8)]))} for text in words]
+    return [{"input": chat_prompt(" ".join(text[: rng.randint(3, 5)]))} for text in words]
 
 
 def pairs(sentences: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:

@@ -117,5 +117,19 @@ def test_noise_is_uniform_and_uncorrelated_between_neighbours() -> None:
 @pytest.mark.parametrize("u", [1e-17, 0.5, 1 - 2**-53])
 def test_inverse_cdf_never_draws_a_token_without_probability(u: float) -> None:
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
-    token = inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))
+    token, _ = inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))
     assert token.item() in (1, 3)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 700, 1024])
+def test_inverse_cdf_is_the_first_token_whose_cumulative_probability_exceeds_the_number(vocabulary: int) -> None:
+    logits = 3 * torch.randn(200, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[:, ::5] = -torch.inf
+    uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, normaliser = inverse_cdf(logits, uniform)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    below = torch.where(tokens > 0, cumulative.gather(-1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert (below <= uniform + 1e-6).all()
+    assert (uniform <= cumulative.gather(-1, tokens[:, None])[:, 0] + 1e-6).all()
+    assert logits.gather(-1, tokens[:, None]).isfinite().all()
+    torch.testing.assert_close(normaliser, logits.logsumexp(dim=-1))

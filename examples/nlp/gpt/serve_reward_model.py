@@ -1,0 +1,24 @@
+"""Serve a reward model over HTTP (PyTriton; any KServe-v2 client)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_aligner.config.aliases import SERVING
+from nemo_aligner.config.entry import script
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.serving import ServerConfig
+
+
+@script("inference_rm", Path(__file__).resolve().parent / "conf", SERVING)
+def main(cfg: DictConfig) -> None:
+    config = load_config(cfg, ServerConfig, SERVING)
+    from nemo_aligner.stages.reward_serving import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

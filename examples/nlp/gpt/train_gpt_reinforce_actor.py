@@ -1,0 +1,24 @@
+"""Train a policy by REINFORCE against a reward server: RLOO, ReMax, or no baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_aligner.config.aliases import REINFORCE
+from nemo_aligner.config.entry import script
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.reinforce import ReinforceConfig
+
+
+@script("gpt_rs_actor", Path(__file__).resolve().parent / "conf", REINFORCE)
+def main(cfg: DictConfig) -> None:
+    config = load_config(cfg, ReinforceConfig, REINFORCE)
+    from nemo_aligner.stages.reinforce import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Config of the REINFORCE actor; the blocks are called `ppo` as in the guide, and nothing in them is PPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
+from nemo_aligner.config.supervised import PretrainedCheckpoint
+from nemo_aligner.errors import ConfigError
+
+BASELINES = ("RLOO", "ReMax", "none")
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+KL_REDUCTIONS = ("sum", "mean")
+
+
+def one_of(allowed: tuple[str, ...], value: str, key: str) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{value!r} is not one of {', '.join(allowed)}", key)
+
+
+@dataclass
+class ReinforceLoopConfig:
+    """`trainer.ppo`: the loop of rollouts, and the objective."""
+
+    max_epochs: int = 1
+    max_steps: int = -1  # rollout steps; -1 = max_epochs passes over the prompts
+    val_check_interval: int = 10  # rollout steps
+    save_interval: int = 10  # rollout steps between checkpoints, and one at the end; 0 = none, the .nemo alone
+    gradient_clip_val: float = 1.0  # 0 = no clipping
+    initial_policy_kl_penalty: float = 0.01  # β; 0 = no initial policy is kept
+    kl_estimator: str = "k1"  # k1, abs, k2 or k3
+    kl_reduction: str = "sum"  # over the tokens of a response: sum or mean
+    use_absolute_kl: bool | None = None  # NeMo-Aligner 0.7: True is kl_estimator=abs, False is k1
+    baseline: str = "RLOO"  # RLOO, ReMax or none
+    unfinished: str = "keep"  # responses that hit the length limit: keep, or mask (out of loss and baseline)
+    rollout_batch_seq_length: int | None = None  # prompt + response at most; null = the model's context
+    trt_llm: dict[str, Any] | None = None  # of NeMo-Aligner; only {enable: False} is accepted
+    batch_iterator: dict[str, Any] | None = None  # of NeMo-Aligner; only {use_flask: False} is accepted
+
+    def validate(self) -> None:
+        key = "trainer.ppo"
+        at_least(1, trainer__ppo__max_epochs=self.max_epochs, trainer__ppo__val_check_interval=self.val_check_interval)
+        at_least(0, trainer__ppo__save_interval=self.save_interval)
+        one_of(BASELINES, self.baseline, f"{key}.baseline")
+        one_of(KL_ESTIMATORS, self.kl_estimator, f"{key}.kl_estimator")
+        one_of(KL_REDUCTIONS, self.kl_reduction, f"{key}.kl_reduction")
+        one_of(("keep", "mask"), self.unfinished, f"{key}.unfinished")
+        if not self.initial_policy_kl_penalty >= 0:
+            raise ConfigError(f"{self.initial_policy_kl_penalty} is below 0", f"{key}.initial_policy_kl_penalty")
+        for name, switch in (("trt_llm", "enable"), ("batch_iterator", "use_flask")):
+            if (getattr(self, name) or {}).get(switch):
+                raise ConfigError("there is no such thing here; set it to False", f"{key}.{name}.{switch}")
+
+    @property
+    def estimator(self) -> str:
+        """`kl_estimator`, unless the older switch says otherwise."""
+        return self.kl_estimator if self.use_absolute_kl is None else ("abs" if self.use_absolute_kl else "k1")
+
+
+@dataclass
+class ReinforceTrainerConfig(TrainerConfig):
+    ppo: ReinforceLoopConfig = field(default_factory=ReinforceLoopConfig)
+
+
+@dataclass
+class RolloutSamplingConfig:
+    """`model.ppo.sampling_params`."""
+
+    use_greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    add_BOS: bool = False
+    all_probs: bool = False
+    compute_logprob: bool = False
+    end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>", "<extra_id_1>"])
+
+
+@dataclass
+class ResponseLengthConfig:
+    """`model.ppo.length_params`: response tokens."""
+
+    max_length: int | None = None  # null = half of the model's context
+    min_length: int = 1
+
+
+@dataclass
+class RolloutConfig:
+    """`model.ppo`: how rollouts are drawn."""
+
+    num_rollout_samples: int = 512  # prompts per rollout step, over all ranks
+    num_rollout_per_prompt: int = 4  # responses per prompt
+    rollout_micro_batch_size: int = 8  # prompts in flight on each data-parallel rank
+    forward_micro_batch_size: int = 8  # responses per forward pass for log-probabilities
+    val_rollout_micro_batch_size: int = 8
+    num_val_samples: int = 512  # prompts of each validation, the first of the file
+    sampling_params: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
+    length_params: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
+    offload_adam_states: bool = False  # of NeMo-Aligner; only False is accepted
+
+
+@dataclass
+class PromptDataConfig:
+    """`model.data`."""
+
+    data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
+    data_impl: str = "jsonl"  # lines of {"text": ...} or {"input": ...}
+    seq_length: int | None = None  # prompt tokens at most; null = half of the model's context
+    shuffle: bool = True
+    num_workers: int = 0
+
+
+@dataclass
+class ReinforceModelConfig(ModelOverrides):
+    restore_from_path: str = "${pretrained_checkpoint.restore_from_path}"
+    micro_batch_size: int = 1  # responses per forward and backward pass
+    global_batch_size: int = 64  # responses per optimizer step
+    ppo: RolloutConfig = field(default_factory=RolloutConfig)
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+
+
+@dataclass
+class ServerAddress:
+    name: str = "reward_model"
+    ip: str = "localhost"
+    port: int = 5555
+
+
+@dataclass
+class RemoteRewardModelConfig:
+    """`remote_critic_rm`: where the reward server is."""
+
+    reward_model: ServerAddress = field(default_factory=ServerAddress)
+    init_timeout_s: float = 1800.0  # how long to wait for a server that is not there yet
+    inference_timeout_s: float = 1800.0  # how long to go on asking one that stopped answering
+    pad_to_length: int | None = None  # of NeMo-Aligner; texts are sent, so nothing is padded
+
+
+@dataclass
+class ReinforceConfig:
+    name: str = "megatron_gpt_rs_actor"
+    trainer: ReinforceTrainerConfig = field(default_factory=ReinforceTrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
+    remote_critic_rm: RemoteRewardModelConfig = field(default_factory=RemoteRewardModelConfig)
+    model: ReinforceModelConfig = field(default_factory=ReinforceModelConfig)
+
+    def validate(self) -> None:
+        self.trainer.validate()
+        loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
+        loop.validate()
+        at_least(
+            1,
+            model__micro_batch_size=self.model.micro_batch_size,
+            model__global_batch_size=self.model.global_batch_size,
+            model__ppo__num_rollout_samples=rollout.num_rollout_samples,
+            model__ppo__num_rollout_per_prompt=rollout.num_rollout_per_prompt,
+            model__ppo__rollout_micro_batch_size=rollout.rollout_micro_batch_size,
+            model__ppo__forward_micro_batch_size=rollout.forward_micro_batch_size,
+            model__ppo__val_rollout_micro_batch_size=rollout.val_rollout_micro_batch_size,
+            model__ppo__num_val_samples=rollout.num_val_samples,
+            model__ppo__length_params__max_length=lengths.max_length,
+        )
+        at_least(0, model__ppo__length_params__min_length=lengths.min_length)
+        if loop.baseline == "RLOO" and rollout.num_rollout_per_prompt == 1:
+            raise ConfigError(
+                "RLOO compares the responses to one prompt, and 1 has none to be compared with; "
+                "give 2 or more, or set trainer.ppo.baseline to ReMax or none",
+                "model.ppo.num_rollout_per_prompt",
+            )
+        if rollout.sampling_params.use_greedy:
+            raise ConfigError(
+                "greedy responses to one prompt are all alike; set it to False", "model.ppo.sampling_params.use_greedy"
+            )
+        if rollout.offload_adam_states:
+            raise ConfigError("there is no such thing here; set it to False", "model.ppo.offload_adam_states")

@@ -1,0 +1,53 @@
+"""Config of the reward server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from nemo_aligner.config.schema import ParallelConfig, TrainerConfig, at_least
+from nemo_aligner.errors import ConfigError
+
+
+@dataclass
+class ServingConfig:
+    """`inference`: the address, and how requests become batches."""
+
+    ip: str = "127.0.0.1"  # address to listen on; 0.0.0.0 = every network of this machine
+    port: int = 5555
+    model_name: str = "reward_model"
+    inference_micro_batch_size: int = 4  # texts per forward pass
+    max_batch_size: int = 1024  # texts scored together, and in one request at most
+    max_queue_delay_microseconds: int = 2000  # how long a request waits for others to be scored with it
+    concurrent_requests: int = 8  # requests inside the server at once; the others wait in Triton's queue
+    max_text_bytes: int = 1 << 20  # longer texts are refused; those beyond the model's context are cut and flagged
+
+
+@dataclass
+class ServedModelConfig(ParallelConfig):
+    """`model`: how the archive's model is cut over processes."""
+
+    precision: str | None = "${trainer.precision}"
+
+
+@dataclass
+class ServerConfig:
+    rm_model_file: str = MISSING  # .nemo file or extracted folder
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    inference: ServingConfig = field(default_factory=ServingConfig)
+    model: ServedModelConfig = field(default_factory=ServedModelConfig)
+
+    def validate(self) -> None:
+        self.trainer.validate()
+        serving = self.inference
+        at_least(
+            1,
+            inference__inference_micro_batch_size=serving.inference_micro_batch_size,
+            inference__max_batch_size=serving.max_batch_size,
+            inference__concurrent_requests=serving.concurrent_requests,
+            inference__max_text_bytes=serving.max_text_bytes,
+        )
+        at_least(0, inference__max_queue_delay_microseconds=serving.max_queue_delay_microseconds)
+        if not 0 < serving.port < 65536:
+            raise ConfigError(f"{serving.port} is not a port, 1 to 65535", "inference.port")

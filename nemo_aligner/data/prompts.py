@@ -1,0 +1,68 @@
+"""The prompts of REINFORCE: JSONL lines of {"text": ...} or {"input": ...}, as token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aligner.data.blending import Blend, blend, prefix_files
+from nemo_aligner.data.jsonl import Row, load_rows
+from nemo_aligner.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_FIELDS = ("text", "input")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt as text and as what the model sees of it."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
+    """The rows of one split of `model.data.data_prefix`, or None where it is not given.
+
+    Raises DataError for a row without a prompt, ConfigError for a prefix of another form.
+    """
+    names, weights = prefix_files(prefix, split, key)
+    if not names:
+        return None
+    files = [load_rows(name, required={}) for name in names]
+    rows = blend(files, weights, key=key)
+    for index in range(len(rows)):
+        field_of(rows[index], rows, index)
+    return rows
+
+
+def field_of(row: Row, rows: Blend, index: int) -> str:
+    """The text of a row. Raises DataError with file and line."""
+    for name in _FIELDS:
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    has = ", ".join(map(repr, row)) or "no fields"
+    raise DataError(f'no text in field "text" or "input"; the row has {has}', *rows.where(index))
+
+
+def encode_prompts(
+    rows: Blend, encode: Callable[[str], Sequence[int]], *, bos_id: int | None, limit: int, key: str
+) -> list[PromptRow]:
+    """Token ids of every prompt; those of over `limit` tokens, and empty ones, are left out and counted.
+
+    Raises DataError when nothing is left.
+    """
+    prompts = []
+    for index in range(len(rows)):
+        text = field_of(rows[index], rows, index)
+        tokens = tuple(encode(text)) if bos_id is None else (bos_id, *encode(text))
+        if 0 < len(tokens) <= limit:
+            prompts.append(PromptRow(text, tokens))
+    if len(prompts) < len(rows):
+        log.warning("%d of %d prompts left out: empty, or over %d tokens", len(rows) - len(prompts), len(rows), limit)
+    if not prompts:
+        raise DataError(f"{key}: every prompt is empty or has over {limit} tokens")
+    return prompts

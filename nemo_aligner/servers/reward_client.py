@@ -1,0 +1,135 @@
+"""The actor's side of the reward server: texts go out while generation goes on, and are asked for again until answered.
+
+Scoring has no side effects, so a request may be repeated at will: a server that is killed and started again costs time,
+never a reward.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from nemo_aligner.config.reinforce import RemoteRewardModelConfig
+from nemo_aligner.errors import ServerError
+from nemo_aligner.servers.wire import REWARDS, SENTENCES, RequestError
+
+log = logging.getLogger(__name__)
+
+KEY = "remote_critic_rm.reward_model"
+_THREADS = 4
+_TELL_EVERY_S = 10.0
+_REQUEST_TIMEOUT_S = 120.0
+
+
+class RewardClient:
+    """Sends texts to the server of `config`, from a few threads of its own."""
+
+    def __init__(self, config: RemoteRewardModelConfig) -> None:
+        self._config, self._server = config, config.reward_model
+        self._url = f"http://{self._server.ip}:{self._server.port}"
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="reward")
+        self._local = threading.local()
+        self._closed = threading.Event()
+
+    def wait_until_ready(self) -> None:
+        """Return once the model is served. Raises ServerError after `init_timeout_s`, with what to change."""
+        begin = told = time.monotonic()
+        while True:
+            fault = self._not_ready()
+            if fault is None:
+                return
+            waited = time.monotonic() - begin
+            if waited >= self._config.init_timeout_s:
+                raise ServerError(
+                    f"no reward server at {self._url} after {waited:.0f} s ({fault}); check {KEY}.ip and {KEY}.port, "
+                    "or wait longer with remote_critic_rm.init_timeout_s"
+                )
+            if time.monotonic() - told >= _TELL_EVERY_S or told == begin:
+                told = time.monotonic() + 1e-6
+                log.info("waiting for the reward server at %s, for %.0f s so far (%s)", self._url, waited, fault)
+            self._closed.wait(min(1.0, self._config.init_timeout_s / 10))
+
+    def _not_ready(self) -> str | None:
+        """None when the model answers, else why not."""
+        try:
+            with urllib.request.urlopen(f"{self._url}/v2/models/{self._server.name}/ready", timeout=5) as reply:
+                return None if reply.status == 200 else f"HTTP status {reply.status}"
+        except urllib.error.HTTPError as fault:
+            return f"it serves no model {self._server.name!r} yet (HTTP status {fault.code})"
+        except (OSError, ValueError) as fault:
+            return str(getattr(fault, "reason", fault))
+
+    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+        """Rewards of `texts`, in their order, to come."""
+        return self._threads.submit(self._rewards, list(texts))
+
+    def close(self) -> None:
+        self._closed.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _rewards(self, texts: list[str]) -> list[float]:
+        """Asks until there is an answer. Raises ServerError after `inference_timeout_s`, or for a refused request."""
+        begin, told, pause = time.monotonic(), 0.0, 0.25
+        while True:
+            try:
+                return self._ask(texts)
+            except Exception as fault:
+                self._drop_connection()
+                reason = _reason(fault)
+                waited = time.monotonic() - begin
+                if RequestError.__name__ in reason:
+                    raise ServerError(f"the reward server at {self._url} refused a request: {reason}") from None
+                if self._closed.is_set() or waited >= self._config.inference_timeout_s:
+                    raise ServerError(
+                        f"no answer from the reward server at {self._url} for {waited:.0f} s ({reason}); "
+                        "start it again, or wait longer with remote_critic_rm.inference_timeout_s"
+                    ) from None
+                if waited - told >= _TELL_EVERY_S or not told:
+                    told = waited + 1e-6
+                    log.warning("the reward server at %s does not answer, asking again (%s)", self._url, reason)
+                self._closed.wait(pause)
+                pause = min(2 * pause, 5.0)
+
+    def _ask(self, texts: list[str]) -> list[float]:
+        sentences = np.array([[text.encode()] for text in texts], dtype=object)
+        rewards = self._connection().infer_batch(**{SENTENCES: sentences})[REWARDS]
+        return [float(reward) for reward in rewards[:, 0]]
+
+    def _connection(self) -> Any:
+        """PyTriton's client is not for several threads, so each has its own."""
+        if not hasattr(self._local, "client"):
+            from pytriton.client import ModelClient
+
+            logging.getLogger("pytriton").setLevel(logging.WARNING)
+            timeout = min(_REQUEST_TIMEOUT_S, self._config.inference_timeout_s)
+            self._local.client = ModelClient(
+                self._url,
+                self._server.name,
+                lazy_init=True,
+                init_timeout_s=timeout,
+                inference_timeout_s=timeout,
+            )
+        return self._local.client
+
+    def _drop_connection(self) -> None:
+        client = self._local.__dict__.pop("client", None)
+        if client is not None:
+            try:
+                client.close()
+            except Exception as fault:
+                log.debug("closing a broken connection: %s", fault)
+
+
+def _reason(fault: Exception) -> str:
+    """The first line that says something; Triton wraps faults of the model in lines of its own."""
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    named = [line for line in lines if RequestError.__name__ in line]
+    return (named or lines or [type(fault).__name__])[0]
