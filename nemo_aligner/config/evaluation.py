@@ -1,4 +1,4 @@
-"""Config of the policy evaluation: plain samples of a policy, their rewards, and how far it is from where it began."""
+"""Config of the evaluation: plain samples of policies, their rewards, and how far they are from where they began."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from nemo_aligner.config.offline import SamplerConfig
+from nemo_aligner.errors import ConfigError
 
 
 @dataclass
 class EvaluationConfig(SamplerConfig):
+    gpt_model_file: str = "${policy_files.0}"
+    policy_files: list[str] = MISSING
     reward_model_file: str = MISSING
     initial_policy_file: str | None = None  # KL is measured against it; null = no KL
+
+    def validate(self) -> None:
+        super().validate()
+        stems = [path.rpartition("/")[2] for path in self.policy_files]
+        if not stems or len(set(stems)) < len(stems):
+            raise ConfigError(f"{self.policy_files}: give one file or more, no two of the same name", "policy_files")

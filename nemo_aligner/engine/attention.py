@@ -63,6 +63,9 @@ class SdpaCoreAttention(MegatronModule):
         return torch.cat(parts)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dtype = query.dtype
+        if query.device.type == "cpu":  # torch's CPU kernel takes three times as long in bf16 as in float32
+            query, key, value = query.float(), key.float(), value.float()
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if self.window is None else sliding_window_mask(query.size(2), self.window, query.device)
         context = F.scaled_dot_product_attention(
@@ -75,7 +78,7 @@ class SdpaCoreAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return context.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
 def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -21,10 +21,23 @@ from nemo_aligner.engine.model import RewardGPTModel
 T = TypeVar("T")
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    """Log-probability of each token given those before it: `[B, S]` float32, 0 at position 0.
+def wanted_positions(microbatch: Microbatch) -> Tensor:
+    """Where the next token's log-probability is asked for, `[B, S]` bool: before every target of `loss_mask`.
 
-    logits: `[B, S, V/TP]`, this rank's part of the padded vocabulary; rows past `vocab_size` get no probability mass.
+    Without a mask everywhere but at the end. Never empty: a micro-batch of fillers asks for one that no mask counts.
+    """
+    wanted = torch.zeros_like(microbatch.tokens, dtype=torch.bool)
+    mask = microbatch.fields.get("loss_mask")
+    wanted[:, :-1] = True if mask is None else mask[:, 1:] != 0
+    wanted[0, 0] |= ~wanted.any()
+    return wanted
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
+    """Log-probability of the token after every wanted position, at that token: `[B, S]` float32, 0 elsewhere.
+
+    logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
+    get no probability mass.
     """
     shard = logits.size(-1)
     first = parallel_state.get_tensor_model_parallel_rank() * shard
@@ -32,8 +45,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
         padding = torch.arange(first, first + shard, device=logits.device) >= vocab_size
         logits = logits.masked_fill(padding, -torch.inf)
     # Megatron's cross entropy works in place on its input, hence the copy
-    copy = logits[:, :-1].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return torch.nn.functional.pad(-vocab_parallel_cross_entropy(copy, tokens[:, 1:].contiguous()), (1, 0))
+    copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    found = -vocab_parallel_cross_entropy(copy, tokens.roll(-1, dims=1)[wanted].unsqueeze(0))
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
 def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -42,9 +56,12 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _output(model: nn.Module, raw: Tensor, microbatch: Microbatch, vocab_size: int) -> Tensor:
-    if isinstance(unwrap_model(model), RewardGPTModel):
+    plain = unwrap_model(model)
+    if isinstance(plain, RewardGPTModel):
         return rewards_at_end(raw, microbatch.lengths)
-    return token_logprobs(raw, microbatch.tokens, vocab_size)
+    wanted = wanted_positions(microbatch)
+    logits = raw[wanted].unsqueeze(0) if plain.wanted is None else raw
+    return token_logprobs(logits, microbatch.tokens, wanted, vocab_size)
 
 
 def _padded(microbatch: Microbatch, multiple: int, device: torch.device) -> Microbatch:
@@ -72,7 +89,7 @@ def _run(
     `on_raw(raw model output, micro-batch)` gives Megatron's loss function.
     """
     device = next(model.parameters()).device
-    config = get_model_config(model)
+    config, plain = get_model_config(model), unwrap_model(model)
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     ready = [_padded(microbatch, multiple, device) for microbatch in microbatches]
 
@@ -80,6 +97,8 @@ def _run(
         microbatch = next(data)
         tokens = microbatch.tokens
         positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+        if not config.sequence_parallel:  # there each rank holds some positions only, until after the output layer
+            plain.wanted = wanted_positions(microbatch)
         raw = stage(tokens, positions, None)  # no mask: causal by construction
         return raw, on_raw(raw, microbatch)
 
@@ -93,6 +112,7 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
+    plain.wanted = None
     return from_last_stage(results)
 
 

@@ -161,10 +161,17 @@ class Policy(TrainableModel, Protocol):
     ) -> Iterator[Response]:
         """Draw every request of this replica, yielding each response as it finishes (any order)."""
 
-    def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
-        """For each row of token ids (length L): `[L]` float32 log p(token | those before it), 0 at position 0."""
+    def logprobs(
+        self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """For each row of token ids (length L): `[L]` float32 log p(token | those before it), 0 at position 0.
 
-    def initial_logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+        `starts` says from which token on they are needed in each row; those before may be 0.
+        """
+
+    def initial_logprobs(
+        self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """The same under the weights that `keep_initial_weights` kept."""
 
 

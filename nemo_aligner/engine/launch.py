@@ -44,7 +44,8 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _check_world(int(os.environ["WORLD_SIZE"]), trainer, "torchrun")
         return
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ and wanted > 1:
+    # a batch script has SLURM_NTASKS and SLURM_PROCID too; only a task that srun started is one of several
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ and wanted > 1:
         _from_slurm(trainer)
         return
     if trainer.num_nodes > 1:
@@ -70,9 +71,24 @@ def _from_slurm(trainer: TrainerConfig) -> None:
     env = os.environ
     world = int(env["SLURM_NTASKS"])
     _check_world(world, trainer, "srun")
-    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    one_node = env.get("SLURM_STEP_NUM_NODES", "") == "1"
+    address = "127.0.0.1" if one_node else _first_address(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000  # the same on every task without talking
-    _be_rank(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), _first_host(nodes), port)
+    _be_rank(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), address, port)
+
+
+def _first_address(nodelist: str) -> str:
+    """Where the first node of a Slurm node list is reached: its name, or what Slurm itself calls it by."""
+    host = _first_host(nodelist)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:  # a name that only Slurm knows, as where several nodes share a machine
+        shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False)
+        match = re.search(r"NodeAddr=(\S+)", shown.stdout)
+        if match is None:
+            raise LaunchError(f"the first node of this Slurm step, {host}, has no address here") from None
+        return match.group(1)
+    return host
 
 
 def _first_host(nodelist: str) -> str:

@@ -164,6 +164,20 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
     return spec
 
 
+class PolicyGPTModel(GPTModel):
+    """A GPTModel that computes logits only where they are asked for: most of a batch is prompt, and V is large.
+
+    With `wanted` `[B, S]` bool it returns logits `[1, N, V/TP]` of the N true entries, else `[B, S, V/TP]`.
+    """
+
+    wanted: Tensor | None = None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process and self.wanted is not None:
+            hidden_states = hidden_states.transpose(0, 1)[self.wanted].unsqueeze(1)
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+
 class RewardGPTModel(GPTModel):
     """A GPTModel with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
 
@@ -203,7 +217,7 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
             f"position_embedding_type {arch.position_embedding_type!r} is not rope or learned_absolute"
         )
     scaling = arch.rope_scaling
-    kind = RewardGPTModel if is_reward_model else GPTModel
+    kind = RewardGPTModel if is_reward_model else PolicyGPTModel
     model = kind(
         config=transformer_config(arch, run),
         transformer_layer_spec=_layer_spec(arch),

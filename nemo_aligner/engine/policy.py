@@ -30,11 +30,13 @@ class MegatronPolicy(MegatronTrainable):
         """Remember the weights as they are now, in CPU memory, for `initial_logprobs`."""
         self._initial = KeptWeights(self.module)
 
-    def initial_logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
+    def initial_logprobs(
+        self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """`logprobs` under the kept weights, which take the place of the present ones meanwhile."""
         assert self._initial is not None, "keep_initial_weights comes first"
         with self._initial.swapped_in():
-            return self.logprobs(rows, micro_batch_size)
+            return self.logprobs(rows, micro_batch_size, starts)
 
     def generate(
         self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
@@ -49,14 +51,19 @@ class MegatronPolicy(MegatronTrainable):
         finally:
             self.module.train(was_training)
 
-    def logprobs(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[Tensor]:
-        """Log-probability of each token given those before it: `[L]` float32 per row of L tokens, 0 at position 0."""
+    def logprobs(
+        self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Log-probability of each token given those before it; see interfaces.Policy."""
         was_training = self.module.training
         self.module.eval()
         results: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in length_sorted_batches(rows, micro_batch_size):
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
-            [logprobs] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
+            firsts = torch.tensor([0 if starts is None else starts[i] for i in batch])
+            asked = torch.arange(tokens.size(1)) >= firsts[:, None]
+            microbatch = Microbatch(tokens, lengths, {"loss_mask": asked.float()})
+            [logprobs] = forward_outputs(self.module, [microbatch], self.arch.vocab_size)
             for row, i in enumerate(batch):
                 results[i] = logprobs[row, : len(rows[i])].clone()
         self.module.train(was_training)

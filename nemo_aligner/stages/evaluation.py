@@ -1,6 +1,6 @@
-"""How good a policy is: plain samples on held-out prompts, their rewards, and the KL to the policy it began as.
+"""How good policies are: plain samples on held-out prompts, their rewards, and the KL to the policy they began as.
 
-One process; the models are loaded one after another: policy (generate, logprobs), initial policy, reward model.
+The models are loaded one after another: each policy (generate, logprobs), the initial policy, the reward model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class Drawn:
 
 
 def run(cfg: EvaluationConfig) -> None:
-    """Write reward_mean, reward_std, kl, response_length, finished to `cfg.output_file`, the samples beside it."""
+    """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
@@ -48,17 +49,34 @@ def run(cfg: EvaluationConfig) -> None:
 
     precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
     with start_cluster(cfg) as cluster:
-        policy = load_policy(cfg.gpt_model_file, cluster, precision=precision)
-        drawn = draw(cfg, rows, policy, cluster)
-        kl = None
+        found: list[tuple[list[Drawn], list[Tensor]]] = []
+        for path in cfg.policy_files:
+            policy = load_policy(path, cluster, precision=precision, key="policy_files")
+            drawn = draw(cfg, rows, policy, cluster)
+            own = [] if cfg.initial_policy_file is None else policy.logprobs(tokens_of(drawn), batch, starts_of(drawn))
+            found.append((drawn, own))
+            del policy  # one model at a time
+        kls: list[list[float] | None] = [None] * len(found)
         if cfg.initial_policy_file is not None:
-            tokens = [d.row for d in drawn]
-            own = policy.logprobs(tokens, batch)
-            policy = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
-            kl = sequence_kl(drawn, own, policy.logprobs(tokens, batch))
-        del policy  # one model at a time
+            initial = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
+            for i, (drawn, own) in enumerate(found):
+                kls[i] = sequence_kl(drawn, own, initial.logprobs(tokens_of(drawn), batch, starts_of(drawn)))
+            del initial
         judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
-        report(cfg, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+        figures = [
+            report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+            for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
+        ]
+        if cluster.is_main:
+            write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+
+
+def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
+    return [d.row for d in drawn]
+
+
+def starts_of(drawn: Sequence[Drawn]) -> list[int]:
+    return [len(d.prompt_tokens) for d in drawn]
 
 
 def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -> list[Drawn]:
@@ -85,8 +103,7 @@ def sequence_kl(drawn: Sequence[Drawn], policy: Sequence[Tensor], initial: Seque
 
     `policy` and `initial` hold the log-probability of every token of each row, `[L]` float32.
     """
-    starts = [len(d.prompt_tokens) for d in drawn]
-    return [float((own[s:] - first[s:]).sum()) for s, own, first in zip(starts, policy, initial, strict=True)]
+    return [float((own[s:] - first[s:]).sum()) for s, own, first in zip(starts_of(drawn), policy, initial, strict=True)]
 
 
 def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
@@ -101,13 +118,14 @@ def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: Rew
 
 def report(
     cfg: EvaluationConfig,
+    policy_file: str,
     rows: Blend,
     drawn: Sequence[Drawn],
     rewards: Sequence[float],
     kl: Sequence[float] | None,
     cluster: Cluster,
-) -> None:
-    """Gather over replicas and write the figures and the samples."""
+) -> dict[str, Any]:
+    """One policy's figures over all replicas; its samples are written beside the output file."""
     own = [
         {
             **rows[d.response.prompt_index],
@@ -123,10 +141,9 @@ def report(
     samples: list[dict[str, Any]] = sorted(
         (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
     )
-    if not cluster.is_main:
-        return
     mean, std = mean_and_std([sample[cfg.data.reward_key] for sample in samples])
     figures = {
+        "policy": policy_file,
         "reward_mean": mean,
         "reward_std": std,
         "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
@@ -134,6 +151,8 @@ def report(
         "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
         "samples": len(samples),
     }
-    write_jsonl(f"{cfg.output_file}.samples.jsonl", samples)
-    write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
-    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None))
+    if cluster.is_main:
+        write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
+        told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
+        log.info("%s: %s", policy_file, ", ".join(told))
+    return figures

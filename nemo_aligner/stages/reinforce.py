@@ -16,15 +16,17 @@ import torch
 
 from nemo_aligner.algorithms.reinforce import baselines, reinforce_loss
 from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow, encode_prompts, open_prompts
 from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
 from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly, TrainingError
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
-from nemo_aligner.stages.checkpoints import Checkpoints
+from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
 from nemo_aligner.stages.rollout import KL, Rewards, Rollout, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.supervised import open_logger
@@ -259,7 +261,10 @@ class Actor:
                 self.logger.log(self.updates, "train_optim", found)
 
     def validate(self, step: int, worker: RolloutWorker) -> None:
-        """One response to each validation prompt, always drawn with the same noise; no update."""
+        """One response to each validation prompt, always drawn with the same noise; no update.
+
+        The responses are written to `<log dir>/validation/step_<step>.jsonl`.
+        """
         if not self.validation:
             return
         with self.timers.phase("validation_time"):
@@ -268,6 +273,8 @@ class Actor:
             rollouts = worker.run(prompts, 1, self.sampling(seed_offset=1), slots)
         self.log_rollouts(step, "val_rollouts", self.score(rollouts, torch.zeros(len(rollouts))))
         if self.cluster.is_main:
+            rows = [{"input": r.prompt.text, "output": r.text, "reward": r.reward, "kl": r.kl} for r in rollouts]
+            write_jsonl(log_dir(self.cfg.exp_manager) / "validation" / f"step_{step}.jsonl", rows)
             shown = rollouts[0]
             log.info(
                 "step %d: validation reward %.4f; %r ─▶ %r (%.3f)",
@@ -277,12 +284,14 @@ class Actor:
     def log_rollouts(self, step: int, name: str, scored: Scored) -> None:
         rollouts, count = scored.rollouts, len(scored.rollouts)
         tokens = token_count(rollouts)
+        mean, std = mean_and_std([r.reward for r in rollouts])
         found = {
             "rollout_size": count,
             "prompt_lengths": sum(len(r.prompt.tokens) for r in rollouts) / count,
             "response_lengths": sum(len(r.row) for r in rollouts) / count,  # with the prompt, as in NeMo-Aligner
             "generation_length": tokens / count,
-            "rewards": sum(r.reward for r in rollouts) / count,
+            "rewards": mean,
+            "rewards_std": 0.0 if count == 1 else std,
             "fraction_of_samples_properly_ended": sum(r.finished for r in rollouts) / count,
             "entropy": -sum(r.logprob for r in rollouts) / tokens,  # per token, estimated from what was drawn
         }

@@ -93,14 +93,14 @@ class RolloutWorker:
     def _divergences(self, drawn: Sequence[Rollout]) -> list[float | None]:
         if self._kl is None:
             return [None] * len(drawn)
-        rows = [rollout.row for rollout in drawn]
+        rows, starts = [rollout.row for rollout in drawn], [len(rollout.prompt.tokens) for rollout in drawn]
         with self._timers.phase("logprobs"):
-            own = self._policy.logprobs(rows, self._forward_batch) if rows else []
+            own = self._policy.logprobs(rows, self._forward_batch, starts) if rows else []
         with self._timers.phase("init_logprobs"):
-            initial = self._policy.initial_logprobs(rows, self._forward_batch) if rows else []
+            initial = self._policy.initial_logprobs(rows, self._forward_batch, starts) if rows else []
         return [
-            sequence_kl(a[len(r.prompt.tokens) :], b[len(r.prompt.tokens) :], self._kl.estimator, self._kl.reduction)
-            for r, a, b in zip(drawn, own, initial, strict=True)
+            sequence_kl(a[start:], b[start:], self._kl.estimator, self._kl.reduction)
+            for start, a, b in zip(starts, own, initial, strict=True)
         ]
 
 

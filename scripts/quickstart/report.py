@@ -1,9 +1,10 @@
-"""The quickstart's result as a table, summary.json, a plot and samples before and after."""
+"""A quickstart's result as a table, summary.json, a plot, and samples before and after."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,113 @@ from nemo_aligner.data.jsonl import load_rows, write_atomically
 from nemo_aligner.errors import DataError
 
 STAGES = ("sample", "label", "train")
+PHASES = ("generate", "logprobs", "init_logprobs", "train_time")
 
 
-def read_evaluation(folder: Path, iteration: int) -> dict[str, Any]:
-    path = folder / f"evaluation_{iteration}.json"
+@dataclass(frozen=True)
+class Result:
+    """What a run has to show: one row for each policy that was evaluated, the first and last with their samples."""
+
+    unit: str  # what the rows count
+    rows: list[dict[str, Any]]  # {unit, reward_mean, reward_std, kl, response_length, samples, seconds: {...}, ...}
+    samples_before: Path
+    samples_after: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        first, last = self.rows[0], self.rows[-1]
+        return {
+            "reward_before": first["reward_mean"],
+            "reward_after": last["reward_mean"],
+            "reward_std_before": first["reward_std"],
+            "kl_after": last["kl"],
+            "gain_in_std": (last["reward_mean"] - first["reward_mean"]) / first["reward_std"],
+            "iterations": self.rows,
+        }
+
+
+def offline_result(folder: Path) -> Result:
+    """Online rejection sampling: evaluation.json holds one evaluation a policy."""
+    path = folder / "evaluation.json"
     try:
-        return json.loads(path.read_text())
+        evaluations = json.loads(path.read_text())
     except (OSError, ValueError) as fault:
         raise DataError(f"cannot be read ({fault})", path) from None
+    spent = stage_seconds(folder / "online_rs" / "seconds.log")
+    rows = [
+        {"iteration": i, **{k: v for k, v in found.items() if k != "policy"}, "seconds": spent.get(i, {})}
+        for i, found in enumerate(evaluations)
+    ]
+    first, last = (
+        folder / f"evaluation.json.{Path(e['policy']).stem}.jsonl" for e in (evaluations[0], evaluations[-1])
+    )
+    return Result("iteration", rows, first, last)
 
 
-def stage_seconds(folder: Path) -> dict[tuple[int, str], int]:
-    """Seconds of each (iteration, stage); a stage run twice after a kill counts twice."""
-    log = folder / "online_rs" / "seconds.log"
-    seconds: dict[tuple[int, str], int] = {}
+def stage_seconds(log: Path) -> dict[int, dict[str, int]]:
+    """Seconds of each stage of each iteration, from 1; a stage run twice after a kill counts twice."""
+    seconds: dict[int, dict[str, int]] = {}
     for line in log.read_text().splitlines() if log.exists() else []:
         iteration, stage, spent = line.split()
-        key = (int(iteration) + 1, stage)
-        seconds[key] = seconds.get(key, 0) + int(spent)
+        stages = seconds.setdefault(int(iteration) + 1, {})
+        stages[stage] = stages.get(stage, 0) + int(spent)
     return seconds
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Fixed-width text, one line an iteration."""
-    head = ("iteration", "reward", "std", "KL (nats)", "length", *(f"{stage} (s)" for stage in STAGES))
+def reinforce_result(folder: Path) -> Result:
+    """REINFORCE: the actor's own validations."""
+    logs = folder / "actor"
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    for line in (logs / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        for phase in PHASES:
+            seconds[phase] = seconds.get(phase, 0.0) + found.get(f"timers/{phase}", 0.0)
+        if "val_rollouts/rewards" in found:
+            value = {name.removeprefix("val_rollouts/"): number for name, number in found.items()}
+            row = {
+                "step": found["step"],
+                "reward_mean": value["rewards"],
+                "reward_std": value["rewards_std"],
+                "kl": value["init_policy_kl"],
+                "response_length": value["generation_length"],
+                "entropy": value["entropy"],
+                "samples": int(value["rollout_size"]),
+                "seconds": {},
+            }
+            rows.append(row)
+        elif rows and any(name.startswith("timers/") for name in found):
+            rows[-1]["seconds"] = {phase: round(spent) for phase, spent in seconds.items()}
+    first, last = (logs / "validation" / f"step_{row['step']}.jsonl" for row in (rows[0], rows[-1]))
+    return Result("step", rows, first, last)
+
+
+def table(result: Result) -> str:
+    """Fixed-width text, one line a policy."""
+    phases = list(dict.fromkeys(phase for row in result.rows for phase in row["seconds"]))
+    figures = {"reward": "reward_mean", "std": "reward_std", "KL (nats)": "kl", "length": "response_length"}
+    if "entropy" in result.rows[0]:
+        figures["entropy"] = "entropy"
+    head = (result.unit, *figures, *(f"{phase} (s)" for phase in phases))
     lines = ["  ".join(f"{name:>10}" for name in head)]
-    for row in rows:
-        figures = (row["reward_mean"], row["reward_std"], row["kl"], row["response_length"])
-        spent = ["-" if row["seconds"].get(stage) is None else str(row["seconds"][stage]) for stage in STAGES]
-        cells = [str(row["iteration"]), *(f"{figure:.3f}" for figure in figures), *spent]
-        lines.append("  ".join(f"{cell:>10}" for cell in cells))
+    for row in result.rows:
+        spent = [str(row["seconds"].get(phase, "-")) for phase in phases]
+        cells = [str(row[result.unit]), *(f"{row[key]:.3f}" for key in figures.values()), *spent]
+        lines.append("  ".join(f"{cell:>{max(10, len(name))}}" for cell, name in zip(cells, head, strict=True)))
     return "\n".join(lines)
 
 
-def samples_text(folder: Path, last: int, count: int = 5) -> str:
+def samples_text(result: Result, count: int = 5) -> str:
     """The same prompts before and after, in Markdown."""
     parts = ["# Samples on held-out prompts\n"]
     before, after = (
-        load_rows(folder / f"evaluation_{i}.json.samples.jsonl", required={"input": "input", "output": "output"})
-        for i in (0, last)
+        load_rows(path, required={"input": "input", "output": "output"})
+        for path in (result.samples_before, result.samples_after)
     )
     step = max(1, len(before) // count)
     for old, new in list(zip(before, after, strict=True))[::step][:count]:
-        opening = old["input"].split("<|im_end|>")[0].removeprefix("<|im_start|>user\n")
-        parts.append(f"\n**{opening}**")
+        prompt = old["input"].split("<|im_end|>")[0].removeprefix("<|im_start|>user\n")
+        parts.append(f"\n**{prompt}**")
         parts += [
             f"- {name} ({row['reward']:+.2f}): {' '.join(row['output'].split())}"
             for name, row in (("before", old), ("after", new))
@@ -63,57 +127,44 @@ def samples_text(folder: Path, last: int, count: int = 5) -> str:
     return "\n".join(parts) + "\n"
 
 
-def plot(folder: Path, rows: list[dict[str, Any]]) -> None:
+def plot(result: Result, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    iterations = [row["iteration"] for row in rows]
-    spread = [row["reward_std"] / row["samples"] ** 0.5 for row in rows]
-    axes.errorbar(iterations, [row["reward_mean"] for row in rows], yerr=spread, marker="o", capsize=4)
-    axes.set(xlabel="iteration of rejection sampling", ylabel="mean reward, held-out prompts (± standard error)")
-    axes.set_xticks(iterations)
+    at = [row[result.unit] for row in result.rows]
+    spread = [row["reward_std"] / row["samples"] ** 0.5 for row in result.rows]
+    axes.errorbar(at, [row["reward_mean"] for row in result.rows], yerr=spread, marker="o", capsize=4)
+    axes.set(xlabel=result.unit, ylabel="mean reward, held-out prompts (± standard error)")
+    axes.set_xticks(at)
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(iterations, [row["kl"] for row in rows], color="gray", linestyle=":", marker=".")
+    right.plot(at, [row["kl"] for row in result.rows], color="gray", linestyle=":", marker=".")
     right.set_ylabel("KL to the start model (nats per response, dotted)")
     figure.tight_layout()
-    partial = folder / ".reward.partial.png"
+    partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial, dpi=120)
-    partial.replace(folder / "reward.png")
+    partial.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--seconds", type=int, required=True, help="since the end of installation")
+    parser.add_argument("--reinforce", action="store_true", help="of quickstart.sh --reinforce")
     args = parser.parse_args()
 
-    spent = stage_seconds(args.folder)
-    rows = []
-    for iteration in range(args.iterations + 1):
-        seconds = {stage: spent[iteration, stage] for stage in STAGES if (iteration, stage) in spent}
-        rows.append({"iteration": iteration, **read_evaluation(args.folder, iteration), "seconds": seconds})
-    first, last = rows[0], rows[-1]
-    summary = {
-        "reward_before": first["reward_mean"],
-        "reward_after": last["reward_mean"],
-        "reward_std_before": first["reward_std"],
-        "kl_after": last["kl"],
-        "seconds": args.seconds,
-        "gain_in_std": (last["reward_mean"] - first["reward_mean"]) / first["reward_std"],
-        "iterations": rows,
-    }
+    result = reinforce_result(args.folder) if args.reinforce else offline_result(args.folder)
+    summary = {**result.summary, "seconds": args.seconds}
     write_atomically(args.folder / "summary.json", [json.dumps(summary, indent=1), "\n"])
-    text = samples_text(args.folder, args.iterations)
+    text = samples_text(result)
     write_atomically(args.folder / "samples.md", [text])
-    plot(args.folder, rows)
+    plot(result, args.folder / "reward.png")
     print(text)
-    print(table(rows))
-    print(f"\nreward +{summary['gain_in_std']:.2f} standard deviations in {args.seconds} s; see {args.folder}")
+    print(table(result))
+    print(f"\nreward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s; see {args.folder}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from nemo_aligner.engine.model import RunOptions, build_model
 from nemo_aligner.engine.parallel import MegatronCluster, start_cluster
 from nemo_aligner.engine.trainable import MegatronTrainable
 from nemo_aligner.errors import TrainingError
+from nemo_aligner.stages.reinforce import reinforce_objective
 from nemo_aligner.stages.supervised import ranking_objective, sft_objective
 from tests.fakes import ByteTokenizer
 from tests.unit.engine.test_generation import ARCH
@@ -100,6 +101,34 @@ def test_micro_batch_size_changes_neither_loss_nor_weights(cluster: MegatronClus
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for ours, theirs in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def plain_reinforce_loss(module: torch.nn.Module, batch: Microbatch) -> torch.Tensor:
+    """-Σ A_i log π(y_it) / Σ 1 over response tokens, row by row over the dense model, nothing padded."""
+    total, count = torch.zeros(()), 0.0
+    for row, length, mask, advantage in zip(
+        batch.tokens, batch.lengths.tolist(), batch.fields["loss_mask"], batch.fields["weights"], strict=True
+    ):
+        tokens = row[:length]
+        logits = module(tokens[None], torch.arange(length)[None], None)[0, :, : ARCH.vocab_size]
+        for t in range(1, length):
+            if mask[t]:
+                total = total - advantage * logits[t - 1].log_softmax(-1)[tokens[t]]
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_reinforce_gradient_is_that_of_the_plain_objective(cluster: MegatronCluster, size: int) -> None:
+    model, twin = trainable(cluster), trainable(cluster)
+    batch = rows()
+    batch.fields["weights"][:] = torch.tensor([0.7, -1.3, 0.2, 2.1])
+    loss = plain_reinforce_loss(twin.module, batch)
+    gradients = torch.autograd.grad(loss, list(twin.module.parameters()))
+    metrics = model.train_step(split(batch, size), reinforce_objective)
+    assert metrics.loss == pytest.approx(loss.item(), abs=1e-5)
+    for parameter, gradient in zip(model.module.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.main_grad, gradient, atol=1e-5, rtol=0)  # type: ignore[attr-defined]
 
 
 def test_rewards_are_read_at_the_last_real_token_and_do_not_see_padding(cluster: MegatronCluster) -> None:

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=online_rs --nodes=1 --ntasks-per-node=8 --time=4:00:00 --exclusive
+#SBATCH --requeue --open-mode=append --signal=USR1@180
+#
+# The online loop of scripts/online_rs.sh as one job: sampler, labeler and SFT are job steps, one task per device.
+#
+#   PROMPTS_PATH=... POLICY_MODEL_PATH=... REWARD_MODEL_PATH=... RESULT_PATH=... \
+#     sbatch -A <account> -p <partition> scripts/slurm/online_rs.sh
+#
+# Takes the settings of scripts/online_rs.sh from the environment, and CONTAINER, MOUNTS as scripts/slurm/reinforce.sh.
+# Three minutes before the time limit Slurm warns the running step; it saves, and the job queues itself again. A job that
+# is killed outright and requeued goes on in the same way, in the stage it was in.
+set -euo pipefail
+
+: "${GPFS:=${SLURM_SUBMIT_DIR:-$PWD}}" "${PYTHON:=python}" "${CONTAINER:=}" "${MOUNTS:=}"
+cd "$GPFS"
+devices=${SLURM_TASKS_PER_NODE%%(*}
+size="trainer.num_nodes=$SLURM_JOB_NUM_NODES trainer.devices=$devices"
+export PYTHON PYTHONUNBUFFERED=1
+export SAMPLER_ARGS="$size ${SAMPLER_ARGS:-}" LABELER_ARGS="$size ${LABELER_ARGS:-}" SFT_ARGS="$size ${SFT_ARGS:-}"
+export LAUNCH="srun --kill-on-bad-exit=1 ${CONTAINER:+--container-image=$CONTAINER} $MOUNTS"
+
+status=0
+bash scripts/online_rs.sh || status=$?
+if ((status == 75)); then # stopped on purpose, with everything saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

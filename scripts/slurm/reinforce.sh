@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=reinforce --nodes=1 --ntasks-per-node=8 --time=4:00:00 --exclusive
+#SBATCH hetjob
+#SBATCH --nodes=1 --ntasks-per-node=8 --exclusive
+#
+# REINFORCE as one heterogeneous job: the reward server on the first component, the actor on the second.
+#
+#   RM_NEMO_FILE=... ACTOR_NEMO_FILE=... TRAIN_DATA_PATH=... VALID_DATA_PATH=... RESULTS_DIR=... \
+#     sbatch -A <account> -p <partition> scripts/slurm/reinforce.sh
+#
+# On other sizes than one node of 8 for each: sbatch --nodes=1 --ntasks-per-node=4 : --nodes=2 --ntasks-per-node=8 ...
+# One task is started per device. More settings, all with defaults:
+#   ACTOR_ARGS RM_ARGS          more overrides, quoted as for a shell: ACTOR_ARGS="trainer.ppo.max_steps=100"
+#   CRITIC_PORT                 port of the reward server
+#   CONTAINER MOUNTS            image and "--container-mounts=..." where the cluster runs containers; empty = none
+#   PYTHON GPFS                 interpreter, and the checkout to run in
+#
+# The actor waits for the server as long as remote_critic_rm.init_timeout_s says. When either of them fails, the other is
+# stopped and the job fails with its status; when the actor is done, the server is stopped and the job is done.
+set -euo pipefail
+
+: "${RM_NEMO_FILE:?the reward model, a .nemo file}" "${ACTOR_NEMO_FILE:?the policy to start from, a .nemo file}"
+: "${TRAIN_DATA_PATH:?prompts to train on, a JSONL file}" "${VALID_DATA_PATH:?prompts to validate on, a JSONL file}"
+: "${RESULTS_DIR:?a folder for results}"
+: "${GPFS:=${SLURM_SUBMIT_DIR:-$PWD}}" "${PYTHON:=python}" "${CRITIC_PORT:=5567}" "${CONTAINER:=}" "${MOUNTS:=}"
+eval "actor_args=(${ACTOR_ARGS:-})" "rm_args=(${RM_ARGS:-})"
+
+cd "$GPFS"
+export PYTHONPATH="$GPFS${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+CRITIC_LOG_DIR=$RESULTS_DIR/critic_results ACTOR_LOG_DIR=$RESULTS_DIR/actor_results
+mkdir -p "$CRITIC_LOG_DIR" "$ACTOR_LOG_DIR"
+container=()
+if [[ -n $CONTAINER ]]; then container=(--container-image="$CONTAINER" $MOUNTS); fi
+
+# nodes and tasks of a component: SLURM_JOB_NUM_NODES_HET_GROUP_0, SLURM_NTASKS_PER_NODE_HET_GROUP_0, ...
+nodes() { local name=SLURM_JOB_NUM_NODES_HET_GROUP_$1; echo "${!name}"; }
+devices() { local name=SLURM_TASKS_PER_NODE_HET_GROUP_$1; echo "${!name%%(*}"; }
+
+host_critic=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | head -n1)
+# a cluster of several nodes on one machine has names that only Slurm knows
+getent hosts "$host_critic" >/dev/null || host_critic=$(scontrol show node "$host_critic" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+
+# TERM goes to the tasks of a step, and to the step once more: a step whose srun is gone ends as well
+srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
+  -o "$CRITIC_LOG_DIR/critic_output_%j_%t.log" -e "$CRITIC_LOG_DIR/critic_error_%j_%t.err" \
+  "$PYTHON" examples/nlp/gpt/serve_reward_model.py \
+  --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=inference_rm \
+  trainer.num_nodes="$(nodes 0)" trainer.devices="$(devices 0)" \
+  rm_model_file="$RM_NEMO_FILE" inference.ip=0.0.0.0 inference.port="$CRITIC_PORT" "${rm_args[@]}" &
+server=$!
+
+srun --het-group=1 --kill-on-bad-exit=1 "${container[@]}" \
+  -o "$ACTOR_LOG_DIR/actor_output_%j_%t.log" -e "$ACTOR_LOG_DIR/actor_error_%j_%t.err" \
+  "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py \
+  --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=gpt_rs_actor \
+  "model.data.data_prefix={train: [$TRAIN_DATA_PATH], validation: [$VALID_DATA_PATH], test: [$VALID_DATA_PATH]}" \
+  pretrained_checkpoint.restore_from_path="$ACTOR_NEMO_FILE" \
+  exp_manager.explicit_log_dir="$ACTOR_LOG_DIR" \
+  trainer.num_nodes="$(nodes 1)" trainer.devices="$(devices 1)" \
+  remote_critic_rm.reward_model.ip="$host_critic" remote_critic_rm.reward_model.port="$CRITIC_PORT" \
+  "${actor_args[@]}" &
+actor=$!
+
+status=0
+wait -n -p first "$server" "$actor" || status=$?
+if [[ $first == "$actor" ]]; then
+  kill -TERM "$server" 2>/dev/null || true
+  wait "$server" || true
+else
+  echo "error: the reward server ended with status $status before the actor; see $CRITIC_LOG_DIR" >&2
+  if ((status == 0)); then status=1; fi
+  kill -TERM "$actor" 2>/dev/null || true
+  wait "$actor" || true
+fi
+exit "$status"

@@ -1,0 +1,359 @@
+"""Reward server and actor as users run them: the guide's commands, other people's clients, and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.functional.conftest import ENV, ROOT, Workshop, run
+
+DOCUMENT = ROOT / "tests" / "data" / "mission" / "reinforce.rst"
+SERVER, ACTOR, HETJOB = range(3)
+SIZES = {
+    r"trainer\.num_nodes=8": "trainer.num_nodes=1",
+    r"trainer\.devices=8": "trainer.devices=1 trainer.precision=32",
+    r"tensor_model_parallel_size=4": "tensor_model_parallel_size=1",
+    r"max_steps=313": "max_steps=2",
+    r"val_check_interval=4": "val_check_interval=1",
+    r"num_rollout_per_prompt=4": "num_rollout_per_prompt=4 model.ppo.length_params.max_length=6",
+    r"rm_model_file=": "inference.concurrent_requests=2 rm_model_file=",
+}
+
+
+def block(index: int) -> str:
+    """A bash block of the guide, with small sizes."""
+    found = re.findall(r"\.\. code-block:: bash *\n\n((?:(?: {3}.*)?\n)+)", DOCUMENT.read_text())
+    text = re.sub(r"(?m)^ {3}", "", found[index])
+    for pattern, small in SIZES.items():
+        text = re.sub(pattern, small, text)
+    return text
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def variables(shop: Workshop, folder: Path, port: int) -> dict[str, str]:
+    """What the guide's blocks read from their surroundings, a few of which it never sets."""
+    return {
+        "GPFS": str(ROOT),
+        "NEMO_RLHF_DIR": str(ROOT),
+        "CRITIC_CONFIG_PATH": f"{ROOT}/examples/nlp/gpt/conf",
+        "CRITIC_CONFIG_NAME": "inference_rm",
+        "CONF_DIR": f"{ROOT}/examples/nlp/gpt/conf",
+        "CONFIG_NAME": "gpt_rs_actor",
+        "RM_NEMO_FILE": str(shop.path("reward_model.nemo")),
+        "ACTOR_NEMO_FILE": str(shop.path("sft_model.nemo")),
+        "TRAIN_DATA_PATH": str(shop.path("prompts_dataset.jsonl")),
+        "VALID_DATA_PATH": str(shop.path("prompts_dataset.jsonl")),
+        "ACTOR_LOG_DIR": str(folder / "actor_results"),
+        "CRITIC_PORT": str(port),
+        "host_critic": "localhost",
+        "ACTOR_LR": "1e-6",
+        "ACTOR_GBS": "16",
+        "NUM_ROLLOUTS": "4",
+    }
+
+
+def without_own_paths(text: str, names: dict[str, str]) -> str:
+    """The block without its assignments of made-up paths, so that ours from the surroundings hold."""
+    return re.sub(rf"(?m)^({'|'.join(names)})=.*\n", "", text)
+
+
+@contextmanager
+def serving(shop: Workshop, port: int, log: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A reward server, ready; stopped at the end."""
+    command = (
+        "python", "examples/nlp/gpt/serve_reward_model.py", f"rm_model_file={shop.path('reward_model.nemo')}",
+        f"inference.port={port}", "trainer.precision=32", *more,
+    )  # fmt: skip
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        wait_until_ready(process, port, log)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/reward_model/ready", timeout=2)
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise AssertionError(f"not ready after a minute: {log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    port = free_port()
+    with serving(workshop, port, tmp_path_factory.mktemp("server") / "log"):
+        yield port
+
+
+def ask(port: int, *inputs: dict[str, Any]) -> dict[str, list[float]]:
+    """Plain JSON over HTTP, as curl would send it. Raises HTTPError with the server's words."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v2/models/reward_model/infer", json.dumps({"inputs": inputs}).encode()
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return {output["name"]: output["data"] for output in json.load(reply)["outputs"]}
+
+
+def texts(*values: str) -> dict[str, Any]:
+    return {"name": "sentences", "datatype": "BYTES", "shape": [len(values), 1], "data": list(values)}
+
+
+def tokens(rows: list[list[int]], lengths: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    flat = [token for row in rows for token in row]
+    return (
+        {"name": "tokens", "datatype": "INT64", "shape": [len(rows), len(rows[0])], "data": flat},
+        {"name": "sequence_lengths", "datatype": "INT64", "shape": [len(rows), 1], "data": lengths},
+    )
+
+
+def test_the_copy_is_the_users_document() -> None:
+    original = ROOT.parent / "shared" / "mission" / "reinforce.rst"
+    if not original.exists():
+        pytest.skip("the users' document is not beside this checkout")
+    assert DOCUMENT.read_text() == original.read_text()
+
+
+def test_strange_clients_get_the_labelers_rewards(workshop: Workshop, server: int, tmp_path: Path) -> None:
+    samples = workshop.rows("generated_samples.jsonl")
+    run(
+        "python", "examples/nlp/gpt/offline/launch_reward_labeler.py",
+        f"gpt_model_file={workshop.path('reward_model.nemo')}", f"output_file={tmp_path}/labeled.jsonl",
+        f"data.file_names=[{workshop.path('generated_samples.jsonl')}]", "trainer.precision=32", "processor=null",
+    )  # fmt: skip
+    wanted = [row["reward"] for row in Workshop(tmp_path).rows("labeled.jsonl")]
+    whole = [sample["input"] + sample["output"] for sample in samples]
+    assert ask(server, texts(*whole))["rewards"] == pytest.approx(wanted, abs=1e-5)
+    rows = [list(text.encode()) for text in whole]  # the tiny model has one token a byte
+    width = max(map(len, rows)) + 3
+    as_tokens = tokens([row + [0] * (width - len(row)) for row in rows], [len(row) for row in rows])
+    found = ask(server, *as_tokens)
+    assert found["rewards"] != pytest.approx([0.0] * len(wanted))
+    client_rewards = tritonclient_rewards(server, whole)
+    assert client_rewards == pytest.approx(wanted, abs=1e-5)
+
+
+def tritonclient_rewards(port: int, whole: list[str]) -> list[float]:
+    import tritonclient.http as triton
+
+    client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+    sentences = triton.InferInput("sentences", [len(whole), 1], "BYTES")
+    sentences.set_data_from_numpy(np.array([[text.encode()] for text in whole], dtype=object))
+    return client.infer("reward_model", [sentences]).as_numpy("rewards")[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ([{"name": "tokens", "datatype": "INT32", "shape": [1, 1], "data": [1]}], "tokens"),
+        ([{"name": "sentences", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}], "sentences"),
+        ([*tokens([[1, 2]], [3])], "sequence_lengths: row 0 says 3"),
+        ([*tokens([[1, 259]], [2])], "tokens: row 0 has id 259"),
+        ([texts("")], "sentences: row 0 is empty"),
+        ([texts("a" * (1 << 20) + "b")], "sentences: row 0 has 1048577 bytes"),
+        ([], "input"),
+    ],
+)
+def test_a_malformed_request_is_refused_by_name_and_the_server_goes_on(
+    server: int, inputs: list[dict[str, Any]], named: str
+) -> None:
+    before = ask(server, texts("a film"))["rewards"]
+    with pytest.raises(urllib.error.HTTPError) as fault:
+        ask(server, *inputs)
+    assert named in fault.value.read().decode()
+    assert ask(server, texts("a film"))["rewards"] == before
+
+
+def test_invalid_utf8_is_refused_by_name(server: int) -> None:
+    import tritonclient.http as triton
+
+    client = triton.InferenceServerClient(f"127.0.0.1:{server}")
+    sentences = triton.InferInput("sentences", [1, 1], "BYTES")
+    sentences.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=object))
+    with pytest.raises(triton.InferenceServerException, match="sentences: row 0 is not valid UTF-8"):
+        client.infer("reward_model", [sentences])
+
+
+def test_a_text_beyond_the_context_is_flagged(server: int) -> None:
+    found = ask(server, texts("a" * 511, "a" * 600))
+    assert found["exceeded"] == [0, 1]
+
+
+def test_many_clients_at_once_each_get_their_own_rewards(server: int) -> None:
+    requests = [[f"film {i}", f"review {i} of {i}"][: 1 + i % 2] for i in range(100)]
+    alone = [ask(server, texts(*request))["rewards"] for request in requests]
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(lambda i: ask(server, texts(*requests[i % 100]))["rewards"], range(2000)))
+    for i, found in enumerate(together):
+        assert found == pytest.approx(alone[i % 100], abs=1e-5)
+
+
+def actor(shop: Workshop, folder: Path, port: int, *more: str) -> tuple[str, ...]:
+    prompts = shop.path("prompts_dataset.jsonl")
+    return (
+        "python", "examples/nlp/gpt/train_gpt_reinforce_actor.py",
+        f"model.data.data_prefix={{train: [{prompts}], validation: [{prompts}], test: [{prompts}]}}",
+        f"pretrained_checkpoint.restore_from_path={shop.path('sft_model.nemo')}", "trainer.precision=32",
+        f"exp_manager.explicit_log_dir={folder}", f"remote_critic_rm.reward_model.port={port}",
+        "model.ppo.num_rollout_samples=2", "model.ppo.rollout_micro_batch_size=2", "model.global_batch_size=4",
+        "model.ppo.length_params.max_length=6", "model.optim.lr=1e-3", "~model.optim.sched",
+        "trainer.ppo.save_interval=1", "trainer.ppo.val_check_interval=2", *more,
+    )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Everything logged but how long things took."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if not any(key.startswith("timers/") for key in row)]
+
+
+def test_the_guides_server_and_actor_commands(workshop: Workshop, tmp_path: Path) -> None:
+    port = free_port()
+    names = variables(workshop, tmp_path, port)
+    process = subprocess.Popen(
+        ["bash", "-c", without_own_paths(block(SERVER), names)], cwd=ROOT, env={**ENV, **names}, start_new_session=True
+    )
+    try:
+        run("bash", "-e", "-c", without_own_paths(block(ACTOR), names), **names)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+    assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").stat().st_size > 10_000
+    optimizer = [row["train_optim/lr"] for row in metrics(tmp_path / "actor_results") if "train_optim/lr" in row]
+    assert optimizer == pytest.approx([1.001e-6, 1e-6], rel=1e-6)  # 6 prompts: 4 and 2, of 4 responses each
+
+
+def test_the_guides_hetjob_runs_both_commands_through_srun(workshop: Workshop, tmp_path: Path) -> None:
+    """Its text as printed; srun and scontrol are stood in for by functions that run the commands here."""
+    names = variables(workshop, tmp_path, free_port())
+    script = without_own_paths(block(HETJOB), {**names, "RESULTS_DIR": "", "CONTAINER": ""})
+    script = script.replace("sleep 30", "sleep 0").replace("MOUNTS=", "#MOUNTS=")
+    stand_ins = f"""
+        scontrol() {{ echo localhost; }}
+        srun() {{
+          local command="${{@: -1}}"
+          case $1 in
+            --het-group=0) setsid bash -c "$command" & echo $! >{tmp_path}/server.pid; wait ;;
+            --het-group=1) bash -c "$command" >{tmp_path}/actor.log 2>&1; kill -- -$(<{tmp_path}/server.pid) ;;
+          esac
+        }}
+    """
+    run("bash", "-c", stand_ins + script, RESULTS_DIR=str(tmp_path), CONTAINER="none", **names)
+    assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists(), (
+        tmp_path / "actor.log"
+    ).read_text()
+
+
+def test_an_actor_killed_at_any_step_ends_as_if_it_had_not_been(
+    workshop: Workshop, server: int, tmp_path: Path
+) -> None:
+    run(*actor(workshop, tmp_path / "whole", server))
+    command = actor(workshop, tmp_path / "killed", server)
+    for steps in (1, 2):
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while (
+            process.poll() is None
+            and sum("train_rollouts/rewards" in row for row in metrics(tmp_path / "killed")) < steps
+        ):
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    run(*command)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_a_server_killed_and_started_again_changes_nothing(workshop: Workshop, server: int, tmp_path: Path) -> None:
+    run(*actor(workshop, tmp_path / "whole", server))
+    port = free_port()
+    log = tmp_path / "server.log"
+    with serving(workshop, port, log, "inference.concurrent_requests=2") as first:
+        process = subprocess.Popen(
+            actor(workshop, tmp_path / "other", port), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not metrics(tmp_path / "other"):
+            time.sleep(0.02)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    with serving(workshop, port, log, "inference.concurrent_requests=2"):
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert metrics(tmp_path / "other") == metrics(tmp_path / "whole")
+
+
+def test_a_server_that_is_not_there_is_named_with_the_keys_to_change(workshop: Workshop, tmp_path: Path) -> None:
+    port = free_port()
+    done = run(*actor(workshop, tmp_path, port, "remote_critic_rm.init_timeout_s=1"), check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: no reward server at http://localhost:{port}")
+    for key in ("remote_critic_rm.reward_model.ip", "reward_model.port", "remote_critic_rm.init_timeout_s"):
+        assert key in last
+
+
+def test_one_response_per_prompt_is_refused_for_rloo_and_taken_for_remax(
+    workshop: Workshop, server: int, tmp_path: Path
+) -> None:
+    one = ("model.ppo.num_rollout_per_prompt=1", "trainer.ppo.max_steps=1")
+    done = run(*actor(workshop, tmp_path, server, *one), check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: model.ppo.num_rollout_per_prompt: RLOO")
+    run(*actor(workshop, tmp_path, server, *one, "trainer.ppo.baseline=ReMax", "trainer.devices=2"))
+
+
+def test_the_names_of_nemo_aligner_0_7_are_taken(workshop: Workshop, server: int, tmp_path: Path) -> None:
+    command = [part for part in actor(workshop, tmp_path, server) if not part.startswith("remote_critic_rm")]
+    renamed = [
+        part.replace("trainer.ppo.", "trainer.reinforce.").replace("model.ppo.", "model.reinforce.") for part in command
+    ]
+    done = run(
+        *renamed, "--config-name=gpt_reinforce_actor", f"remote_rm.reward_model.port={server}",
+        "trainer.reinforce.max_steps=1", "trainer.reinforce.num_rollouts_per_prompt=3",
+    )  # fmt: skip
+    assert "trainer.reinforce is taken as trainer.ppo" in done.stdout
+    rollouts = [row for row in metrics(tmp_path) if "train_rollouts/rollout_size" in row]
+    assert [row["train_rollouts/rollout_size"] for row in rollouts] == [6]
+    assert (tmp_path / "checkpoints/megatron_gpt_reinforce_actor.nemo").exists()
+
+
+def test_the_server_leaves_cleanly_on_sigterm_and_says_when_its_port_is_taken(
+    workshop: Workshop, server: int, tmp_path: Path
+) -> None:
+    port = free_port()
+    with serving(workshop, port, tmp_path / "log", "inference.concurrent_requests=1", "trainer.devices=2") as process:
+        assert len(ask(port, texts("a", "b", "c"))["rewards"]) == 3  # two ranks share the work
+        process.terminate()
+        assert process.wait(60) == 0
+    taken = run(
+        "python", "examples/nlp/gpt/serve_reward_model.py", f"rm_model_file={workshop.path('reward_model.nemo')}",
+        f"inference.port={server}", check=False,
+    )  # fmt: skip
+    assert taken.returncode == 1
+    assert f"inference.port={server}: Address already in use" in taken.stderr.strip().splitlines()[-1]
