@@ -166,13 +166,11 @@ class CachedForward:
         hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
         turn = None
         if self._rotary is not None:
-            turn = [table[positions].unsqueeze(1) for table in self._rotary]  # cos and sin, [N, 1, D/2]
+            turn = [table[positions][:, None, None] for table in self._rotary]  # cos and sin, [N, 1, 1, D_rot]
         for index, layer in enumerate(self.layers):
-            query, key, value = self._query_key_value(layer.self_attention, layer.input_layernorm(hidden))
-            if turn is not None:
-                query, key = rotate(query, *turn), rotate(key, *turn)
-            hidden = hidden + self._row_parallel(layer.self_attention.linear_proj, attend(index, query, key, value))
-            hidden = hidden + self._feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
+            query, key, value = self._query_key_value(layer.self_attention, layer.input_layernorm(hidden), turn)
+            hidden += self._row_parallel(layer.self_attention.linear_proj, attend(index, query, key, value))
+            hidden += self._feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
         if not self._last:
             torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
@@ -189,15 +187,23 @@ class CachedForward:
             hidden = hidden + self.model.embedding.position_embeddings(positions)
         return hidden
 
-    def _query_key_value(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query `[N, G·R, D]`, key and value `[N, G, D]`; the fused weight holds R query heads, key, value by group."""
+    def _query_key_value(
+        self, attention: Any, hidden: Tensor, turn: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[N, G·R, D]`, key and value `[N, G, D]`, turned by position; `turn` is cos and sin, or None.
+
+        The fused weight holds, group by group, R query heads, a key and a value.
+        """
         projection = attention.linear_qkv
         mixed = F.linear(hidden, projection.weight, projection.bias)
         mixed = mixed.view(len(hidden), self._groups, -1, self.arch.head_dim)
-        query, key, value = mixed[:, :, :-2], mixed[:, :, -2], mixed[:, :, -1]
+        heads, value = mixed[:, :, :-1], mixed[:, :, -1]  # heads: queries and key of each group, [N, G, R + 1, D]
         if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-        return query.flatten(1, 2), key, value
+            query, key = attention.q_layernorm(heads[:, :, :-1]), attention.k_layernorm(heads[:, :, -1:])
+            heads = torch.cat((query, key), dim=2)
+        if turn is not None:
+            heads = rotate(heads, *turn)
+        return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
 
     def _feed_forward(self, mlp: Any, hidden: Tensor) -> Tensor:
         inner = F.linear(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
@@ -232,18 +238,21 @@ class CachedForward:
         return hidden
 
     def _rotary_tables(self) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of every position's rotary angles, `[max positions, D/2]` in the model's dtype."""
+        """cos and signed sin of every position's rotary angles, `[max positions, D_rot]` in the model's dtype."""
         if self.arch.position_embedding_type != "rope":
             return None
         cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves form (arXiv 2104.09864): `heads` `[N, n, D]`, cos/sin `[N, 1, D_rot/2]`.
+    """Rotary position embedding, halves form (arXiv 2104.09864), of the first D_rot dimensions of `heads` `[..., D]`.
 
-    (a, b) → (a·cos − b·sin, b·cos + a·sin), with a and b the halves of the first D_rot dimensions.
+    (a, b) → (a·cos − b·sin, b·cos + a·sin), with a and b their halves; cos is given for both halves, and sin with the
+    sign it has in either, `[..., D_rot]`.
     """
-    half = cos.size(-1)
-    a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    width = cos.size(-1)
+    turned, rest = heads[..., :width], heads[..., width:]
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, dims=-1), sin)
+    return turned if not rest.size(-1) else torch.cat((turned, rest), dim=-1)

@@ -116,7 +116,8 @@ class Generator:
         self._cache.ensure(start + len(batch), max(len(request.prompt_tokens) for request in batch) + 1)
         for row, request in enumerate(batch, start):
             room = self._max_length - len(request.prompt_tokens)
-            self._rows.add(request, min(self._sampling.max_tokens, room))
+            asked = self._sampling.max_tokens if request.max_tokens is None else request.max_tokens
+            self._rows.add(request, min(asked, self._sampling.max_tokens, room))
             self._cache.put_prompt(row, prompts[request.prompt_index])
             self._mark_prompt_seen(row, request.prompt_tokens)
         logits = [prompts[r.prompt_index].logits for r in batch]
@@ -157,11 +158,9 @@ class Generator:
         part = slice(start, len(rows))
         drawn: Drawn | None = None
         if logits is not None:
-            too_early = torch.from_numpy(rows.count[part] < params.min_tokens).to(logits.device)
-            if too_early.any():
-                blocked = torch.zeros_like(logits, dtype=torch.bool)
-                blocked[:, self._stop_ids] = True
-                logits = logits.masked_fill(blocked & too_early[:, None], -torch.inf)
+            too_early = np.flatnonzero(rows.count[part] < params.min_tokens)
+            if len(too_early):
+                logits[torch.from_numpy(too_early)[:, None].to(logits.device), self._stop_ids] = -torch.inf
             noise = None
             if not params.greedy:
                 prompts = np.array([r.prompt_index for r in rows.requests[part]])

@@ -71,6 +71,7 @@ class GenerationRequest:
     prompt_index: int
     sample_index: int
     prompt_tokens: tuple[int, ...]
+    max_tokens: int | None = None  # response tokens at most, where fewer than the sampling parameters allow
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nemo_aligner.config.aliases import REINFORCE, SERVING, let_through
+from nemo_aligner.config.entry import SharedConf
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
+from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.resolvers import register_resolvers
+from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig
 from nemo_aligner.errors import ConfigError
 
@@ -24,6 +29,9 @@ SHIPPED = {
     "offline/conf/evaluate_policy": EvaluationConfig,
     "conf/gpt_sft": SFTConfig,
     "conf/training_rm": RMConfig,
+    "conf/gpt_rs_actor": ReinforceConfig,
+    "conf/gpt_reinforce_actor": ReinforceConfig,
+    "conf/inference_rm": ServerConfig,
 }
 SAMPLER = ["gpt_model_file=m.nemo", "output_file=o.jsonl", "data.file_names=[p.jsonl]"]
 
@@ -111,3 +119,63 @@ def test_a_learning_rate_may_be_a_product_in_both_quotings(written: str) -> None
 
 def test_a_whole_number_may_stand_where_a_decimal_is_meant() -> None:
     assert load_sampler("inference.temperature=1").inference.temperature == 1.0
+
+
+@pytest.mark.parametrize("block", ["trainer", "optim"])
+def test_every_shared_group_fits_the_scripts(block: str) -> None:
+    Plugins.instance().register(SharedConf)
+    at = {"trainer": "trainer", "optim": "optim@model.optim"}[block]
+    options = sorted(path.stem for path in (ROOT.parents[2] / "conf" / block).glob("*.yaml"))
+    assert len(options) >= 2
+    for option in options:
+        cfg = load_config(composed("conf/gpt_sft", ["model.restore_from_path=m", f"+{at}={option}"]), SFTConfig)
+        chosen = OmegaConf.load(ROOT.parents[2] / "conf" / block / f"{option}.yaml")
+        holder = cfg.trainer if block == "trainer" else cfg.model.optim
+        assert all(getattr(holder, key) == value for key, value in chosen.items() if key != "sched")
+
+
+ACTOR = ["pretrained_checkpoint.restore_from_path=m", "model.data.data_prefix={train: [p.jsonl]}"]
+
+
+def load_actor(*overrides: str) -> ReinforceConfig:
+    given = let_through([*ACTOR, *overrides], REINFORCE)
+    return load_config(composed("conf/gpt_rs_actor", given), ReinforceConfig, REINFORCE)
+
+
+def test_older_names_mean_the_keys_of_today_and_win_over_their_defaults() -> None:
+    cfg = load_actor(
+        "trainer.reinforce.max_steps=7",
+        "trainer.reinforce.num_rollouts_per_prompt=3",
+        "model.reinforce.num_rollout_samples=5",
+        "remote_rm.reward_model.port=99",
+        "trainer.reinforce.use_absolute_kl=True",
+    )
+    assert (cfg.trainer.ppo.max_steps, cfg.model.ppo.num_rollout_per_prompt) == (7, 3)
+    assert (cfg.model.ppo.num_rollout_samples, cfg.remote_critic_rm.reward_model.port) == (5, 99)
+    assert cfg.model.ppo.num_val_samples == 5, "what follows another key follows it under either name"
+    assert cfg.trainer.ppo.estimator == "abs"
+    assert load_actor().trainer.ppo.estimator == "k1"
+
+
+def test_the_guides_name_of_the_servers_batch_size_is_taken() -> None:
+    for name in ("trainer.rs.inference_micro_batch_size", "inference.micro_batch_size"):
+        overrides = let_through(["rm_model_file=m", f"{name}=17"], SERVING)
+        cfg = load_config(composed("conf/inference_rm", overrides), ServerConfig, SERVING)
+        assert cfg.inference.inference_micro_batch_size == 17
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.ppo.baseline=RLO", "trainer.ppo.baseline: 'RLO' is not one of RLOO, ReMax, none"),
+        ("trainer.ppo.kl_estimator=k9", "trainer.ppo.kl_estimator: 'k9' is not one of"),
+        ("trainer.ppo.initial_policy_kl_penalty=-1", "trainer.ppo.initial_policy_kl_penalty: -1.0 is below 0"),
+        ("model.ppo.num_rollout_per_prompt=1", "model.ppo.num_rollout_per_prompt: RLOO compares"),
+        ("++trainer.ppo.trt_llm={enable: True}", "trainer.ppo.trt_llm.enable: there is no such thing here"),
+        ("++trainer.reinforce.max_stepz=1", "trainer.ppo.max_stepz: no such key, did you mean trainer.ppo.max_steps"),
+    ],
+)
+def test_a_fault_of_the_actors_config_is_one_line_with_the_full_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_actor(override)
+    assert str(caught.value).startswith(message)
