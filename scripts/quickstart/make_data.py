@@ -4,8 +4,8 @@ prompts.jsonl           {"input": chat prompt that asks for an opinion, with the
 held_out_prompts.jsonl  the same from other reviews
 repeated_held_out_prompts.jsonl
                         each of those several times, for a validation that draws one response to each line
-pairs.jsonl             {"text": such a prompt with a sentence of a review as the answer}: chosen is a positive sentence,
-                        rejected a negative one of like length
+pairs.jsonl             {"text": such a prompt, and a sentence of a review as the answer}: chosen is a positive
+                        sentence, rejected a negative one of like length
 held_out_pairs.jsonl    the same from other reviews and sentences
 """
 
@@ -52,9 +52,9 @@ def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> l
 
 
 def pairs(sentences: list[dict[str, str]], prompts: list[dict[str, str]]) -> list[dict[str, str]]:
-    """To each prompt a positive and a negative answer of like length, so that length says nothing of which is preferred."""
+    """To each prompt a positive and a negative answer, of like length so that length says nothing of either."""
     texts = [(tidy(s["text"]), s["label"]) for s in sentences]
-    fit = [(text, label) for text, label in texts if 40 <= len(text) <= 120]
+    fit = [(text, label) for text, label in texts if 40 <= len(text) <= 140]
     sides = [[text for text, found in fit if found == label][: len(prompts)] for label in "10"]
     assert all(len(side) == len(prompts) for side in sides), "there are enough sentences of either kind"
     matched = zip(prompts, *(sorted(side, key=len) for side in sides), strict=True)
