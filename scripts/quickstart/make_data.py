@@ -53,7 +53,8 @@ def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> l
 
 def pairs(sentences: list[dict[str, str]], prompts: list[dict[str, str]]) -> list[dict[str, str]]:
     """To each prompt a positive and a negative answer, of like length so that length says nothing of either."""
-    texts = [(tidy(s["text"]), s["label"]) for s in sentences]
+    tidied = [(tidy(s["text"]), s["label"]) for s in sentences]
+    texts = [(text[:1].upper() + text[1:], label) for text, label in tidied]  # the corpus is in lower case
     fit = [(text, label) for text, label in texts if 40 <= len(text) <= 140]
     sides = [[text for text, found in fit if found == label][: len(prompts)] for label in "10"]
     assert all(len(side) == len(prompts) for side in sides), "there are enough sentences of either kind"
