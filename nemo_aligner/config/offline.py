@@ -47,7 +47,7 @@ class OfflineConfig:
 
     gpt_model_file: str = MISSING  # .nemo file or extracted directory
     output_file: str = MISSING  # final JSONL; progress lives in <output_file>_temp/
-    checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = at the end only
+    checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = every 15 seconds
     max_time_per_run: str | None = None  # D:H:M:S; saves progress, then leaves with exit status 75
     seed: int = 1234
     megatron_amp_O2: bool = False

@@ -79,7 +79,8 @@ class Generator:
         self._forward, self._tokenizer, self._sampling = forward, tokenizer, sampling
         self._slots, self._max_length = max_slots, max_length
         self._stop = StopCondition(tokenizer, sampling.end_strings)
-        self._stop_ids = torch.tensor(sorted(self._stop.stop_ids), device=forward.device)
+        self._stop_tokens = np.array(sorted(self._stop.stop_ids))
+        self._stop_ids = torch.from_numpy(self._stop_tokens).to(forward.device)
         self._cache = forward.new_cache()
         self._rows = Rows(max_slots, max(1, sampling.max_tokens))
         self._seen: Tensor | None = None  # [slots, V] bool, only with a repetition penalty
@@ -184,11 +185,16 @@ class Generator:
 
     def _finished(self, start: int) -> Iterator[Response]:
         """Take out the rows from `start` on that are done, last first so that moves only touch checked rows."""
-        for row in reversed(range(start, len(self._rows))):
-            count = int(self._rows.count[row])
-            tokens = self._rows.response(row)
-            stopped = count >= self._sampling.min_tokens and self._stop.is_stop(tokens)
-            if stopped or count >= self._rows.limit[row]:
+        rows = self._rows
+        part = np.arange(start, len(rows))
+        count = rows.count[part]
+        newest = rows.tokens[part, count - 1]
+        suspects = (count >= rows.limit[part]) | np.isin(newest, self._stop_tokens)
+        suspects |= np.fromiter(map(self._stop.may_end_in, newest.tolist()), dtype=bool, count=len(newest))
+        for row in reversed(part[suspects].tolist()):
+            tokens = rows.response(row)
+            stopped = len(tokens) >= self._sampling.min_tokens and self._stop.is_stop(tokens)
+            if stopped or len(tokens) >= rows.limit[row]:
                 yield self._response(row, tokens, "stop" if stopped else "length")
                 self._free(row)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,21 @@ def start_for_archive(
     )
     with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
         yield cluster
+
+
+def start_for_training(
+    trainer: TrainerConfig, model: ModelOverrides, *, key: str
+) -> AbstractContextManager[MegatronCluster]:
+    """The processes of a training run, cut as its `model.*` keys say; `key` names the archive in messages."""
+    return start_for_archive(
+        trainer,
+        model.restore_from_path,
+        key=key,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
+        seed=model.seed,
+    )
 
 
 @dataclass(frozen=True)

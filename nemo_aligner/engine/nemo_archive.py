@@ -164,7 +164,7 @@ def save_archive(
     path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
 ) -> None:
     """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
-    from nemo_aligner.engine.sharded import save_sharded, without_extra_state
+    from nemo_aligner.engine.sharded import fsync, save_sharded, without_extra_state
 
     path = Path(path)
     staging, partial = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.partial")
@@ -186,7 +186,7 @@ def save_archive(
                     (staging / name).write_bytes(content)
                 _pack(staging, partial)
                 os.replace(partial, path)
-                _fsync(path.parent)
+                fsync(path.parent)
             except OSError as error:
                 fault = OutputError(f"cannot write {path}: {error.strerror or error}")
         _raise_everywhere(fault, path, cluster)
@@ -213,14 +213,6 @@ def _pack(folder: Path, target: Path) -> None:
                 tar.add(folder / name, arcname=name)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def archive_hash(path: str | Path) -> str:

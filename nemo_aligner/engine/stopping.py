@@ -27,6 +27,7 @@ class StopCondition:
                 self.stop_ids.add(ids[0])  # a special token: it never shows up in decoded text
             else:
                 self._texts.append(end)
+        self._may_complete: dict[int, bool] = {}  # of the tokens seen so far
         # a token decodes to at least one byte, so this many tokens hold the longest end string and one character more
         self._window = max((len(text.encode()) for text in self._texts), default=0) + 4
 
@@ -34,10 +35,26 @@ class StopCondition:
         """True when the newest token of `response` ends it."""
         if response[-1] in self.stop_ids:
             return True
-        if not self._texts:
+        if not self.may_end_in(response[-1]):
             return False
         tail = self._tokenizer.decode(response[-self._window :])
         return any(text in tail for text in self._texts)
+
+    def may_end_in(self, token: int) -> bool:
+        """False for tokens that cannot complete a text end string, having nothing of its last character.
+
+        Most cannot, and need no further look. Pieces of a character and blanks, which a decoder may treat otherwise
+        by themselves, always may.
+        """
+        if not self._texts:
+            return False
+        known = self._may_complete.get(token)
+        if known is None:
+            text = self._tokenizer.decode([token])
+            unclear = not text.strip() or "\N{REPLACEMENT CHARACTER}" in text
+            known = unclear or any(end[-1] in text or end[-1].isspace() for end in self._texts)
+            self._may_complete[token] = known
+        return known
 
     def text_of(self, response: Sequence[int]) -> str:
         """Decoded response, without its stop token and cut before the first end string in it."""

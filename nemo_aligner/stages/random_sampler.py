@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,9 @@ from nemo_aligner.stages.offline_data import (
 from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
+
+_FLUSH_EVERY_S = 15.0
+"""Where `checkpoint_interval` does not say when, a kill loses this much at most."""
 
 
 def run(cfg: SamplerConfig) -> None:
@@ -81,15 +85,16 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     interval = cfg.checkpoint_interval and cfg.checkpoint_interval * cfg.data.micro_batch_size * cfg.data.n
     total = sum(cluster.gather(len(wanted)))
     progress = Progress("sampling", total, show=cluster.is_main)
-    reason = None
+    reason, flushed = None, time.monotonic()
     with RunControl(cfg.max_time_per_run, cluster) as control:
         responses = policy.generate(wanted, sampling_params(cfg.inference, cfg.seed), slots)
         for count, response in enumerate(responses, 1):
             place = (response.prompt_index - chunk.start) * cfg.data.n + response.sample_index
             journal.add(place, output_row(cfg, rows[response.prompt_index % len(rows)], response))
             progress.advance(cluster.dp_size, cluster.dp_size * len(response.tokens))
-            if interval and count % interval == 0:
+            if count % interval == 0 if interval else time.monotonic() - flushed >= _FLUSH_EVERY_S:
                 journal.flush()
+                flushed = time.monotonic()
             # the ranks of a replica walk in step and leave together; replicas leave by themselves
             reason = control.replica_reason()
             if reason:

@@ -45,20 +45,12 @@ def run(cfg: ReinforceConfig) -> None:
     if rows["train"] is None:
         raise ConfigError("required, but not given", f"{_PREFIX}.train")
 
-    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
     from nemo_aligner.servers.reward_client import RewardClient
 
     key = "pretrained_checkpoint.restore_from_path"
-    with start_for_archive(
-        cfg.trainer,
-        cfg.model.restore_from_path,
-        key=key,
-        tensor=cfg.model.tensor_model_parallel_size,
-        pipeline=cfg.model.pipeline_model_parallel_size,
-        context=cfg.model.context_parallel_size,
-        seed=cfg.model.seed,
-    ) as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key=key) as cluster:
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=key)
         prompts = {split: None if found is None else encode(cfg, policy, found) for split, found in rows.items()}
         if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
@@ -293,7 +285,7 @@ class Actor:
             "rewards": mean,
             "rewards_std": 0.0 if count == 1 else std,
             "fraction_of_samples_properly_ended": sum(r.finished for r in rollouts) / count,
-            "entropy": -sum(r.logprob for r in rollouts) / tokens,  # per token, estimated from what was drawn
+            "entropy": -sum(sum(r.logprobs) for r in rollouts) / tokens,  # per token, estimated from what was drawn
         }
         if self.loop.initial_policy_kl_penalty > 0:
             found["init_policy_kl"] = sum(r.kl or 0.0 for r in rollouts) / count

@@ -82,7 +82,7 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
             for place, reward in zip(places, model.score(tokens, batch) if tokens else [], strict=True):
                 journal.add(place - chunk.start, {"reward": reward[0]})
             progress.advance(cluster.dp_size * len(places), cluster.dp_size * sum(map(len, tokens)))
-            # "null = at the end only" would lose work to a kill; a window is seconds of it
+            # a window is seconds of work, the most that a kill may lose
             journal.flush()
             reason = control.stop_reason()
             if reason is not None:

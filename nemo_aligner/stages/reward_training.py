@@ -29,18 +29,10 @@ def run(cfg: RMConfig) -> None:
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
 
-    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.reward_model import load_reward_model_for_training
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.model.restore_from_path,
-        key="pretrained_checkpoint.restore_from_path",
-        tensor=cfg.model.tensor_model_parallel_size,
-        pipeline=cfg.model.pipeline_model_parallel_size,
-        context=cfg.model.context_parallel_size,
-        seed=cfg.model.seed,
-    ) as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key="pretrained_checkpoint.restore_from_path") as cluster:
         model = load_reward_model_for_training(
             cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
         )

@@ -1,7 +1,7 @@
 """Rollouts: responses of the policy to a step's prompts, their rewards, and their KL to the initial policy.
 
-prompts ─▶ generate ──▶ responses ─▶ logprobs, initial logprobs ─▶ KL ─┐
-              └─ each few finished texts ─▶ reward server (meanwhile) ─┴▶ Rollout, the same list on every rank
+prompts ─▶ generate ─▶ responses, logprobs ─▶ initial policy's logprobs ─▶ KL ─┐
+              └─ each few finished texts ─▶ reward server (meanwhile) ─────────┴▶ Rollout, the same on every rank
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+import torch
 
 from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.sampling import SamplingParams
@@ -35,7 +37,7 @@ class Rollout:
     tokens: list[int]
     text: str
     finished: bool  # ended by itself, not by the length limit
-    logprob: float  # of the whole response, under the policy that drew it
+    logprobs: list[float]  # of each token, under the policy that drew it
     reward: float = 0.0
     kl: float | None = None  # None where no initial policy is kept
 
@@ -91,16 +93,15 @@ class RolloutWorker:
         return sorted(everyone, key=lambda rollout: (rollout.group, rollout.sample_index))
 
     def _divergences(self, drawn: Sequence[Rollout]) -> list[float | None]:
-        if self._kl is None:
+        if self._kl is None or not drawn:
             return [None] * len(drawn)
         rows, starts = [rollout.row for rollout in drawn], [len(rollout.prompt.tokens) for rollout in drawn]
-        with self._timers.phase("logprobs"):
-            own = self._policy.logprobs(rows, self._forward_batch, starts) if rows else []
         with self._timers.phase("init_logprobs"):
-            initial = self._policy.initial_logprobs(rows, self._forward_batch, starts) if rows else []
+            initial = self._policy.initial_logprobs(rows, self._forward_batch, starts)
+        # the policy is still the one that drew them, so its own log-probabilities are known
         return [
-            sequence_kl(a[start:], b[start:], self._kl.estimator, self._kl.reduction)
-            for start, a, b in zip(starts, own, initial, strict=True)
+            sequence_kl(torch.tensor(r.logprobs), first[start:], self._kl.estimator, self._kl.reduction)
+            for r, first, start in zip(drawn, initial, starts, strict=True)
         ]
 
 
@@ -142,7 +143,7 @@ def _rollout(prompt: PromptRow, response: Response) -> Rollout:
         response.tokens,
         response.text,
         response.finish_reason == "stop",
-        sum(response.logprobs),
+        response.logprobs,
     )
 
 

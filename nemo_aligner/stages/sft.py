@@ -21,18 +21,10 @@ def run(cfg: SFTConfig) -> None:
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
 
-    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.model.restore_from_path,
-        key="model.restore_from_path",
-        tensor=cfg.model.tensor_model_parallel_size,
-        pipeline=cfg.model.pipeline_model_parallel_size,
-        context=cfg.model.context_parallel_size,
-        seed=cfg.model.seed,
-    ) as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key="model.restore_from_path") as cluster:
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
         task = make_task(cfg, policy, rows, held_out)
         policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)

@@ -4,9 +4,9 @@ prompts.jsonl           {"input": chat prompt that asks for an opinion, with the
 held_out_prompts.jsonl  the same from other reviews
 repeated_held_out_prompts.jsonl
                         each of those several times, for a validation that draws one response to each line
-pairs.jsonl             {"text": such a prompt, and a sentence of a review as the answer}: chosen is a positive
+pairs.jsonl             {"text": such a prompt with the opening of a sentence, and its rest}: chosen is a positive
                         sentence, rejected a negative one of like length
-held_out_pairs.jsonl    the same from other reviews and sentences
+held_out_pairs.jsonl    the same from other sentences
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> l
     return [{"input": chat_prompt(" ".join(text[: rng.randint(3, 5)]))} for text in words]
 
 
-def pairs(sentences: list[dict[str, str]], prompts: list[dict[str, str]]) -> list[dict[str, str]]:
-    """To each prompt a positive and a negative answer, of like length so that length says nothing of either."""
-    tidied = [(tidy(s["text"]), s["label"]) for s in sentences]
-    texts = [(text[:1].upper() + text[1:], label) for text, label in tidied]  # the corpus is in lower case
+def pairs(sentences: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
+    """Positive and negative sentences matched by length, so that length says nothing of which is preferred.
+
+    The first words of each stand in the prompt, and the rest is the answer.
+    """
+    texts = [(tidy(s["text"]), s["label"]) for s in sentences]
     fit = [(text, label) for text, label in texts if 40 <= len(text) <= 140]
-    sides = [[text for text, found in fit if found == label][: len(prompts)] for label in "10"]
-    assert all(len(side) == len(prompts) for side in sides), "there are enough sentences of either kind"
-    matched = zip(prompts, *(sorted(side, key=len) for side in sides), strict=True)
-    return [{"text": prompt["input"] + text} for prompt, *both in matched for text in both]
+    sides = [sorted([text for text, found in fit if found == label][:count], key=len) for label in "10"]
+    assert all(len(side) == count for side in sides), "there are enough sentences of either kind"
+    matched = [text.split(" ") for pair in zip(*sides, strict=True) for text in pair]
+    cuts = [rng.randint(2, 4) for _ in matched]
+    return [{"text": chat_prompt(" ".join(w[:cut])) + " ".join(w[cut:])} for w, cut in zip(matched, cuts, strict=True)]
 
 
 def main() -> None:
@@ -86,9 +89,8 @@ def main() -> None:
     repeated = [row for row in held_out for _ in range(args.repeat_held_out)]
     write_jsonl(args.folder / "repeated_held_out_prompts.jsonl", repeated)
     write_jsonl(args.folder / "prompts.jsonl", openings(imdb[args.held_out_prompts :], args.prompts, rng))
-    others = openings(imdb[args.held_out_prompts + args.prompts :], args.pairs + args.held_out_pairs, rng)
-    write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, others[: args.pairs]))
-    write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, others[args.pairs :]))
+    write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs, rng))
+    write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs, rng))
 
 
 if __name__ == "__main__":

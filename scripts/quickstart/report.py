@@ -13,7 +13,7 @@ from nemo_aligner.data.jsonl import load_rows, write_atomically
 from nemo_aligner.errors import DataError
 
 STAGES = ("sample", "label", "train")
-PHASES = ("generate", "logprobs", "init_logprobs", "train_time")
+PHASES = ("generate", "init_logprobs", "critic_wait", "train_time")
 
 
 @dataclass(frozen=True)
