@@ -46,7 +46,7 @@ else
   rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
   per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
   actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=1e-4
-    trainer.ppo.max_steps=5 trainer.ppo.val_check_interval=3)
+    trainer.ppo.max_steps=4 trainer.ppo.val_check_interval=2)
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
@@ -114,7 +114,7 @@ online() {
   local port
   port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   "$PYTHON" examples/nlp/gpt/serve_reward_model.py rm_model_file="$out/reward_model.nemo" inference.port="$port" \
-    inference.inference_micro_batch_size=32 inference.concurrent_requests=2 \
+    inference.inference_micro_batch_size=32 \
     trainer.precision="$precision" \
     >"$out/reward_server.log" 2>&1 &
   server=$!
@@ -122,7 +122,7 @@ online() {
     "model.data.data_prefix={train: [$out/data/prompts.jsonl], validation: [$out/data/repeated_held_out_prompts.jsonl], test: [$out/data/repeated_held_out_prompts.jsonl]}" \
     pretrained_checkpoint.restore_from_path="$out/sft_model.nemo" model.seed="$seed" \
     exp_manager.explicit_log_dir="$out/actor" trainer.precision="$precision" \
-    trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.05 trainer.ppo.save_interval=0 \
+    trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.1 trainer.ppo.save_interval=0 \
     model.ppo.num_rollout_per_prompt=4 model.ppo.length_params.max_length="$tokens" \
     model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
     '~model.optim.sched' model.optim.weight_decay=0.01 \

@@ -20,7 +20,6 @@ class ServingConfig:
     inference_micro_batch_size: int = 4  # texts per forward pass
     max_batch_size: int = 1024  # texts scored together, and in one request at most
     max_queue_delay_microseconds: int = 2000  # how long a request waits for others to be scored with it
-    concurrent_requests: int = 8  # requests inside the server at once; the others wait in Triton's queue
     max_text_bytes: int = 1 << 20  # longer texts are refused; those beyond the model's context are cut and flagged
 
 
@@ -45,7 +44,6 @@ class ServerConfig:
             1,
             inference__inference_micro_batch_size=serving.inference_micro_batch_size,
             inference__max_batch_size=serving.max_batch_size,
-            inference__concurrent_requests=serving.concurrent_requests,
             inference__max_text_bytes=serving.max_text_bytes,
         )
         at_least(0, inference__max_queue_delay_microseconds=serving.max_queue_delay_microseconds)

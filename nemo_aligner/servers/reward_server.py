@@ -1,23 +1,23 @@
 """The reward model behind PyTriton: any KServe-v2 client may ask it for rewards.
 
-    HTTP ─▶ Triton ─▶ one handler per request in flight: check, tokenize ─▶ queue ─▶ Batcher ─▶ score ─▶ answer
+    clients ─▶ HTTP ─▶ Triton's dynamic batcher ─▶ handler: check, tokenize ─▶ main thread: score ─▶ answers
 
-Requests of several clients are scored together, whatever their shapes. Each has a handler of its own, so a request that
-is refused takes no other with it.
+Requests of several clients are scored together; a request that is refused takes no other with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
 import queue
 import socket
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,91 +42,73 @@ log = logging.getLogger(__name__)
 Score = Callable[[list[list[int]]], list[float]]
 
 
-@dataclass
-class _Waiting:
-    texts: Texts
-    rewards: Future[list[float]] = field(default_factory=Future)
+class MainThread:
+    """Runs `score` for the handler on the thread that calls `run`: collectives, signals and the GPU belong to it."""
 
+    def __init__(self, score: Score) -> None:
+        self._score = score
+        self._queue: queue.SimpleQueue[tuple[list[list[int]], Future[list[float]]]] = queue.SimpleQueue()
 
-class Batcher:
-    """Texts of concurrent requests, scored together on the thread that calls `run`."""
-
-    def __init__(self, score: Score, *, max_rows: int, delay_s: float) -> None:
-        self._score, self._max_rows, self._delay_s = score, max_rows, delay_s
-        self._queue: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
-        self._held: _Waiting | None = None  # did not fit into the last batch
-
-    def rewards(self, texts: Texts) -> list[float]:
-        """Rewards of one request's texts; waits for them. Raises what scoring raised."""
-        waiting = _Waiting(texts)
-        self._queue.put(waiting)
-        return waiting.rewards.result()
+    def score(self, rows: list[list[int]]) -> list[float]:
+        """Called by the handler; waits for the answer. Raises what scoring raised."""
+        answer: Future[list[float]] = Future()
+        self._queue.put((rows, answer))
+        return answer.result()
 
     def run(self, stopped: Callable[[], bool], idle: Callable[[], None] = lambda: None) -> None:
-        """Score what comes in until `stopped()`, then what is still waiting; `idle` is called between batches."""
-        while True:
-            batch = self._collect(0.2)
-            if batch:
-                self._answer(batch)
-            elif stopped():
-                return
-            idle()
+        """Score what is asked until `stopped()`; `idle` is called in between."""
+        while not stopped():
+            try:
+                rows, answer = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                idle()
+                continue
+            try:
+                answer.set_result(self._score(rows))
+            except BaseException as fault:
+                answer.set_exception(fault)
+                raise
 
-    def _collect(self, timeout: float) -> list[_Waiting]:
-        """The requests of the next batch: the first that comes, and those that come within the delay after it."""
-        first = self._held or self._next(timeout)
-        self._held = None
-        if first is None:
-            return []
-        batch, rows = [first], len(first.texts.rows)
-        deadline = time.monotonic() + self._delay_s
-        while rows < self._max_rows:
-            following = self._next(max(0.0, deadline - time.monotonic()))
-            if following is None:
-                break
-            if rows + len(following.texts.rows) > self._max_rows:
-                self._held = following
-                break
-            batch.append(following)
-            rows += len(following.texts.rows)
-        return batch
 
-    def _next(self, timeout: float) -> _Waiting | None:
+def answer_requests(
+    requests: Sequence[Mapping[str, np.ndarray]], reader: RequestReader, score: Score
+) -> list[dict[str, np.ndarray]]:
+    """The answers to requests that Triton put into one batch, all scored together.
+
+    A request that is refused must not cost the others of its batch theirs, and PyTriton can only refuse whole batches:
+    alone it raises RequestError, among others its rewards are NaN and `exceeded` is -1.
+    """
+    texts: list[Texts | None] = []
+    for request in requests:
         try:
-            return self._queue.get(timeout=timeout) if timeout > 0 else self._queue.get_nowait()
-        except queue.Empty:
-            return None
+            texts.append(reader.read(request))
+        except RequestError as fault:
+            if len(requests) == 1:
+                raise
+            log.warning("refused: %s", fault)
+            texts.append(None)
+    rows = [row for found in texts if found is not None for row in found.rows]
+    rewards = iter(score(rows) if rows else [])
+    answers = []
+    for request, found in zip(requests, texts, strict=True):
+        if found is None:
+            count = len(next(iter(request.values()), np.empty(1)))
+            answers.append(answer([math.nan] * count, [-1] * count))
+        else:
+            answers.append(answer(list(itertools.islice(rewards, len(found.rows))), list(map(int, found.exceeded))))
+    return answers
 
-    def _answer(self, batch: Sequence[_Waiting]) -> None:
-        try:
-            rewards = self._score([row for waiting in batch for row in waiting.texts.rows])
-        except Exception as fault:
-            for waiting in batch:
-                waiting.rewards.set_exception(fault)
-            raise
-        start = 0
-        for waiting in batch:
-            count = len(waiting.texts.rows)
-            waiting.rewards.set_result(rewards[start : start + count])
-            start += count
 
-
-def serve(config: ServingConfig, reader: RequestReader, batcher: Batcher, run: Callable[[], None]) -> None:
+def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None]) -> None:
     """Serve until `run` returns. Raises ServerError where Triton cannot start."""
     find_shared_python()
     check_port_is_free(config.ip, config.port)
-    from pytriton.model_config import ModelConfig, Tensor
+    from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
     from pytriton.proxy.types import Request
     from pytriton.triton import Triton, TritonConfig
 
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
-        answers = []
-        for request in requests:
-            texts = reader.read(request.data)
-            if len(texts.rows) > config.max_batch_size:
-                raise RequestError(f"{len(texts.rows)} texts, inference.max_batch_size is {config.max_batch_size}")
-            answers.append(answer(batcher.rewards(texts), texts.exceeded))
-        return answers
+        return answer_requests([request.data for request in requests], reader, score)
 
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -144,7 +126,7 @@ def serve(config: ServingConfig, reader: RequestReader, batcher: Batcher, run: C
         )
         triton.bind(
             model_name=config.model_name,
-            infer_func=[handle] * config.concurrent_requests,
+            infer_func=handle,
             inputs=[
                 Tensor(name=SENTENCES, dtype=bytes, shape=(-1,), optional=True),
                 Tensor(name=TOKENS, dtype=np.int64, shape=(-1,), optional=True),
@@ -155,8 +137,10 @@ def serve(config: ServingConfig, reader: RequestReader, batcher: Batcher, run: C
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
             ],
-            # a handler has one request at a time: what is scored together is the Batcher's business
-            config=ModelConfig(max_batch_size=config.max_batch_size, batcher=None),
+            config=ModelConfig(
+                max_batch_size=config.max_batch_size,
+                batcher=DynamicBatcher(max_queue_delay_microseconds=config.max_queue_delay_microseconds),
+            ),
         )
         try:
             triton.run()

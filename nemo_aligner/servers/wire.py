@@ -114,7 +114,7 @@ def _column(values: np.ndarray, name: str) -> list:
     return values[:, 0].tolist()
 
 
-def answer(rewards: list[float], exceeded: list[bool]) -> dict[str, np.ndarray]:
+def answer(rewards: list[float], exceeded: list[int]) -> dict[str, np.ndarray]:
     """The outputs of one request."""
     return {
         REWARDS: np.array(rewards, dtype=np.float32).reshape(-1, 1),

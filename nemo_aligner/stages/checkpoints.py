@@ -49,6 +49,11 @@ class Checkpoints:
         self._name, self._top_k, self._cluster = config.name, params.save_top_k, cluster
         self._resume = config.resume_if_exists
 
+    @property
+    def logged_before_any(self) -> int | None:
+        """`resumed_at` of the metrics where there is no checkpoint: a run that resumes begins its log anew."""
+        return 0 if self._resume else None
+
     def newest(self) -> Path | None:
         """The checkpoint to resume from, the same on every rank."""
         found = latest(self.root) if self._resume and self._cluster.is_main else None

@@ -340,7 +340,7 @@ class Actor:
         """
         newest = checkpoints.newest()
         if newest is None:
-            return 0, None
+            return 0, checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
         for name, value in self.fingerprint().items():
             if state["fingerprint"].get(name) != value:

@@ -1,7 +1,7 @@
 """The reward server: rank 0 talks to clients, every rank scores its share of each batch.
 
-rank 0       clients ─▶ Triton ─▶ Batcher ─▶ broadcast rows ─▶ own share ─▶ gather ─▶ answers
-other ranks                                  rows           ─▶ own share ─▶ gather
+rank 0       clients ─▶ Triton ─▶ broadcast rows ─▶ own share ─▶ gather ─▶ answers
+other ranks                       rows           ─▶ own share ─▶ gather
 """
 
 from __future__ import annotations
@@ -42,18 +42,15 @@ def run(cfg: ServerConfig) -> None:
 
 
 def talk_to_clients(cfg: ServerConfig, model: RewardModel, scorer: SharedScorer, stop: StopSignal) -> None:
-    from nemo_aligner.servers.reward_server import Batcher, Heartbeat, serve
+    from nemo_aligner.servers.reward_server import Heartbeat, MainThread, serve
     from nemo_aligner.servers.wire import RequestReader
 
     serving = cfg.inference
     reader = RequestReader(
         model.tokenizer, model.max_sequence_length, model.vocab_size, model.append_eod, serving.max_text_bytes
     )
-    batcher = Batcher(
-        scorer.score, max_rows=serving.max_batch_size, delay_s=serving.max_queue_delay_microseconds * 1e-6
-    )
-    heartbeat = Heartbeat(scorer.beat, _HEARTBEAT_S)
-    serve(serving, reader, batcher, lambda: batcher.run(lambda: stop.name is not None, heartbeat))
+    main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
+    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat))
 
 
 class SharedScorer:

@@ -133,7 +133,7 @@ def resume(model: TrainableModel, checkpoints: Checkpoints) -> tuple[int, int | 
     """Optimizer steps already done and metrics already logged: those of the newest checkpoint, which is loaded."""
     newest = checkpoints.newest()
     if newest is None:
-        return 0, None
+        return 0, checkpoints.logged_before_any
     state = model.load_training_state(newest)
     log.info("resuming at step %d from %s", state["step"], newest)
     return int(state["step"]), state.get("metrics_bytes")

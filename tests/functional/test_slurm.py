@@ -61,7 +61,7 @@ def test_the_hetjob_runs_server_and_actor_on_different_nodes(
         VALID_DATA_PATH=prompts,
         RESULTS_DIR=str(tmp_path),
         CRITIC_PORT=str(free_port()),
-        RM_ARGS="trainer.precision=32 inference.concurrent_requests=2",
+        RM_ARGS="trainer.precision=32",
         ACTOR_ARGS="trainer.precision=32 trainer.ppo.max_steps=1 model.ppo.num_rollout_samples=4 "
         "model.global_batch_size=8 model.ppo.length_params.max_length=6 ~model.optim.sched",
     )
