@@ -19,9 +19,9 @@ _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no termi
 
 
 class Progress:
-    """A bar counting samples, with samples/s, tokens/s and ETA; silent on all ranks but the one that shows it."""
+    """A bar counting samples or steps, with their rate, tokens/s and ETA; silent but on the rank that shows it."""
 
-    def __init__(self, name: str, total: int, *, show: bool, done: int = 0) -> None:
+    def __init__(self, name: str, total: int, *, show: bool, done: int = 0, unit: str = "sample") -> None:
         from tqdm import tqdm
 
         self._tokens, self._start = 0, time.monotonic()
@@ -30,20 +30,20 @@ class Progress:
             total=total,
             initial=done,
             desc=name,
-            unit="sample",
+            unit=unit,
             disable=not show,
             mininterval=0.2 if on_terminal else _PLAIN_INTERVAL,
             ascii=not on_terminal,
         )
 
-    def advance(self, samples: int, tokens: int = 0, **values: float) -> None:
-        """`samples` more are done, made of `tokens` tokens; `values` stand behind the bar."""
+    def advance(self, count: int, tokens: int = 0, **values: float) -> None:
+        """`count` more are done, made of `tokens` tokens; `values` stand behind the bar."""
         self._tokens += tokens
         shown = {name: f"{value:.4g}" for name, value in values.items()}
         if self._tokens:
             shown["tokens/s"] = f"{self._tokens / max(1e-9, time.monotonic() - self._start):.0f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(samples)
+        self._bar.update(count)
 
     def close(self) -> None:
         self._bar.close()

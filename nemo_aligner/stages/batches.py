@@ -41,6 +41,11 @@ class BatchPlan:
             order = torch.randperm(self.count, generator=generator).tolist()
         return order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
 
+    def consumed(self, step: int) -> int:
+        """Examples used in the first `step` steps, over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.count + min(self.count, within * self.global_batch_size)
+
 
 def microbatches(
     examples: Sequence[Example], indices: Sequence[int], *, size: int, dp_rank: int, dp_size: int, pad_id: int

@@ -9,25 +9,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from nemo_aligner.algorithms.reinforce import baselines, reinforce_loss
+from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow, encode_prompts, open_prompts
-from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly, TrainingError
+from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
+from nemo_aligner.stages.advantages import Scored, check_finite, examples_of, rollout_metrics, score
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
-from nemo_aligner.stages.rollout import KL, Rewards, Rollout, RolloutWorker, token_count
+from nemo_aligner.stages.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.supervised import open_logger
 
@@ -89,16 +87,6 @@ def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
     return reinforce_loss(logprobs, microbatch.fields["loss_mask"], microbatch.fields["weights"])
 
 
-@dataclass
-class Scored:
-    """The rollouts of one step with their advantages."""
-
-    rollouts: list[Rollout]
-    with_kl: torch.Tensor  # R, [B] float64
-    advantages: torch.Tensor  # [B] float64
-    counted: torch.Tensor  # [B] bool: trained on
-
-
 class Actor:
     """One REINFORCE run."""
 
@@ -143,7 +131,7 @@ class Actor:
             kl=kl,
             timers=self.timers,
         )
-        progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step)
+        progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step, unit="step")
         if step == 0:
             self.validate(0, worker)
         with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
@@ -212,28 +200,15 @@ class Actor:
                 check_finite(best)
                 of_group = {rollout.group: rollout.reward for rollout in best}
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts])
-        scored = self.score(rollouts, greedy)
+        scored = score(rollouts, self.loop, greedy)
         self.log_rollouts(step + 1, "train_rollouts", scored)
         with self.timers.phase("train_time"):
             self.update(scored)
         return scored
 
-    def score(self, rollouts: list[Rollout], greedy: torch.Tensor | None) -> Scored:
-        """R = r − β·KL, A = R − b. The greedy reward of ReMax carries no KL."""
-        penalty = self.loop.initial_policy_kl_penalty
-        with_kl = torch.tensor([r.reward - penalty * (r.kl or 0.0) for r in rollouts], dtype=torch.float64)
-        counted = torch.tensor([r.finished or self.loop.unfinished == "keep" for r in rollouts])
-        groups = torch.tensor([r.group for r in rollouts])
-        baseline = baselines(self.loop.baseline, with_kl, groups, greedy, counted)
-        return Scored(rollouts, with_kl, with_kl - baseline, counted)
-
     def update(self, scored: Scored) -> None:
         """Optimizer steps over the counted responses, in prompt order, `global_batch_size` at a time."""
-        examples = [
-            replace(example_of(rollout), weight=float(advantage))
-            for rollout, advantage, counted in zip(scored.rollouts, scored.advantages, scored.counted, strict=True)
-            if counted
-        ]
+        examples = examples_of(scored)
         if not examples:
             log.warning("no response of this step ended by itself: nothing is learned from it")
         size = self.cfg.model.global_batch_size
@@ -263,7 +238,7 @@ class Actor:
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
             rollouts = worker.run(prompts, 1, self.sampling(seed_offset=1), slots)
-        self.log_rollouts(step, "val_rollouts", self.score(rollouts, torch.zeros(len(rollouts))))
+        self.log_rollouts(step, "val_rollouts", score(rollouts, self.loop, None, validation=True))
         if self.cluster.is_main:
             rows = [{"input": r.prompt.text, "output": r.text, "reward": r.reward, "kl": r.kl} for r in rollouts]
             write_jsonl(log_dir(self.cfg.exp_manager) / "validation" / f"step_{step}.jsonl", rows)
@@ -274,28 +249,11 @@ class Actor:
             )  # fmt: skip
 
     def log_rollouts(self, step: int, name: str, scored: Scored) -> None:
-        rollouts, count = scored.rollouts, len(scored.rollouts)
-        tokens = token_count(rollouts)
-        mean, std = mean_and_std([r.reward for r in rollouts])
-        found = {
-            "rollout_size": count,
-            "prompt_lengths": sum(len(r.prompt.tokens) for r in rollouts) / count,
-            "response_lengths": sum(len(r.row) for r in rollouts) / count,  # with the prompt, as in NeMo-Aligner
-            "generation_length": tokens / count,
-            "rewards": mean,
-            "rewards_std": 0.0 if count == 1 else std,
-            "fraction_of_samples_properly_ended": sum(r.finished for r in rollouts) / count,
-            "entropy": -sum(sum(r.logprobs) for r in rollouts) / tokens,  # per token, estimated from what was drawn
-        }
-        if self.loop.initial_policy_kl_penalty > 0:
-            found["init_policy_kl"] = sum(r.kl or 0.0 for r in rollouts) / count
-            found["rewards_with_kl"] = float(scored.with_kl.mean())
-        validation = name == "val_rollouts"
-        if not validation:
-            found["advantage_mean"] = float(scored.advantages.mean())
-            found["advantage_std"] = float(scored.advantages.std(correction=0))
-            found |= {"consumed_samples": self.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
-        self.values |= {f"val_{key}" if validation else key: value for key, value in found.items()}
+        found = rollout_metrics(scored)
+        if name == "train_rollouts":
+            found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
+        prefix = "val_" if name == "val_rollouts" else ""
+        self.values |= {f"{prefix}{key}": value for key, value in found.items()}
         if self.logger is not None:
             self.logger.log(step, name, found)
 
@@ -305,17 +263,12 @@ class Actor:
             self.logger.log(step, "timers", self.timers.seconds)
         self.timers.seconds.clear()
 
-    def consumed(self, step: int) -> int:
-        """Prompts used in the first `step` steps."""
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        return epoch * self.plan.count + min(self.plan.count, within * self.plan.global_batch_size)
-
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of the run."""
         values = {name: value for name, value in self.values.items() if math.isfinite(value)}
         return {
             "step": step,
-            "consumed_samples": self.consumed(step),
+            "consumed_samples": self.plan.consumed(step),
             "updates": self.updates,
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
@@ -351,18 +304,3 @@ class Actor:
         self.updates, self.values = state["updates"], state["values"]
         log.info("resuming at step %d from %s", state["step"], newest)
         return int(state["step"]), state["metrics_bytes"]
-
-
-def example_of(rollout: Rollout) -> Example:
-    """What is trained on: the response's tokens, the one that ended it included."""
-    return Example((rollout.row,), ([0] * len(rollout.prompt.tokens) + [1] * len(rollout.tokens),))
-
-
-def check_finite(rollouts: Sequence[Rollout]) -> None:
-    """Raises TrainingError for a reward that is no number, before it can reach the weights."""
-    for rollout in rollouts:
-        if not math.isfinite(rollout.reward):
-            raise TrainingError(
-                f"the reward model gave {rollout.reward} for the response {rollout.text[:80]!r} "
-                f"to the prompt {rollout.prompt.text[:80]!r}"
-            )

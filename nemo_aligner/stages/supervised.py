@@ -93,7 +93,7 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
     checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
     step, logged = resume(model, checkpoints)
     logger = open_logger(exp, logged) if cluster.is_main else None
-    progress = Progress("training", task.steps, show=cluster.is_main, done=step)
+    progress = Progress("training", task.steps, show=cluster.is_main, done=step, unit="step")
     values: dict[str, float] = {}
     if not task.validates:
         log.info("no validation during training")
@@ -189,9 +189,8 @@ def progress_values(task: Task, step: int) -> dict[str, float]:
 
 def state_of(task: Task, step: int) -> dict[str, Any]:
     """What a checkpoint says of where the run is."""
-    epoch, within = divmod(step, task.plan.steps_per_epoch)
-    consumed = epoch * task.plan.count + min(task.plan.count, within * task.plan.global_batch_size)
-    return {"step": step, "consumed_samples": consumed, "epoch": epoch, "steps": task.steps}
+    epoch = step // task.plan.steps_per_epoch
+    return {"step": step, "consumed_samples": task.plan.consumed(step), "epoch": epoch, "steps": task.steps}
 
 
 def scalars(metrics: StepMetrics, prefix: str) -> dict[str, float]:
