@@ -99,9 +99,10 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
         yield path
         return
     extracts = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    # the same name on every rank of a node, whoever makes it
+    # the same name on every rank of a node, whoever makes it; another on every node, as two may share a machine
     token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
-    folder = Path(tempfile.gettempdir()) / f"nemo_{token}"
+    node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
+    folder = Path(tempfile.gettempdir()) / f"nemo_{token}_{node}"
     fault: CheckpointError | None = None
     try:
         if extracts:
