@@ -45,8 +45,8 @@ else
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
   rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
   per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
-  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=1e-4
-    trainer.ppo.max_steps=4 trainer.ppo.val_check_interval=2)
+  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=9e-5
+    trainer.ppo.max_steps=5 trainer.ppo.val_check_interval=3)
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------

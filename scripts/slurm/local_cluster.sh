@@ -5,10 +5,11 @@
 #   bash scripts/slurm/local_cluster.sh stop      stops it; running jobs are killed
 #
 # Needs Debian's packages slurm-wlm and munge; as root it installs them. State is kept in $SLURM_LOCAL_DIR (default
-# /tmp/nemo_aligner_slurm). Each node claims $SLURM_LOCAL_CPUS processors (default 8), whatever the machine has.
+# /tmp/nemo_aligner_slurm). Each node claims $SLURM_LOCAL_CPUS processors (default 8), whatever the machine has. The
+# daemons listen on $SLURM_LOCAL_PORT (default 26817) and the two ports after it.
 set -euo pipefail
 
-state=${SLURM_LOCAL_DIR:-/tmp/nemo_aligner_slurm} cpus=${SLURM_LOCAL_CPUS:-8}
+state=${SLURM_LOCAL_DIR:-/tmp/nemo_aligner_slurm} cpus=${SLURM_LOCAL_CPUS:-8} port=${SLURM_LOCAL_PORT:-26817}
 export SLURM_CONF=$state/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
 die() { echo "error: $*" >&2; exit 1; }
@@ -28,7 +29,7 @@ write_config() {
   cat >"$SLURM_CONF" <<EOF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=26817
+SlurmctldPort=$port
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
@@ -52,8 +53,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 KillWait=15
-NodeName=n0 NodeHostname=$host NodeAddr=127.0.0.1 Port=26818 CPUs=$cpus State=UNKNOWN
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=26819 CPUs=$cpus State=UNKNOWN
+NodeName=n0 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$cpus State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=$cpus State=UNKNOWN
 PartitionName=local Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 EOF
 }
@@ -63,6 +64,9 @@ start() {
   if [[ -f $state/slurmctld.pid ]] && kill -0 "$(<"$state/slurmctld.pid")" 2>/dev/null; then
     echo "export SLURM_CONF=$SLURM_CONF"
     return
+  fi
+  if [[ -d $state && -n $(ls -A "$state") && ! -f $state/slurm.conf ]]; then
+    die "$state holds other things; set SLURM_LOCAL_DIR to a folder of its own"
   fi
   rm -rf "$state"
   mkdir -p "$state/state" "$state/spool.n0" "$state/spool.n1"
@@ -96,5 +100,5 @@ stop() {
 case ${1:-} in
   start) start ;;
   stop) stop ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 1 ;;
+  *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac

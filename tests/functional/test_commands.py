@@ -163,11 +163,14 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
     assert (tmp_path / "killed/iter.log").read_text() == "1\n"
 
 
-def test_the_tiny_quickstart_runs_through(tmp_path: Path) -> None:
-    run("bash", "scripts/quickstart.sh", "--tiny", QUICKSTART_DIR=str(tmp_path))
+@pytest.mark.parametrize("method", [[], ["--reinforce"]])
+def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> None:
+    run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {"reward_before", "reward_after", "reward_std_before", "kl_after", "seconds"} < summary.keys()
-    assert [row["iteration"] for row in summary["iterations"]] == [0, 1, 2, 3]
-    assert summary["iterations"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
-    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
-    assert "**" in (tmp_path / "samples.md").read_text()
+    keys = {"reward_before", "reward_after", "reward_std_before", "kl_after", "seconds", "iterations"}
+    assert keys <= summary.keys()
+    assert summary["kl_after"] > 0
+    assert summary["iterations"][0]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert len(summary["iterations"]) == (3 if method else 4)
+    assert (tmp_path / "reward.png").stat().st_size > 5000
+    assert "- after" in (tmp_path / "samples.md").read_text()

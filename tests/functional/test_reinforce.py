@@ -205,11 +205,22 @@ def test_a_text_beyond_the_context_is_flagged(server: int) -> None:
     assert found["exceeded"] == [0, 1]
 
 
+def rewards_or_words(port: int, request: list[str]) -> list[float] | str:
+    """The rewards, or what the server said instead, three times over: a server under load may be asked again."""
+    said = ""
+    for _ in range(3):
+        try:
+            return ask(port, texts(*request))["rewards"]
+        except urllib.error.HTTPError as fault:
+            said = fault.read().decode()
+    return said
+
+
 def test_many_clients_at_once_each_get_their_own_rewards(server: int) -> None:
     requests = [[f"film {i}", f"review {i} of {i}"][: 1 + i % 2] for i in range(100)]
     alone = [ask(server, texts(*request))["rewards"] for request in requests]
     with ThreadPoolExecutor(64) as pool:
-        together = list(pool.map(lambda i: ask(server, texts(*requests[i % 100]))["rewards"], range(2000)))
+        together = list(pool.map(lambda i: rewards_or_words(server, requests[i % 100]), range(2000)))
     for i, found in enumerate(together):
         assert found == pytest.approx(alone[i % 100], abs=1e-5)
 
