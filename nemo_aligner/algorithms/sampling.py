@@ -134,21 +134,32 @@ def _first_above(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(-1), into.squeeze(-1)
 
 
-def draw(logits: Tensor, params: SamplingParams, uniform: Tensor | None, seen: Tensor | None = None) -> Drawn:
+def draw(
+    logits: Tensor,
+    params: SamplingParams,
+    uniform: Tensor | None,
+    seen: Tensor | None = None,
+    forbidden: tuple[Tensor, Tensor] | None = None,
+) -> Drawn:
     """Draw one token per row.
 
     Args:
-        logits: `[B, V]` floating, forbidden tokens already at -inf.
+        logits: `[B, V]` floating.
         uniform: `[B]` in (0, 1), one number per row; not used when greedy.
         seen: `[B, V]` bool, tokens already in the row; needed when `repetition_penalty` is not 1.
+        forbidden: rows `[n]` int64 and token ids `[m]` int64 that cannot be drawn in them; the model's own
+            log-probability of what is drawn does not know of it.
     """
     logits = logits.float()
+    shaped = logits
+    if forbidden is not None:
+        shaped = logits.clone()
+        shaped[forbidden[0][:, None], forbidden[1]] = -torch.inf
     if params.greedy:
-        tokens = logits.argmax(dim=-1)
+        tokens = shaped.argmax(dim=-1)
         chosen = _at(logits, tokens) - logits.logsumexp(dim=-1)
         return Drawn(tokens, chosen, torch.zeros_like(chosen))
     assert uniform is not None
-    shaped = logits
     if params.repetition_penalty != 1.0:
         assert seen is not None
         shaped = repetition_penalised(shaped, seen, params.repetition_penalty)

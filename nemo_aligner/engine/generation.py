@@ -159,16 +159,15 @@ class Generator:
         part = slice(start, len(rows))
         drawn: Drawn | None = None
         if logits is not None:
-            too_early = np.flatnonzero(rows.count[part] < params.min_tokens)
-            if len(too_early):
-                logits[torch.from_numpy(too_early)[:, None].to(logits.device), self._stop_ids] = -torch.inf
+            too_early = torch.from_numpy(np.flatnonzero(rows.count[part] < params.min_tokens)).to(logits.device)
+            forbidden = (too_early, self._stop_ids) if len(too_early) else None
             noise = None
             if not params.greedy:
                 prompts = np.array([r.prompt_index for r in rows.requests[part]])
                 samples = np.array([r.sample_index for r in rows.requests[part]])
                 noise = torch.from_numpy(uniform_noise(params.seed, prompts, samples, rows.count[part]))
                 noise = noise.to(logits.device)
-            drawn = draw(logits, params, noise, None if self._seen is None else self._seen[part])
+            drawn = draw(logits, params, noise, None if self._seen is None else self._seen[part], forbidden)
         drawn = _from_last_stage(drawn, len(rows) - start, self._forward.device)
         if self._seen is not None:
             self._seen[part].scatter_(1, drawn.tokens[:, None], True)

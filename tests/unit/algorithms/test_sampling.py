@@ -133,3 +133,16 @@ def test_inverse_cdf_is_the_first_token_whose_cumulative_probability_exceeds_the
     assert (uniform <= cumulative.gather(-1, tokens[:, None])[:, 0] + 1e-6).all()
     assert logits.gather(-1, tokens[:, None]).isfinite().all()
     torch.testing.assert_close(normaliser, logits.logsumexp(dim=-1))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_forbidden_token_is_not_drawn_and_changes_no_log_probability_of_the_model(greedy: bool) -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
+    uniform = torch.tensor([0.3, 0.3], dtype=torch.float64)
+    forbidden = (torch.tensor([1]), torch.tensor([0]))
+    drawn = draw(logits, SamplingParams(greedy=greedy), uniform, forbidden=forbidden)
+    assert drawn.tokens.tolist() == [0, 1]
+    wanted = logits.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    torch.testing.assert_close(drawn.logprobs, wanted)
+    if not greedy:
+        assert drawn.sampling_logprobs[1] == pytest.approx(torch.tensor([1.0, 0.0]).log_softmax(0)[0].item())

@@ -184,9 +184,10 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(cluster: MegatronClus
     original = first.step
 
     def dies_in_step_3(step: int, worker: Any) -> Any:
-        original(step, worker)  # it is logged, but no checkpoint has it
+        scored = original(step, worker)  # it is logged, but no checkpoint has it
         if step == 2:
             raise KeyboardInterrupt
+        return scored
 
     first.step = dies_in_step_3  # type: ignore[assignment, method-assign]
     with pytest.raises(KeyboardInterrupt):
