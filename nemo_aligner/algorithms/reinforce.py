@@ -5,7 +5,7 @@ Notation: i runs over the B responses of a rollout, t over the tokens of a respo
     d_it = log π(y_it) − log π_0(y_it)          policy against initial policy
     KL_i = Σ_t k(d_it)  (or the mean over t)    k: one of KL_ESTIMATORS
     R_i  = r_i − β · KL_i
-    A_i  = R_i − b_i                            b: one of BASELINES
+    A_i  = R_i − b_i                            b: RLOO, ReMax or none
     L    = − Σ_i Σ_t A_i · log π(y_it) / Σ_i Σ_t 1
 """
 
@@ -26,9 +26,6 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Per-token terms whose expectation under π is KL(π ‖ π_0) (k1, k3) or near it (J. Schulman, "Approximating KL
 divergence", 2020); abs is what NeMo-Aligner 0.7 calls use_absolute_kl."""
-
-KL_REDUCTIONS = ("sum", "mean")
-BASELINES = ("RLOO", "ReMax", "none")
 
 
 def sequence_kl(logprobs: Tensor, initial: Tensor, estimator: str, reduction: str) -> float:

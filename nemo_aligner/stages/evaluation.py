@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
@@ -60,7 +61,12 @@ def run(cfg: EvaluationConfig) -> None:
         if cfg.initial_policy_file is not None:
             initial = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
             for i, (drawn, own) in enumerate(found):
-                kls[i] = sequence_kl(drawn, own, initial.logprobs(tokens_of(drawn), batch, starts_of(drawn)))
+                starts = starts_of(drawn)
+                first = initial.logprobs(tokens_of(drawn), batch, starts)
+                kls[i] = [
+                    sequence_kl(a[start:], b[start:], "k1", "sum")
+                    for start, a, b in zip(starts, own, first, strict=True)
+                ]
             del initial
         judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
         figures = [
@@ -96,14 +102,6 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -
         progress.advance(1, len(response.tokens))
     progress.close()
     return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
-
-
-def sequence_kl(drawn: Sequence[Drawn], policy: Sequence[Tensor], initial: Sequence[Tensor]) -> list[float]:
-    """Per response, in nats: Σ_t log π(y_t) − log π_0(y_t) over its tokens; its mean estimates KL(π ‖ π_0).
-
-    `policy` and `initial` hold the log-probability of every token of each row, `[L]` float32.
-    """
-    return [float((own[s:] - first[s:]).sum()) for s, own, first in zip(starts_of(drawn), policy, initial, strict=True)]
 
 
 def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:

