@@ -114,8 +114,7 @@ online() {
   local port
   port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   "$PYTHON" examples/nlp/gpt/serve_reward_model.py rm_model_file="$out/reward_model.nemo" inference.port="$port" \
-    inference.inference_micro_batch_size=32 \
-    trainer.precision="$precision" \
+    inference.inference_micro_batch_size=32 model.reward_standardization.enable=True trainer.precision="$precision" \
     >"$out/reward_server.log" 2>&1 &
   server=$!
   "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py \

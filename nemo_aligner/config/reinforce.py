@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
+from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, SamplingConfig, TrainerConfig, at_least
 from nemo_aligner.config.supervised import PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
 
@@ -66,15 +66,10 @@ class ReinforceTrainerConfig(TrainerConfig):
 
 
 @dataclass
-class RolloutSamplingConfig:
+class RolloutSamplingConfig(SamplingConfig):
     """`model.ppo.sampling_params`."""
 
     use_greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    add_BOS: bool = False
     all_probs: bool = False
     compute_logprob: bool = False
     end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>", "<extra_id_1>"])
@@ -166,6 +161,7 @@ class ReinforceConfig:
             model__ppo__length_params__max_length=lengths.max_length,
         )
         at_least(0, model__ppo__length_params__min_length=lengths.min_length)
+        rollout.sampling_params.check_sampling("model.ppo.sampling_params")
         if loop.baseline == "RLOO" and rollout.num_rollout_per_prompt == 1:
             raise ConfigError(
                 "RLOO compares the responses to one prompt, and 1 has none to be compared with; "

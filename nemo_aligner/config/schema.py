@@ -52,33 +52,45 @@ class TrainerConfig:
 
 
 @dataclass
-class InferenceConfig:
-    """Sampling of responses; becomes algorithms.sampling.SamplingParams."""
+class SamplingConfig:
+    """How the next token is drawn; becomes algorithms.sampling.SamplingParams."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = all tokens
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    add_BOS: bool = False
+    end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
+
+    def check_sampling(self, block: str) -> None:
+        """Raises ConfigError, naming the key under `block`."""
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"{self.temperature} is not above 0; for the likeliest token use greedy", f"{block}.temperature"
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"{self.top_k} is below 0", f"{block}.top_k")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"{self.top_p} is not between 0 and 1", f"{block}.top_p")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"{self.repetition_penalty} is not above 0", f"{block}.repetition_penalty")
+
+
+@dataclass
+class InferenceConfig(SamplingConfig):
+    """`inference`: sampling of responses."""
 
     greedy: bool = False
-    top_k: int = 0
-    top_p: float = 1.0
-    temperature: float = 1.0
-    add_BOS: bool = False
     tokens_to_generate: int = 30
     min_tokens_to_generate: int = 0
-    repetition_penalty: float = 1.0
-    end_strings: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
     max_batch_slots: int | None = None  # responses decoded at once; null = from micro_batch_size and n
 
     def validate(self) -> None:
+        self.check_sampling("inference")
         at_least(
             1, inference__tokens_to_generate=self.tokens_to_generate, inference__max_batch_slots=self.max_batch_slots
         )
-        at_least(0, inference__top_k=self.top_k, inference__min_tokens_to_generate=self.min_tokens_to_generate)
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"{self.temperature} is not above 0; for the likeliest token use greedy", "inference.temperature"
-            )
-        if not 0 <= self.top_p <= 1:
-            raise ConfigError(f"{self.top_p} is not between 0 and 1", "inference.top_p")
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"{self.repetition_penalty} is not above 0", "inference.repetition_penalty")
+        at_least(0, inference__min_tokens_to_generate=self.min_tokens_to_generate)
         if self.min_tokens_to_generate > self.tokens_to_generate:
             raise ConfigError(
                 f"{self.min_tokens_to_generate} is above inference.tokens_to_generate={self.tokens_to_generate}",
@@ -93,6 +105,19 @@ class RewardStandardization:
     enable: bool = False
     mean: float | None = None
     std: float | None = None
+
+    def validate(self, block: str) -> None:
+        """Both of mean and std, or neither. Raises ConfigError, naming the key under `block`."""
+        if self.enable and (self.mean is None) != (self.std is None):
+            raise ConfigError("give it too, or leave out both", f"{block}.{'mean' if self.mean is None else 'std'}")
+        if self.enable and self.std is not None and not self.std > 0:
+            raise ConfigError(f"{self.std} is not above 0", f"{block}.std")
+
+    def known(self, stored: tuple[float, float] | None) -> tuple[float, float] | None:
+        """(mean, std) as given, else those `stored` in the reward model, if it has them."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        return stored
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.schema import ParallelConfig, TrainerConfig, at_least
+from nemo_aligner.config.schema import ParallelConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ class ServedModelConfig(ParallelConfig):
     """`model`: how the archive's model is cut over processes."""
 
     precision: str | None = "${trainer.precision}"
+    reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
 
 
 @dataclass
@@ -39,6 +40,7 @@ class ServerConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.model.reward_standardization.validate("model.reward_standardization")
         serving = self.inference
         at_least(
             1,

@@ -41,7 +41,7 @@ def run(cfg: LabelerConfig) -> None:
     keys = keys_of(cfg)
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
-    check_standardization(cfg)
+    cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
@@ -53,16 +53,6 @@ def run(cfg: LabelerConfig) -> None:
 
 def keys_of(cfg: LabelerConfig) -> Keys:
     return Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
-
-
-def check_standardization(cfg: LabelerConfig) -> None:
-    """Both of mean and std, or neither. Raises ConfigError."""
-    given = cfg.reward_standardization
-    if given.enable and (given.mean is None) != (given.std is None):
-        missing = "mean" if given.mean is None else "std"
-        raise ConfigError("give it too, or leave out both", f"reward_standardization.{missing}")
-    if given.enable and given.std is not None and not given.std > 0:
-        raise ConfigError(f"{given.std} is not above 0", "reward_standardization.std")
 
 
 def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster) -> None:
@@ -178,11 +168,8 @@ def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, f
     given = cfg.reward_standardization
     if not given.enable:
         return rewards
-    if given.mean is not None and given.std is not None:
-        mean, std, source = given.mean, given.std, "as given"
-    elif stored is not None:
-        (mean, std), source = stored, "as stored in the reward model"
-    else:
-        (mean, std), source = mean_and_std(rewards), "of these rows"
+    known = given.known(stored)
+    mean, std = known or mean_and_std(rewards)
+    source = "of these rows" if known is None else "as given" if given.mean is not None else "as stored in the reward model"
     log.info("standardising rewards with mean %.4f and std %.4f, %s", mean, std, source)
     return standardised(rewards, mean, std)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 
+from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
+from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_control import StopSignal
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def run(cfg: ServerConfig) -> None:
         pipeline=cfg.model.pipeline_model_parallel_size,
     ) as cluster:
         model = load_reward_model(cfg.rm_model_file, cluster, precision=cfg.trainer.precision, key="rm_model_file")
-        scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size)
+        scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:
             if cluster.is_main:
                 try:
@@ -39,6 +41,21 @@ def run(cfg: ServerConfig) -> None:
                     scorer.release()
             else:
                 scorer.follow()
+
+
+def standardization(cfg: ServerConfig, model: RewardModel) -> tuple[float, float] | None:
+    """Mean and std that rewards are standardised with, None = not at all. Raises ConfigError when they are not known."""
+    given = cfg.model.reward_standardization
+    if not given.enable:
+        return None
+    known = given.known(model.stored_standardization)
+    if known is None:
+        raise ConfigError(
+            "the reward model stores no mean and std; give them, or leave rewards as they are",
+            "model.reward_standardization.enable",
+        )
+    log.info("answering standardised rewards: (r - %.4f) / %.4f", *known)
+    return known
 
 
 def talk_to_clients(cfg: ServerConfig, model: RewardModel, scorer: SharedScorer, stop: StopSignal) -> None:
@@ -56,12 +73,16 @@ def talk_to_clients(cfg: ServerConfig, model: RewardModel, scorer: SharedScorer,
 class SharedScorer:
     """Scores rows on all data-parallel ranks; the others follow what rank 0 does."""
 
-    def __init__(self, model: RewardModel, cluster: Cluster, micro_batch_size: int) -> None:
+    def __init__(
+        self, model: RewardModel, cluster: Cluster, micro_batch_size: int, standardization: tuple[float, float] | None
+    ) -> None:
         self._model, self._cluster, self._micro_batch_size = model, cluster, micro_batch_size
+        self._standardization = standardization
 
     def score(self, rows: list[list[int]]) -> list[float]:
         """The first reward of each row, in their order; rank 0 alone calls it, the others are in `follow`."""
-        return self._together(self._cluster.broadcast(rows))
+        rewards = self._together(self._cluster.broadcast(rows))
+        return rewards if self._standardization is None else standardised(rewards, *self._standardization)
 
     def beat(self) -> None:
         """Nothing to do, but the others must not wait for ever."""
