@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.errors import ConfigError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class MetricsLogger:
     """Scalars of a training run, by step, into `<folder>/metrics.jsonl` and TensorBoard, and W&B when asked.
 
     `resumed_at` is the `position` that the checkpoint holds from which the run goes on: what was logged after it will
-    be logged again, so it is cut off.
+    be logged again, so it is cut off. Raises OutputError when the disk does not take them.
     """
 
     def __init__(
@@ -65,15 +65,17 @@ class MetricsLogger:
         config: Any = None,
         resumed_at: int | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        if resumed_at is not None and resumed_at < self._file.tell():
-            self._file.truncate(resumed_at)
+        self._folder = folder
         self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            if resumed_at is not None and resumed_at < self._file.tell():
+                self._file.truncate(resumed_at)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder))
+                self._writer = SummaryWriter(str(folder))
         self._wandb = None
         if wandb is not None:
             try:
@@ -87,11 +89,12 @@ class MetricsLogger:
     def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         """Write `prefix/name` for every value at `step`."""
         scalars = {f"{prefix}/{name}": float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+        with _writing(self._folder):
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
@@ -101,11 +104,21 @@ class MetricsLogger:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with _writing(self._folder):
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses, as OutputError."""
+    try:
+        yield
+    except OSError as fault:
+        raise OutputError(f"cannot write metrics into {folder}: {fault.strerror or fault}") from fault
 
 
 class Timers:

@@ -99,24 +99,26 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
 _BLOCK = 256
 """Tokens whose probability is summed together before a single one is looked for."""
 
+_CPU_CHUNK = 1 << 19
+"""Logits drawn from together on a CPU: they stay in its cache, which makes the passes over them many times as fast."""
+
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Token whose interval of the cumulative distribution holds `uniform`, and the log of the normaliser.
+    """Token whose interval of the cumulative distribution holds `uniform`, and the log of its probability.
 
-    With F the cumulative sum of exp(logits), the token is min {v : F(v) > u·F(V-1)}: each is drawn with its
+    With F the cumulative sum of softmax(logits), the token is min {v : F(v) > u·F(V-1)}: each is drawn with its
     probability. Found in two steps, the block of tokens and then the token in it, so only one block per row is summed
-    in float64. `uniform` `[B]` float64 in (0, 1); returns ids `[B]` int64 and logsumexp(logits) `[B]` float32.
+    in float64. `logits` `[B, V]` float32, `uniform` `[B]` float64 in (0, 1); returns ids `[B]` int64 and `[B]` float32.
     """
-    largest = logits.amax(dim=-1, keepdim=True)
-    weights = torch.sub(logits, largest).exp_()
-    if weights.size(-1) % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -weights.size(-1) % _BLOCK))
-    blocks = weights.view(len(weights), -1, _BLOCK)
-    sums = blocks.sum(dim=-1, dtype=torch.float32).double()
+    probs = logits.softmax(dim=-1)
+    if probs.size(-1) % _BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, -probs.size(-1) % _BLOCK))
+    blocks = probs.view(len(probs), -1, _BLOCK)
+    sums = blocks.sum(dim=-1).double()
     block, within = _first_above(sums, uniform.to(sums))
-    chosen = blocks[torch.arange(len(blocks), device=logits.device), block].double()
-    token, _ = _first_above(chosen, within)
-    return block * _BLOCK + token, sums.sum(dim=-1).log().float() + largest[:, 0]
+    chosen = blocks[torch.arange(len(blocks), device=logits.device), block]
+    token, _ = _first_above(chosen.double(), within)
+    return block * _BLOCK + token, _at(chosen, token).log()
 
 
 def _first_above(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,14 +149,40 @@ def draw(
         logits: `[B, V]` floating.
         uniform: `[B]` in (0, 1), one number per row; not used when greedy.
         seen: `[B, V]` bool, tokens already in the row; needed when `repetition_penalty` is not 1.
-        forbidden: rows `[n]` int64 and token ids `[m]` int64 that cannot be drawn in them; the model's own
+        forbidden: `[B]` bool, the rows in which the tokens of ids `[m]` int64 cannot be drawn; the model's own
             log-probability of what is drawn does not know of it.
     """
+    rows, vocabulary = logits.shape
+    together = max(1, _CPU_CHUNK // vocabulary) if logits.device.type == "cpu" else rows
+    if rows <= together:
+        return _draw(logits, params, uniform, seen, forbidden)
+    parts = []
+    for start in range(0, rows, together):
+        part = slice(start, start + together)
+        parts.append(
+            _draw(
+                logits[part],
+                params,
+                None if uniform is None else uniform[part],
+                None if seen is None else seen[part],
+                None if forbidden is None else (forbidden[0][part], forbidden[1]),
+            )
+        )
+    return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _draw(
+    logits: Tensor,
+    params: SamplingParams,
+    uniform: Tensor | None,
+    seen: Tensor | None,
+    forbidden: tuple[Tensor, Tensor] | None,
+) -> Drawn:
+    """`draw` of a few rows."""
     logits = logits.float()
     shaped = logits
     if forbidden is not None:
-        shaped = logits.clone()
-        shaped[forbidden[0][:, None], forbidden[1]] = -torch.inf
+        shaped = logits.masked_fill(_columns(forbidden[1], logits) & forbidden[0][:, None], -torch.inf)
     if params.greedy:
         tokens = shaped.argmax(dim=-1)
         chosen = _at(logits, tokens) - logits.logsumexp(dim=-1)
@@ -166,13 +194,17 @@ def draw(
     if params.temperature != 1.0:
         shaped = shaped / params.temperature
     shaped = top_p_filtered(top_k_filtered(shaped, params.top_k), params.top_p)
-    tokens, normaliser = inverse_cdf(shaped, uniform)
-    drawn_from = _at(shaped, tokens) - normaliser
+    tokens, drawn_from = inverse_cdf(shaped, uniform)
     if shaped is logits:
         return Drawn(tokens, drawn_from, drawn_from)
     return Drawn(tokens, _at(logits, tokens) - logits.logsumexp(dim=-1), drawn_from)
 
 
-def _at(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Each row's entry at its token, `[B]`."""
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def _columns(ids: Tensor, logits: Tensor) -> Tensor:
+    """`[V]` bool, true at `ids`."""
+    return torch.zeros(logits.size(-1), dtype=torch.bool, device=logits.device).index_fill_(0, ids, True)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Each row's entry at its index, `[B]`."""
+    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)

@@ -8,7 +8,9 @@ head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,29 +26,49 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.attention import sliding_window_mask
+from nemo_aligner.engine.packed_weights import PackedWeights
 
 
 class KVCache:
-    """Keys and values of the rows being decoded: per layer `[rows, G, T, D]`, grown as needed."""
+    """Keys and values of the rows being decoded: per layer `[rows, G, T, D]`, contiguous, T following the longest row.
+
+    Attention runs over all T positions: products of contiguous operands take a third of the time of those of slices.
+    """
+
+    GRAIN = 32
+    """T is a multiple of this, so that it does not change with every step."""
 
     def __init__(self, layers: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (groups, head_dim)
         empty = torch.empty(0, groups, 0, head_dim, dtype=dtype, device=device)
         self.keys = [empty] * layers
         self.values = [empty] * layers
 
-    def ensure(self, rows: int, length: int) -> None:
-        """Make room for at least `rows` rows of `length` positions; what is cached stays."""
-        old_rows, _, old_length, _ = self.keys[0].shape if self.keys else (rows, 0, length, 0)
-        if rows <= old_rows and length <= old_length:
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.keys[0].size(2) if self.keys else 0
+
+    def fit(self, rows: int, longest: int, used: int) -> None:
+        """Room for `rows` rows whose longest has `longest` positions; the first `used` rows are kept.
+
+        T also shrinks, once two grains are too much: a long response that ended must not slow down those that go on.
+        """
+        if not self.keys:
             return
-        new_rows = max(old_rows, rows)
-        new_length = old_length if length <= old_length else _rounded_up(max(length, old_length * 5 // 4), 32)
+        old_rows, groups, old_length, head_dim = self.keys[0].shape
+        length = -(-longest // self.GRAIN) * self.GRAIN
+        if length < old_length < length + 2 * self.GRAIN:
+            length = old_length
+        if rows <= old_rows and length == old_length:
+            return
+        if old_rows // 2 < rows < old_rows:
+            rows = old_rows  # those that come next need no other move
+        kept = min(old_length, length)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                grown = old.new_zeros(new_rows, self._shape[0], new_length, self._shape[1])
-                grown[:old_rows, :, :old_length] = old
-                tensors[layer] = grown
+                new = old.new_zeros(rows, groups, length, head_dim)
+                new[:used, :, :kept] = old[:used, :, :kept]
+                tensors[layer] = new
 
     def put_prompt(self, row: int, prompt: CachedPrompt) -> None:
         """Copy a prefilled prompt's keys and values into `row`."""
@@ -59,10 +81,6 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,27 @@ class CachedForward:
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._groups: int = self.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
+        self._weights = PackedWeights(self._product_weights())
+
+    def _product_weights(self) -> list[torch.nn.Parameter]:
+        """The weights that are multiplied with and read in no other way (a tied embedding is also looked up)."""
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (
+                layer.self_attention.linear_qkv,
+                layer.self_attention.linear_proj,
+                layer.mlp.linear_fc1,
+                layer.mlp.linear_fc2,
+            )
+        ]
+        if self._last and not self.model.share_embeddings_and_output_weights:
+            linears.append(self.model.output_layer)
+        return [linear.weight for linear in linears]
+
+    def ready(self) -> AbstractContextManager[None]:
+        """To be entered around prefill and steps: the weights are then in the layout that is fastest to read."""
+        return self._weights.packed()
 
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers), self._groups, self.arch.head_dim, self.dtype, self.device)
@@ -127,32 +166,29 @@ class CachedForward:
         ]
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor | None:
+    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
         """Feed one token per row: `tokens` and their `positions`, both `[B]` int64; rows are the cache's first B.
 
-        `longest` is max(positions) + 1. Returns logits `[B, V]` on the last pipeline stage, else None.
+        The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
         batch = tokens.size(0)
         rows = torch.arange(batch, device=self.device)
-        cached = torch.arange(longest, device=self.device)
+        cached = torch.arange(cache.length, device=self.device)
         visible = cached <= positions[:, None]
         if self.arch.window_size is not None:
             visible &= cached > (positions - self.arch.window_size)[:, None]
         # added to the scores; made once, where a bool mask would be turned into this in every layer
-        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
         bias = bias[:, None, None, :]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, positions] = key
-            cache.values[layer][rows, :, positions] = value
+            keys, values = cache.keys[layer][:batch], cache.values[layer][:batch]
+            keys[rows, :, positions] = key
+            values[rows, :, positions] = value
             # the R query heads of a key/value head stand as R query rows, so keys are never repeated
-            context = F.scaled_dot_product_attention(
-                query.view(batch, self._groups, -1, self.arch.head_dim),
-                cache.keys[layer][:batch, :, :longest],
-                cache.values[layer][:batch, :, :longest],
-                attn_mask=bias,
-            )
-            return context.reshape(batch, -1)
+            query = query.view(batch, self._groups, -1, self.arch.head_dim)
+            return attention_over_cache(query, keys, values, bias).reshape(batch, -1)
 
         return self._logits(self._layers(tokens, positions, attend))
 
@@ -195,7 +231,7 @@ class CachedForward:
         The fused weight holds, group by group, R query heads, a key and a value.
         """
         projection = attention.linear_qkv
-        mixed = F.linear(hidden, projection.weight, projection.bias)
+        mixed = self._weights.product(hidden, projection.weight, projection.bias)
         mixed = mixed.view(len(hidden), self._groups, -1, self.arch.head_dim)
         heads, value = mixed[:, :, :-1], mixed[:, :, -1]  # heads: queries and key of each group, [N, G, R + 1, D]
         if attention.q_layernorm is not None:
@@ -206,7 +242,7 @@ class CachedForward:
         return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
 
     def _feed_forward(self, mlp: Any, hidden: Tensor) -> Tensor:
-        inner = F.linear(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        inner = self._weights.product(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
         if mlp.config.gated_linear_unit:
             gate, value = inner.chunk(2, dim=-1)
             inner = mlp.activation_func(gate).mul_(value)
@@ -216,7 +252,7 @@ class CachedForward:
 
     def _row_parallel(self, linear: Any, hidden: Tensor) -> Tensor:
         """A product whose inner dimension is cut over TP ranks."""
-        output = F.linear(hidden, linear.weight)
+        output = self._weights.product(hidden, linear.weight)
         if self._tp > 1:
             output = reduce_from_tensor_model_parallel_region(output)
         return output if linear.bias is None else output + linear.bias
@@ -227,7 +263,7 @@ class CachedForward:
             return None
         shared = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
-        logits = F.linear(self.model.decoder.final_layernorm(hidden), weight)
+        logits = self._weights.product(self.model.decoder.final_layernorm(hidden), weight)
         if self._tp > 1:
             logits = gather_from_tensor_model_parallel_region(logits)
         return logits[:, : self.arch.vocab_size]
@@ -244,6 +280,20 @@ class CachedForward:
         cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
+
+
+def attention_over_cache(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """softmax(query · keysᵀ / √D + bias) · values: query `[B, G, R, D]`, keys and values `[B, G, T, D]` contiguous.
+
+    `bias` is `[B, 1, 1, T]`; returns `[B, G, R, D]`.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
+    # torch's fused kernel does not use the CPU's bf16 instructions; plain products of contiguous operands do
+    batch, groups, heads, width = query.shape
+    scores = torch.bmm(query.reshape(-1, heads, width), keys.flatten(0, 1).transpose(1, 2)).view(batch, groups, heads, -1)
+    probs = torch.add(bias, scores, alpha=1 / math.sqrt(width)).softmax(dim=-1).to(values.dtype)  # softmax in float32
+    return torch.bmm(probs.view(batch * groups, heads, -1), values.flatten(0, 1)).view(query.shape)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

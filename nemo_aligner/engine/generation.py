@@ -87,7 +87,10 @@ class Generator:
 
     def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Response]:
         """Draw every request; responses come as they finish. Requests of one prompt should be adjacent."""
-        pending = iter(requests)
+        with self._forward.ready():
+            yield from self._run(iter(requests))
+
+    def _run(self, pending: Iterator[GenerationRequest]) -> Iterator[Response]:
         prompt: tuple[int, CachedPrompt] | None = None  # the newest prompt: its next samples may come first
         while True:
             free = self._slots - len(self._rows)
@@ -114,7 +117,8 @@ class Generator:
         missing = {r.prompt_index: r.prompt_tokens for r in batch if r.prompt_index not in prompts}
         prompts.update(self._prefill(missing))
         start = len(self._rows)
-        self._cache.ensure(start + len(batch), max(len(request.prompt_tokens) for request in batch) + 1)
+        longest = max(self._longest(), max(len(request.prompt_tokens) for request in batch) + 1)
+        self._cache.fit(start + len(batch), longest, start)
         for row, request in enumerate(batch, start):
             room = self._max_length - len(request.prompt_tokens)
             asked = self._sampling.max_tokens if request.max_tokens is None else request.max_tokens
@@ -125,6 +129,11 @@ class Generator:
         self._draw(start, torch.stack([x for x in logits if x is not None]) if logits[0] is not None else None)
         last = batch[-1].prompt_index
         return last, prompts[last]
+
+    def _longest(self) -> int:
+        """Positions of the longest row, its newest token among them."""
+        active = len(self._rows)
+        return int((self._rows.prompt_length[:active] + self._rows.count[:active]).max(initial=0))
 
     def _prefill(self, prompts: dict[int, tuple[int, ...]]) -> dict[int, CachedPrompt]:
         """Prefill prompts, those of like length together."""
@@ -147,11 +156,10 @@ class Generator:
         rows, active = self._rows, len(self._rows)
         newest = rows.tokens[np.arange(active), rows.count[:active] - 1]
         positions = rows.prompt_length[:active] + rows.count[:active] - 1
-        longest = int(positions.max()) + 1
-        self._cache.ensure(active, longest)
+        self._cache.fit(active, self._longest(), active)
         device = self._forward.device
         tokens, where = torch.from_numpy(newest).to(device), torch.from_numpy(positions).to(device)
-        self._draw(0, self._forward.step(tokens, where, self._cache, longest))
+        self._draw(0, self._forward.step(tokens, where, self._cache))
 
     def _draw(self, start: int, logits: Tensor | None) -> None:
         """Draw one token for each row from `start` on; `logits` `[rows, V]` is None off the last stage."""
@@ -159,8 +167,8 @@ class Generator:
         part = slice(start, len(rows))
         drawn: Drawn | None = None
         if logits is not None:
-            too_early = torch.from_numpy(np.flatnonzero(rows.count[part] < params.min_tokens)).to(logits.device)
-            forbidden = (too_early, self._stop_ids) if len(too_early) else None
+            too_early = rows.count[part] < params.min_tokens
+            forbidden = (torch.from_numpy(too_early).to(logits.device), self._stop_ids) if too_early.any() else None
             noise = None
             if not params.greedy:
                 prompts = np.array([r.prompt_index for r in rows.requests[part]])

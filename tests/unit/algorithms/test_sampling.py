@@ -126,23 +126,39 @@ def test_inverse_cdf_is_the_first_token_whose_cumulative_probability_exceeds_the
     logits = 3 * torch.randn(200, vocabulary, generator=torch.Generator().manual_seed(0))
     logits[:, ::5] = -torch.inf
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    tokens, normaliser = inverse_cdf(logits, uniform)
+    tokens, logprobs = inverse_cdf(logits, uniform)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     below = torch.where(tokens > 0, cumulative.gather(-1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     assert (below <= uniform + 1e-6).all()
     assert (uniform <= cumulative.gather(-1, tokens[:, None])[:, 0] + 1e-6).all()
     assert logits.gather(-1, tokens[:, None]).isfinite().all()
-    torch.testing.assert_close(normaliser, logits.logsumexp(dim=-1))
+    torch.testing.assert_close(logprobs, logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_forbidden_token_is_not_drawn_and_changes_no_log_probability_of_the_model(greedy: bool) -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
     uniform = torch.tensor([0.3, 0.3], dtype=torch.float64)
-    forbidden = (torch.tensor([1]), torch.tensor([0]))
+    forbidden = (torch.tensor([False, True]), torch.tensor([0]))
     drawn = draw(logits, SamplingParams(greedy=greedy), uniform, forbidden=forbidden)
     assert drawn.tokens.tolist() == [0, 1]
     wanted = logits.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
     torch.testing.assert_close(drawn.logprobs, wanted)
     if not greedy:
         assert drawn.sampling_logprobs[1] == pytest.approx(torch.tensor([1.0, 0.0]).log_softmax(0)[0].item())
+
+
+def test_rows_drawn_in_chunks_are_those_drawn_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(7, 200_000, generator=generator)  # a chunk holds two such rows
+    uniform = torch.rand(7, dtype=torch.float64, generator=generator)
+    seen = torch.rand(7, 200_000, generator=generator) < 0.5
+    forbidden = (torch.tensor([True, False] * 3 + [True]), torch.arange(100_000))
+    params = SamplingParams(repetition_penalty=1.2, top_k=1000)
+    together = draw(logits, params, uniform, seen, forbidden)
+    for row in range(7):
+        one = slice(row, row + 1)
+        alone = draw(logits[one], params, uniform[one], seen[one], (forbidden[0][one], forbidden[1]))
+        assert together.tokens[row] == alone.tokens[0]
+        torch.testing.assert_close(together.logprobs[row], alone.logprobs[0])
+        torch.testing.assert_close(together.sampling_logprobs[row], alone.sampling_logprobs[0])
