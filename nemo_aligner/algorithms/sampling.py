@@ -182,7 +182,8 @@ def _draw(
     logits = logits.float()
     shaped = logits
     if forbidden is not None:
-        shaped = logits.masked_fill(_columns(forbidden[1], logits) & forbidden[0][:, None], -torch.inf)
+        shaped = logits.clone()
+        shaped[:, forbidden[1]] = shaped[:, forbidden[1]].masked_fill(forbidden[0][:, None], -torch.inf)
     if params.greedy:
         tokens = shaped.argmax(dim=-1)
         chosen = _at(logits, tokens) - logits.logsumexp(dim=-1)
@@ -198,11 +199,6 @@ def _draw(
     if shaped is logits:
         return Drawn(tokens, drawn_from, drawn_from)
     return Drawn(tokens, _at(logits, tokens) - logits.logsumexp(dim=-1), drawn_from)
-
-
-def _columns(ids: Tensor, logits: Tensor) -> Tensor:
-    """`[V]` bool, true at `ids`."""
-    return torch.zeros(logits.size(-1), dtype=torch.bool, device=logits.device).index_fill_(0, ids, True)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

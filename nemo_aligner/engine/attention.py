@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,32 +54,54 @@ class SdpaCoreAttention(MegatronModule):
         With `packed_seq_params` the tensors are `[T, n, D]`, all sequences one after another, and no token sees
         another sequence's.
         """
+        dropout = self.dropout if self.training else 0.0
         if packed_seq_params is None:
-            return self._attend(query, key, value)
+            return causal_attention(query, key, value, window=self.window, scale=self.scale, dropout=dropout)
         edges = packed_seq_params.cu_seqlens_q.tolist()
-        parts = [
-            self._attend(*(t[start:end].unsqueeze(1) for t in (query, key, value))).squeeze(1)
-            for start, end in itertools.pairwise(edges)
-        ]
-        return torch.cat(parts)
+        return packed_attention(query, key, value, edges, window=self.window, scale=self.scale, dropout=dropout)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        dtype = query.dtype
-        if query.device.type == "cpu":  # torch's CPU kernel takes three times as long in bf16 as in float32
-            query, key, value = query.float(), key.float(), value.float()
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None if self.window is None else sliding_window_mask(query.size(2), self.window, query.device)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        return context.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, edges: Sequence[int], *, window: int | None, **options: Any
+) -> Tensor:
+    """`causal_attention` of sequences that stand one after another: query `[T, n, D]`, key and value `[T, G, D]`.
+
+    Sequence i is `edges[i]` to `edges[i + 1]`; no token sees another sequence's. Returns `[T, n·D]`.
+    """
+    parts = [
+        causal_attention(*(t[start:end].unsqueeze(1) for t in (query, key, value)), window=window, **options).squeeze(1)
+        for start, end in itertools.pairwise(edges)
+    ]
+    return torch.cat(parts)
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention to oneself and what came before, of `window` positions at most: query `[S, B, n, D]`, key and value
+    `[S, B, G, D]` (G divides n) → `[S, B, n·D]`. `scale` is 1/√D unless given."""
+    dtype = query.dtype
+    if query.device.type == "cpu":  # torch's CPU kernel takes three times as long in bf16 as in float32
+        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    mask = None if window is None else sliding_window_mask(query.size(2), window, query.device)
+    context = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+    return context.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
 def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -8,10 +8,10 @@ head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N,
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,74 +25,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.attention import sliding_window_mask
+from nemo_aligner.engine.attention import packed_attention
+from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.packed_weights import PackedWeights
-
-
-class KVCache:
-    """Keys and values of the rows being decoded: per layer `[rows, G, T, D]`, contiguous, T following the longest row.
-
-    Attention runs over all T positions: products of contiguous operands take a third of the time of those of slices.
-    """
-
-    GRAIN = 32
-    """T is a multiple of this, so that it does not change with every step."""
-
-    def __init__(self, layers: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        empty = torch.empty(0, groups, 0, head_dim, dtype=dtype, device=device)
-        self.keys = [empty] * layers
-        self.values = [empty] * layers
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.keys[0].size(2) if self.keys else 0
-
-    def fit(self, rows: int, longest: int, used: int) -> None:
-        """Room for `rows` rows whose longest has `longest` positions; the first `used` rows are kept.
-
-        T also shrinks, once two grains are too much: a long response that ended must not slow down those that go on.
-        """
-        if not self.keys:
-            return
-        old_rows, groups, old_length, head_dim = self.keys[0].shape
-        length = -(-longest // self.GRAIN) * self.GRAIN
-        if length < old_length < length + 2 * self.GRAIN:
-            length = old_length
-        if rows <= old_rows and length == old_length:
-            return
-        if old_rows // 2 < rows < old_rows:
-            rows = old_rows  # those that come next need no other move
-        kept = min(old_length, length)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = old.new_zeros(rows, groups, length, head_dim)
-                new[:used, :, :kept] = old[:used, :, :kept]
-                tensors[layer] = new
-
-    def put_prompt(self, row: int, prompt: CachedPrompt) -> None:
-        """Copy a prefilled prompt's keys and values into `row`."""
-        for layer, (key, value) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
-            self.keys[layer][row, :, : key.size(1)] = key
-            self.values[layer][row, :, : value.size(1)] = value
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row over another's."""
-        for tensors in (self.keys, self.values):
-            for tensor in tensors:
-                tensor[target, :, :length] = tensor[source, :, :length]
-
-
-@dataclass(frozen=True)
-class CachedPrompt:
-    """A prefilled prompt: per layer keys and values `[G, S, D]`, and the logits `[V]` of its next token.
-
-    `logits` is None except on the last pipeline stage.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    logits: Tensor | None
 
 
 class CachedForward:
@@ -131,66 +66,65 @@ class CachedForward:
         return self._weights.packed()
 
     def new_cache(self) -> KVCache:
-        return KVCache(len(self.layers), self._groups, self.arch.head_dim, self.dtype, self.device)
+        """An empty cache; on an accelerator one launch for many positions is cheaper than several for few."""
+        return KVCache(grain=128 if self.device.type == "cpu" else 512)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, lengths: Tensor) -> list[CachedPrompt]:
-        """Run right-padded prompts `tokens` `[B, S]` int64 of true `lengths` `[B]` int64; one CachedPrompt each."""
-        batch, width = tokens.shape
-        positions = torch.arange(width, device=self.device)
-        window = self.arch.window_size
-        mask = None if window is None else sliding_window_mask(width, window, self.device)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
+        """Run whole prompts, one after another in a single row of tokens: nothing is padded. One CachedPrompt each."""
+        lengths = [len(prompt) for prompt in prompts]
+        edges = [0, *itertools.accumulate(lengths)]
+        tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        keys_values: list[Tensor] = []  # per layer [2, T, G, D]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (t.unflatten(0, (batch, width)).transpose(1, 2) for t in (query, key, value))
-            keys.append(key)
-            values.append(value)
-            context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.size(1) != key.size(1)
-            )
-            return context.transpose(1, 2).flatten(2).flatten(0, 1)
+            keys_values.append(torch.stack((key, value)))
+            return packed_attention(query, key, value, edges, window=self.arch.window_size)
 
-        hidden = self._layers(tokens.flatten(), positions.repeat(batch), attend)
-        # only the last real position of each prompt is needed for the first response token
-        ends = torch.arange(batch, device=self.device) * width + lengths - 1
-        logits = self._logits(hidden[ends])
+        hidden = self._layers(tokens, positions, attend)
+        # only the last position of each prompt is needed for the first response token
+        logits = self._logits(hidden[torch.tensor(edges[1:], device=self.device) - 1])
         return [
             CachedPrompt(
-                [key[b, :, :length] for key in keys],
-                [value[b, :, :length] for value in values],
-                None if logits is None else logits[b],
+                torch.stack([layer[:, start:end] for layer in keys_values]).transpose(2, 3),
+                None if logits is None else logits[i],
             )
-            for b, length in enumerate(lengths.tolist())
+            for i, (start, end) in enumerate(itertools.pairwise(edges))
         ]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
-        """Feed one token per row: `tokens` and their `positions`, both `[B]` int64; rows are the cache's first B.
+        """Feed one token per row: `tokens` and their `positions`, both `[B]` int64, in the order of `cache.slots`.
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
-        batch = tokens.size(0)
-        rows = torch.arange(batch, device=self.device)
-        cached = torch.arange(cache.length, device=self.device)
+        parts = [
+            (rows, bucket, torch.arange(len(bucket.slots), device=self.device), self._bias(positions[rows], bucket.width))
+            for rows, bucket in cache.spans()
+        ]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # the R query heads of a key/value head stand as R query rows, so keys are never repeated
+            query = query.view(len(query), self._groups, -1, self.arch.head_dim)
+            contexts = []
+            for rows, bucket, index, bias in parts:
+                keys, values = bucket.layer(layer)
+                keys[index, :, positions[rows]] = key[rows]
+                values[index, :, positions[rows]] = value[rows]
+                contexts.append(attention_over_cache(query[rows], keys, values, bias))
+            return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+        return self._logits(self._layers(tokens, positions, attend))
+
+    def _bias(self, positions: Tensor, width: int) -> Tensor:
+        """What attention adds to the scores of rows at `positions` `[B]`: -inf where not visible, `[B·G, 1, width]`."""
+        cached = torch.arange(width, device=self.device)
         visible = cached <= positions[:, None]
         if self.arch.window_size is not None:
             visible &= cached > (positions - self.arch.window_size)[:, None]
-        # added to the scores; made once, where a bool mask would be turned into this in every layer
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-        bias = bias[:, None, None, :]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.keys[layer][:batch], cache.values[layer][:batch]
-            keys[rows, :, positions] = key
-            values[rows, :, positions] = value
-            # the R query heads of a key/value head stand as R query rows, so keys are never repeated
-            query = query.view(batch, self._groups, -1, self.arch.head_dim)
-            return attention_over_cache(query, keys, values, bias).reshape(batch, -1)
-
-        return self._logits(self._layers(tokens, positions, attend))
+        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+        return bias.repeat_interleave(self._groups, dim=0)[:, None]
 
     def _layers(
         self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -285,15 +219,16 @@ class CachedForward:
 def attention_over_cache(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """softmax(query · keysᵀ / √D + bias) · values: query `[B, G, R, D]`, keys and values `[B, G, T, D]` contiguous.
 
-    `bias` is `[B, 1, 1, T]`; returns `[B, G, R, D]`.
+    `bias` is `[B·G, 1, T]`; returns `[B, G·R·D]`.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
-    # torch's fused kernel does not use the CPU's bf16 instructions; plain products of contiguous operands do
     batch, groups, heads, width = query.shape
-    scores = torch.bmm(query.reshape(-1, heads, width), keys.flatten(0, 1).transpose(1, 2)).view(batch, groups, heads, -1)
-    probs = torch.add(bias, scores, alpha=1 / math.sqrt(width)).softmax(dim=-1).to(values.dtype)  # softmax in float32
-    return torch.bmm(probs.view(batch * groups, heads, -1), values.flatten(0, 1)).view(query.shape)
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        bias = bias.view(batch, groups, 1, -1)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias).reshape(batch, -1)
+    # torch's fused kernel does not use the CPU's bf16 instructions; plain products of contiguous operands do
+    query, keys, values = query.reshape(-1, heads, width), keys.flatten(0, 1), values.flatten(0, 1)
+    scores = torch.baddbmm(bias.expand(-1, heads, -1), query, keys.transpose(1, 2), alpha=1 / math.sqrt(width))
+    return torch.bmm(scores.softmax(dim=-1), values).view(batch, -1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
