@@ -26,8 +26,13 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.attention import packed_attention
+from nemo_aligner.engine.cpu_kernels import cpu_kernels
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.packed_weights import PackedWeights
+
+
+Attend = Callable[[int, Tensor], Tensor]
+"""Attention of one layer: from its index and mixed heads `[N, G, R + 2, D]` to contexts `[N, G·R·D]`."""
 
 
 class CachedForward:
@@ -44,6 +49,7 @@ class CachedForward:
         self._groups: int = self.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
         self._weights = PackedWeights(self._product_weights())
+        self._kernels = cpu_kernels(self.dtype, self.device, arch.head_dim)
 
     def _product_weights(self) -> list[torch.nn.Parameter]:
         """The weights that are multiplied with and read in no other way (a tied embedding is also looked up)."""
@@ -66,8 +72,8 @@ class CachedForward:
         return self._weights.packed()
 
     def new_cache(self) -> KVCache:
-        """An empty cache; on an accelerator one launch for many positions is cheaper than several for few."""
-        return KVCache(grain=128 if self.device.type == "cpu" else 512)
+        """An empty cache; where attention takes a launch per bucket, few and wide ones are cheaper."""
+        return KVCache(grain=64 if self._kernels else 128 if self.device.type == "cpu" else 512)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
@@ -78,7 +84,10 @@ class CachedForward:
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         keys_values: list[Tensor] = []  # per layer [2, T, G, D]
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        turn = self._turn(positions)
+
+        def attend(_: int, mixed: Tensor) -> Tensor:
+            query, key, value = turned_heads(mixed, turn)
             keys_values.append(torch.stack((key, value)))
             return packed_attention(query, key, value, edges, window=self.arch.window_size)
 
@@ -99,12 +108,30 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
+        attend = self._attend_by_kernel if self._kernels else self._attend_by_bucket
+        return self._logits(self._layers(tokens, positions, attend(positions, cache)))
+
+    def _attend_by_kernel(self, positions: Tensor, cache: KVCache) -> Attend:
+        """Attention of a step in one call for all rows."""
+        kernels, places, window = self._kernels, cache.places(), self.arch.window_size or 0
+        assert kernels is not None
+        scale = 1 / math.sqrt(self.arch.head_dim)
+
+        def attend(layer: int, mixed: Tensor) -> Tensor:
+            return kernels.attend(mixed, self._rotary, places, positions, layer=layer, window=window, scale=scale)
+
+        return attend
+
+    def _attend_by_bucket(self, positions: Tensor, cache: KVCache) -> Attend:
+        """The same with torch's attention, bucket by bucket, over all positions of a bucket and masked."""
+        turn = self._turn(positions)
         parts = [
             (rows, bucket, torch.arange(len(bucket.slots), device=self.device), self._bias(positions[rows], bucket.width))
             for rows, bucket in cache.spans()
         ]
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(layer: int, mixed: Tensor) -> Tensor:
+            query, key, value = turned_heads(mixed, turn)
             # the R query heads of a key/value head stand as R query rows, so keys are never repeated
             query = query.view(len(query), self._groups, -1, self.arch.head_dim)
             contexts = []
@@ -112,38 +139,52 @@ class CachedForward:
                 keys, values = bucket.layer(layer)
                 keys[index, :, positions[rows]] = key[rows]
                 values[index, :, positions[rows]] = value[rows]
-                contexts.append(attention_over_cache(query[rows], keys, values, bias))
+                context = F.scaled_dot_product_attention(query[rows], keys, values, attn_mask=bias)
+                contexts.append(context.reshape(len(context), -1))
             return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
-        return self._logits(self._layers(tokens, positions, attend))
+        return attend
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and signed sin at `positions` `[N]`, `[N, 1, 1, D_rot]`; None where positions are not rotary."""
+        if self._rotary is None:
+            return None
+        cos, sin = (table[positions][:, None, None] for table in self._rotary)
+        return cos, sin
 
     def _bias(self, positions: Tensor, width: int) -> Tensor:
-        """What attention adds to the scores of rows at `positions` `[B]`: -inf where not visible, `[B·G, 1, width]`."""
+        """What attention adds to the scores of rows at `positions` `[B]`: -inf where not visible, `[B, 1, 1, width]`."""
         cached = torch.arange(width, device=self.device)
         visible = cached <= positions[:, None]
         if self.arch.window_size is not None:
             visible &= cached > (positions - self.arch.window_size)[:, None]
         bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-        return bias.repeat_interleave(self._groups, dim=0)[:, None]
+        return bias[:, None, None, :]
 
-    def _layers(
-        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.
 
-        `tokens` and `positions` are `[N]`; `attend(layer, query, key, value)` gets `[N, heads, D]`, returns `[N, H']`.
+        `tokens` and `positions` are `[N]`.
         """
         hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
-        turn = None
-        if self._rotary is not None:
-            turn = [table[positions][:, None, None] for table in self._rotary]  # cos and sin, [N, 1, 1, D_rot]
+        delta: Tensor | None = None  # what is yet to be added to `hidden`: the next norm does it in passing
         for index, layer in enumerate(self.layers):
-            query, key, value = self._query_key_value(layer.self_attention, layer.input_layernorm(hidden), turn)
-            hidden += self._row_parallel(layer.self_attention.linear_proj, attend(index, query, key, value))
-            hidden += self._feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
+            mixed = self._mixed_heads(layer.self_attention, self._add_and_norm(layer.input_layernorm, hidden, delta))
+            delta = self._row_parallel(layer.self_attention.linear_proj, attend(index, mixed))
+            delta = self._feed_forward(layer.mlp, self._add_and_norm(layer.pre_mlp_layernorm, hidden, delta))
+        if delta is not None:
+            hidden += delta
         if not self._last:
             torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
+
+    def _add_and_norm(self, norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """`hidden` += `delta`, in place; returns its norm."""
+        if self._kernels is not None and isinstance(norm, torch.nn.RMSNorm):
+            return self._kernels.add_rms_norm(hidden, delta, norm.weight, norm.eps)
+        if delta is not None:
+            hidden += delta
+        return norm(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         table = self.model.embedding.word_embeddings
@@ -157,31 +198,25 @@ class CachedForward:
             hidden = hidden + self.model.embedding.position_embeddings(positions)
         return hidden
 
-    def _query_key_value(
-        self, attention: Any, hidden: Tensor, turn: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query `[N, G·R, D]`, key and value `[N, G, D]`, turned by position; `turn` is cos and sin, or None.
-
-        The fused weight holds, group by group, R query heads, a key and a value.
-        """
+    def _mixed_heads(self, attention: Any, hidden: Tensor) -> Tensor:
+        """`[N, G, R + 2, D]`: group by group, as the fused weight holds them, R query heads, a key and a value."""
         projection = attention.linear_qkv
         mixed = self._weights.product(hidden, projection.weight, projection.bias)
         mixed = mixed.view(len(hidden), self._groups, -1, self.arch.head_dim)
-        heads, value = mixed[:, :, :-1], mixed[:, :, -1]  # heads: queries and key of each group, [N, G, R + 1, D]
         if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm(heads[:, :, :-1]), attention.k_layernorm(heads[:, :, -1:])
-            heads = torch.cat((query, key), dim=2)
-        if turn is not None:
-            heads = rotate(heads, *turn)
-        return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
+            query, key = attention.q_layernorm(mixed[:, :, :-2]), attention.k_layernorm(mixed[:, :, -2:-1])
+            mixed = torch.cat((query, key, mixed[:, :, -1:]), dim=2)
+        return mixed
 
     def _feed_forward(self, mlp: Any, hidden: Tensor) -> Tensor:
         inner = self._weights.product(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
-        if mlp.config.gated_linear_unit:
+        if not mlp.config.gated_linear_unit:
+            inner = mlp.activation_func(inner)
+        elif self._kernels is not None and mlp.activation_func is F.silu:
+            inner = self._kernels.silu_mul(inner)
+        else:
             gate, value = inner.chunk(2, dim=-1)
             inner = mlp.activation_func(gate).mul_(value)
-        else:
-            inner = mlp.activation_func(inner)
         return self._row_parallel(mlp.linear_fc2, inner)
 
     def _row_parallel(self, linear: Any, hidden: Tensor) -> Tensor:
@@ -216,19 +251,12 @@ class CachedForward:
         return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
 
 
-def attention_over_cache(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(query · keysᵀ / √D + bias) · values: query `[B, G, R, D]`, keys and values `[B, G, T, D]` contiguous.
-
-    `bias` is `[B·G, 1, T]`; returns `[B, G·R·D]`.
-    """
-    batch, groups, heads, width = query.shape
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        bias = bias.view(batch, groups, 1, -1)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias).reshape(batch, -1)
-    # torch's fused kernel does not use the CPU's bf16 instructions; plain products of contiguous operands do
-    query, keys, values = query.reshape(-1, heads, width), keys.flatten(0, 1), values.flatten(0, 1)
-    scores = torch.baddbmm(bias.expand(-1, heads, -1), query, keys.transpose(1, 2), alpha=1 / math.sqrt(width))
-    return torch.bmm(scores.softmax(dim=-1), values).view(batch, -1)
+def turned_heads(mixed: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query `[N, G·R, D]`, key and value `[N, G, D]` of `mixed` `[N, G, R + 2, D]`, turned by position."""
+    heads, value = mixed[:, :, :-1], mixed[:, :, -1]
+    if turn is not None:
+        heads = rotate(heads, *turn)
+    return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

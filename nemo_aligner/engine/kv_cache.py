@@ -4,9 +4,8 @@
     bucket of 128 positions    rows a..b-1
     ...
 
-Attention of a bucket runs over all its positions, masked: products of whole, contiguous operands take a third of the
-time of those of slices. As a row moves on to a wider bucket only when it has filled its own, a long response does not
-make the short ones beside it pay.
+A row moves on to a wider bucket when it has filled its own, so a long response does not make the short ones beside it
+pay, in memory or in attention over positions that it alone has.
 """
 
 from __future__ import annotations
@@ -67,6 +66,14 @@ class Bucket:
         self.slots.pop()
         self._views.clear()
 
+    def places(self) -> Tensor:
+        """Of each row: address of its keys in the first layer, and in elements: from layer to layer, from keys to
+        values, from group to group; `[rows, 4]` int64."""
+        layer, values, row, group = self._data.stride()[:4]
+        rows = torch.arange(len(self.slots))
+        addresses = self._data.data_ptr() + rows * (row * self._data.element_size())
+        return torch.stack([addresses, *(torch.full_like(rows, step) for step in (layer, values, group))], dim=1)
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, `[rows, G, T, D]` each, to be read and written."""
         if not self._views:
@@ -125,6 +132,10 @@ class KVCache:
     def slots(self) -> list[int]:
         """Slots in the order of the rows of a decode step."""
         return [slot for bucket in self._buckets.values() for slot in bucket.slots]
+
+    def places(self) -> Tensor:
+        """Where the rows of a decode step lie in memory; see Bucket.places."""
+        return torch.cat([bucket.places() for bucket in self._buckets.values()])
 
     def spans(self) -> Iterator[tuple[slice, Bucket]]:
         """Which rows of a decode step are in which bucket."""
