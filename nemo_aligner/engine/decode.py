@@ -72,8 +72,10 @@ class CachedForward:
         return self._weights.packed()
 
     def new_cache(self) -> KVCache:
-        """An empty cache; where attention takes a launch per bucket, few and wide ones are cheaper."""
-        return KVCache(grain=64 if self._kernels else 128 if self.device.type == "cpu" else 512)
+        """An empty cache. Where attention takes a launch per block, few and large ones are cheaper."""
+        if self._kernels is not None:
+            return KVCache(grain=64, block_rows=8)
+        return KVCache(grain=128, block_rows=64) if self.device.type == "cpu" else KVCache(grain=512, block_rows=256)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
@@ -108,7 +110,7 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
-        attend = self._attend_by_kernel if self._kernels else self._attend_by_bucket
+        attend = self._attend_by_kernel if self._kernels else self._attend_by_block
         return self._logits(self._layers(tokens, positions, attend(positions, cache)))
 
     def _attend_by_kernel(self, positions: Tensor, cache: KVCache) -> Attend:
@@ -122,12 +124,12 @@ class CachedForward:
 
         return attend
 
-    def _attend_by_bucket(self, positions: Tensor, cache: KVCache) -> Attend:
-        """The same with torch's attention, bucket by bucket, over all positions of a bucket and masked."""
+    def _attend_by_block(self, positions: Tensor, cache: KVCache) -> Attend:
+        """The same with torch's attention, block by block, over all positions of a block and masked."""
         turn = self._turn(positions)
         parts = [
-            (rows, bucket, torch.arange(len(bucket.slots), device=self.device), self._bias(positions[rows], bucket.width))
-            for rows, bucket in cache.spans()
+            (rows, block, torch.arange(block.size(2), device=self.device), self._bias(positions[rows], block.size(4)))
+            for rows, block in cache.blocks()
         ]
 
         def attend(layer: int, mixed: Tensor) -> Tensor:
@@ -135,8 +137,8 @@ class CachedForward:
             # the R query heads of a key/value head stand as R query rows, so keys are never repeated
             query = query.view(len(query), self._groups, -1, self.arch.head_dim)
             contexts = []
-            for rows, bucket, index, bias in parts:
-                keys, values = bucket.layer(layer)
+            for rows, block, index, bias in parts:
+                keys, values = block[layer]
                 keys[index, :, positions[rows]] = key[rows]
                 values[index, :, positions[rows]] = value[rows]
                 context = F.scaled_dot_product_attention(query[rows], keys, values, attn_mask=bias)

@@ -103,21 +103,17 @@ class Generator:
         prompts = {} if newest is None else {newest[0]: newest[1]}
         missing = {r.prompt_index: r.prompt_tokens for r in batch if r.prompt_index not in prompts}
         prompts.update(self._prefill(missing))
-        admitted: list[int] = []
-        for index, samples in itertools.groupby(batch, key=lambda request: request.prompt_index):
-            slots = [self._take_slot(request) for request in samples]
-            self._cache.add(slots, prompts[index])
-            admitted += slots
+        slots = np.array([self._take_slot(request, prompts[request.prompt_index]) for request in batch])
         logits = [prompts[r.prompt_index].logits for r in batch]
-        drawn_for = np.array(admitted)
-        self._draw(drawn_for, torch.stack([x for x in logits if x is not None]) if logits[0] is not None else None)
+        self._draw(slots, torch.stack([x for x in logits if x is not None]) if logits[0] is not None else None)
         last = batch[-1].prompt_index
-        return drawn_for, (last, prompts[last])
+        return slots, (last, prompts[last])
 
-    def _take_slot(self, request: GenerationRequest) -> int:
+    def _take_slot(self, request: GenerationRequest, prompt: CachedPrompt) -> int:
         room = self._max_length - len(request.prompt_tokens)
         asked = self._sampling.max_tokens if request.max_tokens is None else request.max_tokens
         slot = self._slots.add(request, min(asked, self._sampling.max_tokens, room))
+        self._cache.add(slot, prompt)
         self._mark_prompt_seen(slot, request.prompt_tokens)
         return slot
 
