@@ -30,7 +30,6 @@ from nemo_aligner.engine.cpu_kernels import cpu_kernels
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.packed_weights import PackedWeights
 
-
 Attend = Callable[[int, Tensor], Tensor]
 """Attention of one layer: from its index and mixed heads `[N, G, R + 2, D]` to contexts `[N, G·R·D]`."""
 
@@ -155,7 +154,7 @@ class CachedForward:
         return cos, sin
 
     def _bias(self, positions: Tensor, width: int) -> Tensor:
-        """What attention adds to the scores of rows at `positions` `[B]`: -inf where not visible, `[B, 1, 1, width]`."""
+        """What attention adds to the scores of rows at `positions` `[B]`: -inf where unseen, `[B, 1, 1, width]`."""
         cached = torch.arange(width, device=self.device)
         visible = cached <= positions[:, None]
         if self.arch.window_size is not None:
@@ -183,7 +182,7 @@ class CachedForward:
     def _add_and_norm(self, norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:
         """`hidden` += `delta`, in place; returns its norm."""
         if self._kernels is not None and isinstance(norm, torch.nn.RMSNorm):
-            return self._kernels.add_rms_norm(hidden, delta, norm.weight, norm.eps)
+            return self._kernels.add_rms_norm(hidden, delta, norm.weight, self.arch.layernorm_epsilon)
         if delta is not None:
             hidden += delta
         return norm(hidden)

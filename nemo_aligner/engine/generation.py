@@ -1,8 +1,8 @@
 """Continuous batching: responses share the decode step, and a finished one frees its row for the next request.
 
-    requests ─▶ prefill (once per prompt) ─▶ a slot and a row of the cache ─▶ decode step ─▶ draw ─▶ finished? ─▶ Response
-                                                                               ▲                     │ no
-                                                                               └─────────────────────┘
+    requests ─▶ prefill (once per prompt) ─▶ slot, row of the cache ─▶ decode step ─▶ draw ─▶ finished? ─▶ Response
+                                                                        ▲                     │ no
+                                                                        └─────────────────────┘
 Every rank of a replica runs the same bookkeeping; the last pipeline stage draws and hands the tokens to the others.
 """
 

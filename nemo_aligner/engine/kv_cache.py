@@ -10,7 +10,7 @@ pay, in memory or in attention over positions that it alone has. Blocks come and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,5 +135,7 @@ class KVCache:
             layer, values, row, group = block.stride()[:4]
             index = torch.arange(rows.stop - rows.start)
             addresses = block.data_ptr() + index * (row * block.element_size())
-            parts.append(torch.stack([addresses, *(torch.full_like(index, step) for step in (layer, values, group))], 1))
+            parts.append(
+                torch.stack([addresses, *(torch.full_like(index, step) for step in (layer, values, group))], 1)
+            )
         return torch.cat(parts)

@@ -17,7 +17,7 @@ from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
-from nemo_aligner.errors import ConfigError, StoppedEarly
+from nemo_aligner.errors import StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
 from nemo_aligner.stages.offline_data import (
@@ -170,6 +170,6 @@ def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, f
         return rewards
     known = given.known(stored)
     mean, std = known or mean_and_std(rewards)
-    source = "of these rows" if known is None else "as given" if given.mean is not None else "as stored in the reward model"
+    source = "as given" if given.mean is not None else "as stored in the reward model" if known else "of these rows"
     log.info("standardising rewards with mean %.4f and std %.4f, %s", mean, std, source)
     return standardised(rewards, mean, std)

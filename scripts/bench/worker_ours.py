@@ -4,42 +4,70 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import workload
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.decode import CachedForward
 from nemo_aligner.engine.interfaces import GenerationRequest
+from nemo_aligner.engine.kv_cache import KVCache
 
 
-def products_s(policy: Any, rows: int, repeats: int = 5) -> float:
-    """Seconds of one decode step's matrix products with `rows` rows, and of nothing else."""
-    model = policy.module
+class Watch:
+    """Counts what decode steps do, by standing in front of `CachedForward.step`."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[int] = Counter()  # how many steps had so many rows
+        self.most_positions = 0  # cached at once
+        step = CachedForward.step
+
+        def watched(forward: CachedForward, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> Any:
+            self.rows[len(tokens)] += 1
+            self.most_positions = max(self.most_positions, int(positions.sum()) + len(tokens))
+            return step(forward, tokens, positions, cache)
+
+        CachedForward.step = watched  # type: ignore[method-assign]
+
+
+def products_s(policy: Any, rows: int, repeats: int = 3) -> float:
+    """Seconds of one decode step's matrix products with `rows` rows, as fast as the engine does them."""
+    model, forward = policy.module, CachedForward(policy.module, policy.arch)
     weights = []
     for layer in model.decoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
         linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
-        weights += [linear.weight for linear in linears]
-    weights.append(model.shared_embedding_or_output_weight())
-    first = weights[0]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=first.dtype, device=first.device) for w in weights}
+        weights += [(linear.weight, linear.weight.shape[1]) for linear in linears]
+    head = model.shared_embedding_or_output_weight() if policy.arch.share_embeddings_and_output_weights else None
+    head = model.output_layer.weight if head is None else head
+    weights.append((head, head.shape[1]))
+    first = weights[0][0]
+    inputs = {width: torch.randn(rows, width, dtype=first.dtype, device=first.device) for _, width in weights}
 
     def once() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        for weight, width in weights:
+            forward._weights.product(inputs[width], weight)
+        if first.is_cuda:
+            torch.cuda.synchronize()
 
     best = float("inf")
-    with torch.no_grad():
+    with torch.no_grad(), forward.ready():
         once()
         for _ in range(repeats):
             begin = time.perf_counter()
             once()
-            if first.is_cuda:
-                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - begin)
     return best
+
+
+def memory_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main() -> None:
@@ -48,6 +76,7 @@ def main() -> None:
     parser.add_argument("--workload", required=True)
     parser.add_argument("--dtype", choices=["32", "bf16"], required=True)
     parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
 
     from nemo_aligner.engine.loading import start_for_archive
@@ -62,15 +91,33 @@ def main() -> None:
     ]
     # EOS is not drawn before the length asked for, so every response has exactly that
     sampling = SamplingParams(min_tokens=longest, max_tokens=longest)
-    with start_for_archive(TrainerConfig(precision=args.dtype), args.model, key="--model") as cluster:
+    imported_kb, watch = memory_kb("VmRSS"), Watch()
+    trainer = TrainerConfig(precision=args.dtype, accelerator="gpu" if args.device == "cuda" else "cpu")
+    with start_for_archive(trainer, args.model, key="--model") as cluster:
         policy = load_policy(args.model, cluster, precision=args.dtype, key="--model")
+        arch, itemsize = policy.arch, next(policy.module.parameters()).element_size()
+        weights = itemsize * sum(parameter.numel() for parameter in policy.module.parameters())
+        position = itemsize * 2 * arch.num_layers * arch.num_query_groups * arch.head_dim
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: loading is not generating
 
         def run() -> dict[str, Any]:
+            watch.rows.clear()
             tokens = sum(len(response.tokens) for response in policy.generate(requests, sampling, args.slots))
             return {"tokens": tokens, "samples": len(requests)}
 
+        def aside() -> dict[str, Any]:
+            peak = 1024 * (memory_kb("VmHWM") - imported_kb)
+            grid = [rows for rows in (1, 4, 16, 32, 64, 128, 256) if rows <= max(64, args.slots)]
+            times = [products_s(policy, rows) for rows in grid]
+            steps = sorted(watch.rows)
+            counts = np.array([watch.rows[rows] for rows in steps])
+            return {
+                "products_s": float(np.interp(steps, grid, times) @ counts),
+                "memory_ratio": peak / (weights + position * watch.most_positions),
+            }
+
         loaded_in = time.perf_counter() - begin
-        workload.serve(f"ours {args.dtype}", loaded_in, run, lambda: {"products_s": products_s(policy, args.slots)})
+        workload.serve(f"ours {args.dtype}", loaded_in, run, aside)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def cluster() -> Iterator[object]:
         yield cluster
 
 
-def build(arch: Architecture) -> torch.nn.Module:
+def build(arch: Architecture, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(3)
-    return build_model(arch, RunOptions.for_inference(torch.float32)).eval()
+    return build_model(arch, RunOptions.for_inference(dtype)).eval()
 
 
 def full_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
@@ -93,6 +93,37 @@ def test_logprobs_of_drawn_tokens_equal_a_full_forward(name: str) -> None:
         for logprobs, temperature in ((response.logprobs, 1.0), (response.sampling_logprobs, 1.3)):
             expected = (logits / temperature).log_softmax(-1)[torch.arange(len(response.tokens)), response.tokens]
             torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logprobs_in_bf16_are_near_those_of_a_full_forward(
+    name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None)
+    arch = replace(SHAPES[name], kv_channels=16, init_method_std=0.1)
+    model = build(arch, torch.bfloat16)
+    forward = CachedForward(model, arch)
+    assert (forward._kernels is not None) == kernels
+    for response in generate(model, arch, SamplingParams(max_tokens=9), 7, n=3):
+        prompt = list(PROMPTS[response.prompt_index])
+        logits = full_logits(model, prompt + response.tokens)[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(len(response.tokens)), response.tokens]
+        torch.testing.assert_close(torch.tensor(response.logprobs), expected, atol=2e-2, rtol=0)
+
+
+def test_weights_are_what_they_were_after_generation_however_it_ends() -> None:
+    model = build(replace(ARCH, kv_channels=16), torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    requests = [GenerationRequest(0, s, PROMPTS[0]) for s in range(5)]
+    forward = CachedForward(model, replace(ARCH, kv_channels=16))
+    responses = Generator(forward, ByteTokenizer(), SamplingParams(max_tokens=5), 2, 64).run(requests)
+    next(responses)
+    assert model.decoder.layers[0].mlp.linear_fc1.weight.numel() == 0, "packed meanwhile"
+    responses.close()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_samples_do_not_depend_on_the_number_of_slots() -> None:

@@ -1,0 +1,94 @@
+"""The C kernels of the decode step against the same formulas in torch, float32."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_aligner.engine import cpu_kernels
+from nemo_aligner.engine.cpu_kernels import CpuKernels
+from nemo_aligner.engine.decode import turned_heads
+from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    found = cpu_kernels.cpu_kernels(torch.bfloat16, torch.device("cpu"), 64)
+    assert found is not None, "a C compiler is needed for these tests"
+    return found
+
+
+def bf16(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).bfloat16()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Within one rounding to bf16."""
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, rows: int) -> None:
+    hidden, delta, weight = bf16(rows, 200), bf16(rows, 200, scale=0.5), bf16(200)
+    summed = hidden + delta
+    found = kernels.add_rms_norm(hidden, delta, weight, 1e-5)
+    assert torch.equal(hidden, summed)
+    close(found, F.rms_norm(summed.float(), (200,), weight.float(), 1e-5))
+    close(kernels.add_rms_norm(hidden, None, weight, 1e-5), found)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, rows: int) -> None:
+    inner = bf16(rows, 2 * 160, scale=8.0)
+    gate, value = inner.float().chunk(2, dim=-1)
+    close(kernels.silu_mul(inner), F.silu(gate).bfloat16().float() * value)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("turned_part", [0.0, 0.5, 1.0])
+def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
+    kernels: CpuKernels, heads: int, width: int, window: int, turned_part: float
+) -> None:
+    groups, layers, lengths = 2, 2, [3, 40, 70]
+    cache = KVCache(grain=32, block_rows=2)
+    prompts = [bf16(layers, 2, groups, length, width) for length in lengths]
+    for slot, prompt in enumerate(prompts):
+        cache.add(slot, CachedPrompt(prompt, None))
+    order = cache.slots
+    mixed = bf16(len(order), groups, heads + 2, width)
+    positions = torch.tensor([lengths[slot] for slot in order])
+    turned = int(width * turned_part)
+    rotary = (bf16(80, turned), bf16(80, turned)) if turned else None
+    turn = None if rotary is None else tuple(t[positions][:, None, None] for t in rotary)
+    found = kernels.attend(mixed, rotary, cache.places(), positions, layer=1, window=window, scale=width**-0.5).view(
+        len(order), groups, heads, width
+    )
+    query, key, value = turned_heads(mixed, turn)
+    query = query.view(len(order), groups, heads, width)
+    stored = [block[1, :, row] for _, block in cache.blocks() for row in range(block.size(2))]  # layer 1, [2, G, T, D]
+    for row, slot in enumerate(order):
+        keys, values = (
+            torch.cat((prompts[slot][1, part], new[row][:, None]), 1).float() for part, new in ((0, key), (1, value))
+        )
+        begin = max(0, lengths[slot] + 1 - window) if window else 0
+        scores = query[row].float() @ keys[:, begin:].transpose(1, 2) * width**-0.5
+        torch.testing.assert_close(found[row].float(), scores.softmax(-1) @ values[:, begin:], rtol=2**-6, atol=3e-2)
+        stored_key, stored_value = stored[row][:, :, lengths[slot]]
+        torch.testing.assert_close(stored_key, key[row], rtol=2**-6, atol=1e-2)
+        assert torch.equal(stored_value, value[row])
+
+
+def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert cpu_kernels._compiled.__wrapped__() is None
+    assert [record.message for record in caplog.records if "cannot compile" in record.message]
