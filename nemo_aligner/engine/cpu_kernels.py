@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -96,9 +97,9 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device, head_dim: int) -> CpuK
 @functools.cache
 def _compiled() -> CpuKernels | None:
     """Compile, or find what was compiled before."""
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    compiler = _compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([_SOURCE.read_text(), *compiler, *_FLAGS, _processor()])
+    identity = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
@@ -106,7 +107,7 @@ def _compiled() -> CpuKernels | None:
             # a private name first: several processes may compile at once
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / library.name
-                command = [*compiler[:1], *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+                command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 made.replace(library)
         return CpuKernels(ctypes.CDLL(str(library)))
@@ -116,6 +117,14 @@ def _compiled() -> CpuKernels | None:
         reason = str(fault)
     log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCE.name, reason)
     return None
+
+
+def _compiler() -> str:
+    """$CC, else the one Python was built with if it is here, else cc."""
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])[0]
+    pythons = shlex.split(sysconfig.get_config_var("CC") or "")[:1]
+    return next((name for name in pythons if shutil.which(name)), "cc")
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,12 +25,16 @@ def main() -> None:
     args = parser.parse_args()
     url = f"http://127.0.0.1:{args.port}/v2/models/reward_model/infer"
 
-    def ask(i: int) -> list[float]:
+    def ask(i: int) -> list[float] | str:
+        """The rewards, or what the server said instead."""
         texts = [f"film {i}", f"a review, number {i}, that is somewhat longer"][: 1 + i % 2]
         sentences = {"name": "sentences", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}
         request = urllib.request.Request(url, json.dumps({"inputs": [sentences]}).encode())
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            outputs = {output["name"]: output["data"] for output in json.load(reply)["outputs"]}
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                outputs = {output["name"]: output["data"] for output in json.load(reply)["outputs"]}
+        except urllib.error.HTTPError as fault:
+            return f"HTTP status {fault.code}: {fault.read().decode()}"
         return outputs["rewards"]
 
     alone = [ask(i) for i in range(_DISTINCT)]
@@ -40,9 +45,12 @@ def main() -> None:
     wrong = 0
     for i, rewards in enumerate(found):
         wanted = alone[i % _DISTINCT]
-        same = len(rewards) == len(wanted) and all(
-            abs(a - b) <= args.tolerance for a, b in zip(rewards, wanted, strict=True)
-        )
+        if isinstance(rewards, str) or isinstance(wanted, str):
+            print(f"request {i}: {rewards}")
+            same = False
+        else:
+            pairs = zip(rewards, wanted, strict=False)
+            same = len(rewards) == len(wanted) and all(abs(a - b) <= args.tolerance for a, b in pairs)
         wrong += not same
     rate = args.requests / seconds
     print(f"{args.requests} requests of {args.clients} clients in {seconds:.1f} s, {rate:.0f}/s; {wrong} wrong answers")

@@ -171,6 +171,8 @@ def test_the_guides_name_of_the_servers_batch_size_is_taken() -> None:
         ("trainer.ppo.kl_estimator=k9", "trainer.ppo.kl_estimator: 'k9' is not one of"),
         ("trainer.ppo.initial_policy_kl_penalty=-1", "trainer.ppo.initial_policy_kl_penalty: -1.0 is below 0"),
         ("model.ppo.num_rollout_per_prompt=1", "model.ppo.num_rollout_per_prompt: RLOO compares"),
+        ("model.ppo.sampling_params.top_p=2", "model.ppo.sampling_params.top_p: 2.0 is not between 0 and 1"),
+        ("model.ppo.sampling_params.temperature=0", "model.ppo.sampling_params.temperature: 0.0 is not above 0"),
         ("++trainer.ppo.trt_llm={enable: True}", "trainer.ppo.trt_llm.enable: there is no such thing here"),
         ("++trainer.reinforce.max_stepz=1", "trainer.ppo.max_stepz: no such key, did you mean trainer.ppo.max_steps"),
     ],
