@@ -70,11 +70,12 @@ class CachedForward:
         """To be entered around prefill and steps: the weights are then in the layout that is fastest to read."""
         return self._weights.packed()
 
-    def new_cache(self) -> KVCache:
-        """An empty cache. Where attention takes a launch per block, few and large ones are cheaper."""
+    def new_cache(self, slots: int) -> KVCache:
+        """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
+        grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
         if self._kernels is not None:
-            return KVCache(grain=64, block_rows=8)
-        return KVCache(grain=128, block_rows=64) if self.device.type == "cpu" else KVCache(grain=512, block_rows=256)
+            grain, block_rows = 64, 8
+        return KVCache(grain, min(block_rows, slots))
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:

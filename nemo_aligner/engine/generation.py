@@ -73,7 +73,7 @@ class Generator:
         self._stop = StopCondition(tokenizer, sampling.end_strings)
         self._stop_tokens = np.array(sorted(self._stop.stop_ids))
         self._stop_ids = torch.from_numpy(self._stop_tokens).to(forward.device)
-        self._cache = forward.new_cache()
+        self._cache = forward.new_cache(max_slots)
         self._slots = Slots(max_slots, max(1, sampling.max_tokens))
         self._seen: Tensor | None = None  # [slots, V] bool, only with a repetition penalty
 

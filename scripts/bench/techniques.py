@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench/techniques.py --model results/bench/smollm2/model.nemo
 
-Also the cost of n samples of a long prompt beside that of n prompts. Every variant is timed in turn, several times over;
-figures are of the fastest, since everything else that runs on a machine only adds.
+Also the cost of n samples of a long prompt beside that of n prompts. Everything is timed several times over; figures are
+of the fastest, since whatever else runs on a machine only adds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def step_s(policy: Any, rows: int, positions: int, off: tuple[str, ...]) -> floa
     arch = policy.arch
     with without(off):
         forward = CachedForward(policy.module, arch)
-        cache, weight = forward.new_cache(), next(policy.module.parameters())
+        cache, weight = forward.new_cache(rows), next(policy.module.parameters())
         shape = (arch.num_layers, 2, arch.num_query_groups, positions - 1, arch.head_dim)
         prompt = CachedPrompt(torch.randn(shape, dtype=weight.dtype), None)
         for slot in range(rows):

@@ -50,7 +50,7 @@ def test_rewards_are_standardised_by_what_is_given_before_what_is_stored() -> No
 
 
 def test_standardisation_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reward_standardization.enable"):
+    with pytest.raises(ConfigError, match=r"model\.reward_standardization\.enable"):
         answered(config(enable=True), None)
     with pytest.raises(ConfigError, match=r"model\.reward_standardization\.std"):
         config(enable=True, mean=1.0).validate()
