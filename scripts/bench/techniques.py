@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench/techniques.py --model results/bench/smollm2/model.nemo
 
-Also the cost of n samples of a long prompt beside that of n prompts. Everything is timed several times over, and figures
-are of the fastest, since whatever else runs on a machine only adds.
+Also the cost of n samples of a long prompt beside that of n prompts. Everything is timed several times over;
+figures are of the fastest, since whatever else runs on a machine only adds.
 """
 
 from __future__ import annotations
