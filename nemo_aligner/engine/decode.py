@@ -2,8 +2,8 @@
 
 Reads the model's own weight tensors (so any TP and PP, and no second copy), with keys and values kept in a cache; the
 modules around the weights are for training and cost more than the products of a single token.
-Notation: B rows, S positions fed per row, N = B·S tokens, G key/value heads of this rank, R query heads per key/value
-head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N, H]`, row after row.
+Notation: B rows, N tokens fed (one per row in a step, whole prompts in a prefill), G key/value heads of this rank, R
+query heads per key/value head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N, H]`.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class CachedForward:
         edges = [0, *itertools.accumulate(lengths)]
         tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        keys_values: list[Tensor] = []  # per layer [2, T, G, D]
-
+        keys_values: list[Tensor] = []  # per layer [2, N, G, D]
         turn = self._turn(positions)
 
         def attend(_: int, mixed: Tensor) -> Tensor:

@@ -37,16 +37,12 @@ class Watch:
 
 def products_s(policy: Any, rows: int, repeats: int = 3) -> float:
     """Seconds of one decode step's matrix products with `rows` rows, as fast as the engine does them."""
-    model, forward = policy.module, CachedForward(policy.module, policy.arch)
-    weights = []
-    for layer in model.decoder.layers:
-        attention, mlp = layer.self_attention, layer.mlp
-        linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
-        weights += [(linear.weight, linear.weight.shape[1]) for linear in linears]
-    head = model.shared_embedding_or_output_weight() if policy.arch.share_embeddings_and_output_weights else None
-    head = model.output_layer.weight if head is None else head
-    weights.append((head, head.shape[1]))
-    first = weights[0][0]
+    forward = CachedForward(policy.module, policy.arch)
+    multiplied = forward._product_weights()
+    if policy.arch.share_embeddings_and_output_weights:
+        multiplied.append(policy.module.shared_embedding_or_output_weight())
+    first = multiplied[0]
+    weights = [(weight, weight.shape[1]) for weight in multiplied]  # packed weights have no shape
     inputs = {width: torch.randn(rows, width, dtype=first.dtype, device=first.device) for _, width in weights}
 
     def once() -> None:

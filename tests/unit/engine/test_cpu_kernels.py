@@ -26,7 +26,7 @@ def bf16(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).bfloat16()
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     """Within one rounding to bf16."""
     torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=1e-3)
 
@@ -37,15 +37,15 @@ def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, rows: in
     summed = hidden + delta
     found = kernels.add_rms_norm(hidden, delta, weight, 1e-5)
     assert torch.equal(hidden, summed)
-    close(found, F.rms_norm(summed.float(), (200,), weight.float(), 1e-5))
-    close(kernels.add_rms_norm(hidden, None, weight, 1e-5), found)
+    assert_close(found, F.rms_norm(summed.float(), (200,), weight.float(), 1e-5))
+    assert_close(kernels.add_rms_norm(hidden, None, weight, 1e-5), found)
 
 
 @pytest.mark.parametrize("rows", [1, 70])
 def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, rows: int) -> None:
     inner = bf16(rows, 2 * 160, scale=8.0)
     gate, value = inner.float().chunk(2, dim=-1)
-    close(kernels.silu_mul(inner), F.silu(gate).bfloat16().float() * value)
+    assert_close(kernels.silu_mul(inner), F.silu(gate).bfloat16().float() * value)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 7])
