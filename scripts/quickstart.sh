@@ -113,7 +113,7 @@ online() {
   [[ -f $out/actor/checkpoints/megatron_gpt_rs_actor.nemo ]] && return
   step "reward server and actor"
   local port
-  port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$((RANDOM % 10000 + 10000)) # below those that systems give to connections by themselves
   "$PYTHON" examples/nlp/gpt/serve_reward_model.py rm_model_file="$out/reward_model.nemo" inference.port="$port" \
     inference.inference_micro_batch_size=32 model.reward_standardization.enable=True trainer.precision="$precision" \
     >"$out/reward_server.log" 2>&1 &
@@ -126,7 +126,8 @@ online() {
     model.ppo.length_params.max_length="$tokens" \
     model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
     '~model.optim.sched' model.optim.weight_decay=0.01 \
-    remote_critic_rm.reward_model.ip=127.0.0.1 remote_critic_rm.reward_model.port="$port" "${actor[@]}"
+    remote_critic_rm.reward_model.ip=127.0.0.1 remote_critic_rm.reward_model.port="$port" \
+    remote_critic_rm.init_timeout_s=120 "${actor[@]}"
   kill "$server" && wait "$server" || true
   server=
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -117,8 +116,7 @@ def _start_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:  # needs no port
-        store = dist.FileStore(tempfile.mktemp(prefix="nemo_aligner_"), 1)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     dist.init_process_group(backend, rank=int(os.environ["RANK"]), world_size=world)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -30,7 +31,8 @@ SIZES = {
     r"tensor_model_parallel_size=4": "tensor_model_parallel_size=1",
     r"max_steps=313": "max_steps=2",
     r"val_check_interval=4": "val_check_interval=1",
-    r"num_rollout_per_prompt=4": "num_rollout_per_prompt=4 model.ppo.length_params.max_length=6",
+    r"num_rollout_per_prompt=4": "num_rollout_per_prompt=4 model.ppo.length_params.max_length=6 "
+    "remote_critic_rm.init_timeout_s=120",
 }
 
 
@@ -44,9 +46,12 @@ def block(index: int) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that no connection is given meanwhile: below the range that systems hand out by themselves."""
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("no free port")
 
 
 def variables(shop: Workshop, folder: Path, port: int) -> dict[str, str]:
@@ -273,15 +278,14 @@ def test_the_guides_hetjob_runs_both_commands_through_srun(workshop: Workshop, t
         srun() {{
           local command="${{@: -1}}"
           case $1 in
-            --het-group=0) setsid bash -c "$command" & echo $! >{tmp_path}/server.pid; wait ;;
+            --het-group=0) setsid bash -c "$command" >{tmp_path}/server.log 2>&1 & echo $! >{tmp_path}/server.pid; wait ;;
             --het-group=1) bash -c "$command" >{tmp_path}/actor.log 2>&1; kill -- -$(<{tmp_path}/server.pid) ;;
           esac
         }}
     """
     run("bash", "-c", stand_ins + script, RESULTS_DIR=str(tmp_path), CONTAINER="none", **names)
-    assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists(), (
-        tmp_path / "actor.log"
-    ).read_text()
+    said = "".join((tmp_path / name).read_text() for name in ("server.log", "actor.log"))
+    assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists(), said
 
 
 def test_an_actor_killed_at_any_step_ends_as_if_it_had_not_been(
