@@ -1,4 +1,4 @@
-"""cpu_kernels.c, compiled for this machine on first use, and its functions on torch tensors.
+"""cpu_kernels.c and cpu_products.c, compiled for this machine on first use, and their functions on torch tensors.
 
 Compiled rather than shipped, so that it uses what the processor has. Without a C compiler the decode step runs on
 torch's own kernels, with one line in the log.
@@ -24,16 +24,19 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = (Path(__file__).with_suffix(".c"), Path(__file__).with_name("cpu_products.c"))
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
 
+PANEL = 32
+"""Outputs of a panel of a packed weight; PANEL of cpu_products.c."""
+
 
 class CpuKernels:
-    """The functions of cpu_kernels.c; tensors are bf16 and contiguous, the caller sees to that."""
+    """The functions of the C files; tensors are bf16 and contiguous, the caller sees to that."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_long
@@ -45,6 +48,13 @@ class CpuKernels:
             *(number, number, pointer, number, number, number, number, ctypes.c_float),
         ]
         self._add_rms_norm.restype = self._silu_mul.restype = None
+        self.has_products = bool(library.has_products())
+        self._pack, self._unpack = library.pack, library.unpack
+        self._pack.argtypes, self._unpack.argtypes = [pointer] * 2 + [number] * 2, [pointer] * 3 + [number] * 2
+        self._pack.restype = self._unpack.restype = None
+        if self.has_products:
+            self._product = library.product
+            self._product.argtypes = [pointer] * 4 + [number] * 3
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """`hidden` `[N, H]` += `delta`, in place; returns its root-mean-square norm times `weight` `[H]`."""
@@ -73,7 +83,7 @@ class CpuKernels:
         """Rotary embedding, storing of the new keys and values, and attention over what is cached.
 
         `mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group. `rotary` is cos and signed sin,
-        `[positions, D_rot]`; `places` `[N, 4]` int64 as KVCache.places gives them; `positions` `[N]` int64. A `window`
+        `[positions, D_rot]`; D is a multiple of 16, at most 256; `places` `[N, 4]` int64 as KVCache.places gives them; `positions` `[N]` int64. A `window`
         of 0 sees everything. Returns `[N, G·R·D]`. Raises MemoryError.
         """
         rows, groups, heads, width = mixed.shape
@@ -86,12 +96,35 @@ class CpuKernels:
             raise MemoryError("attention over the cache")
         return out
 
+    def pack(self, weight: Tensor) -> Tensor:
+        """`weight` `[N, K]`, K even, in panels `[N / 32, K / 2, 32, 2]`, as `product` reads it; N is rounded up."""
+        outputs, inputs = weight.shape
+        panels = weight.new_empty(-(-outputs // PANEL), inputs // 2, PANEL, 2)
+        self._pack(weight.data_ptr(), panels.data_ptr(), outputs, inputs)
+        return panels
 
-def cpu_kernels(dtype: torch.dtype, device: torch.device, head_dim: int) -> CpuKernels | None:
-    """The kernels where they apply: bf16 on a CPU, heads of whole vectors."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 16 or head_dim > 256:
-        return None
-    return _compiled()
+    def unpack(self, panels: Tensor, rows: Tensor | int) -> Tensor:
+        """Rows of the weight that was packed: `rows` `[M]` int64, or so many from the first on; `[M, K]`."""
+        count, ids = (rows, None) if isinstance(rows, int) else (len(rows), rows.data_ptr())
+        out = panels.new_empty(count, 2 * panels.size(1))
+        self._unpack(panels.data_ptr(), ids, out.data_ptr(), *out.shape)
+        return out
+
+    def product(self, rows: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        """`rows` `[M, K]` times a packed weight `[outputs, K]`, plus `bias` `[outputs]`: `[M, outputs]`.
+
+        Summed in float32; a row's result does not depend on the other rows. Raises MemoryError.
+        """
+        out = rows.new_empty(len(rows), outputs)
+        added = None if bias is None else bias.data_ptr()
+        if self._product(rows.data_ptr(), panels.data_ptr(), added, out.data_ptr(), len(rows), outputs, rows.size(1)):
+            raise MemoryError("matrix product")
+        return out
+
+
+def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
+    """The kernels where they apply: bf16 on a CPU."""
+    return _compiled() if device.type == "cpu" and dtype == torch.bfloat16 else None
 
 
 @functools.cache
@@ -99,7 +132,7 @@ def _compiled() -> CpuKernels | None:
     """Compile, or find what was compiled before."""
     compiler = _compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, _processor()])
+    identity = "\n".join([*(source.read_text() for source in _SOURCES), compiler, *_FLAGS, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
@@ -107,7 +140,7 @@ def _compiled() -> CpuKernels | None:
             # a private name first: several processes may compile at once
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / library.name
-                command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+                command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 made.replace(library)
         return CpuKernels(ctypes.CDLL(str(library)))
@@ -115,7 +148,7 @@ def _compiled() -> CpuKernels | None:
         reason = next((line for line in fault.stderr.splitlines() if "error" in line), str(fault))
     except OSError as fault:
         reason = str(fault)
-    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCE.name, reason)
+    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCES[0].name, reason)
     return None
 
 

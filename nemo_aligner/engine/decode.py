@@ -47,11 +47,13 @@ class CachedForward:
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._groups: int = self.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
-        self._weights = PackedWeights(self._product_weights())
-        self._kernels = cpu_kernels(self.dtype, self.device, arch.head_dim)
+        self._kernels = cpu_kernels(self.dtype, self.device)
+        self._attends = self._kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
+        embedding = model.embedding.word_embeddings.weight if self._first else None
+        self._weights = PackedWeights(self.product_weights(), self._kernels, looked_up=embedding)
 
-    def _product_weights(self) -> list[torch.nn.Parameter]:
-        """The weights that are multiplied with and read in no other way (a tied embedding is also looked up)."""
+    def product_weights(self) -> list[torch.nn.Parameter]:
+        """The weights `[out, in]` that a step multiplies with, in their order."""
         linears = [
             linear
             for layer in self.layers
@@ -62,9 +64,14 @@ class CachedForward:
                 layer.mlp.linear_fc2,
             )
         ]
-        if self._last and not self.model.share_embeddings_and_output_weights:
-            linears.append(self.model.output_layer)
-        return [linear.weight for linear in linears]
+        weights = [linear.weight for linear in linears]
+        return [*weights, self._output_weight()] if self._last else weights
+
+    def _output_weight(self) -> torch.nn.Parameter:
+        """That of the logits, on the last stage."""
+        if self.model.share_embeddings_and_output_weights:
+            return self.model.shared_embedding_or_output_weight()
+        return self.model.output_layer.weight
 
     def ready(self) -> AbstractContextManager[None]:
         """To be entered around prefill and steps: the weights are then in the layout that is fastest to read."""
@@ -73,7 +80,7 @@ class CachedForward:
     def new_cache(self, slots: int) -> KVCache:
         """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
         grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
-        if self._kernels is not None:
+        if self._attends:
             grain, block_rows = 64, 8
         return KVCache(grain, min(block_rows, slots))
 
@@ -109,7 +116,7 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
-        attend = self._attend_by_kernel if self._kernels else self._attend_by_block
+        attend = self._attend_by_kernel if self._attends else self._attend_by_block
         return self._logits(self._layers(tokens, positions, attend(positions, cache)))
 
     def _attend_by_kernel(self, positions: Tensor, cache: KVCache) -> Attend:
@@ -190,10 +197,10 @@ class CachedForward:
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         table = self.model.embedding.word_embeddings
         if self._tp == 1:
-            hidden = F.embedding(tokens, table.weight)
+            hidden = self._weights.rows(tokens, table.weight)
         else:  # each rank holds some rows of the table
             mine = (tokens >= table.vocab_start_index) & (tokens < table.vocab_end_index)
-            found = F.embedding((tokens - table.vocab_start_index).where(mine, 0), table.weight)
+            found = self._weights.rows((tokens - table.vocab_start_index).where(mine, 0), table.weight)
             hidden = reduce_from_tensor_model_parallel_region(found * mine[:, None])
         if self.arch.position_embedding_type == "learned_absolute":
             hidden = hidden + self.model.embedding.position_embeddings(positions)
@@ -231,9 +238,7 @@ class CachedForward:
         """Logits `[B, V]` of hidden states `[B, H]`, in the model's dtype; None off the last stage."""
         if not self._last:
             return None
-        shared = self.model.share_embeddings_and_output_weights
-        weight = self.model.shared_embedding_or_output_weight() if shared else self.model.output_layer.weight
-        logits = self._weights.product(self.model.decoder.final_layernorm(hidden), weight)
+        logits = self._weights.product(self.model.decoder.final_layernorm(hidden), self._output_weight())
         if self._tp > 1:
             logits = gather_from_tensor_model_parallel_region(logits)
         return logits[:, : self.arch.vocab_size]

@@ -17,7 +17,7 @@ from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 
 @pytest.fixture(scope="module")
 def kernels() -> CpuKernels:
-    found = cpu_kernels.cpu_kernels(torch.bfloat16, torch.device("cpu"), 64)
+    found = cpu_kernels.cpu_kernels(torch.bfloat16, torch.device("cpu"))
     assert found is not None, "a C compiler is needed for these tests"
     return found
 

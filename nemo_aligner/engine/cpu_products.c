@@ -1,0 +1,144 @@
+/* Matrix products with bf16 weights, for the few to some hundred rows of a decode step.
+ *
+ * A weight [N, K] is kept in panels of 32 outputs, the order in which it is read:
+ *
+ *     panels[N / 32][K / 2][32][2]      pairs of inputs side by side, as the processor multiplies them
+ *
+ * so every product reads it once, from the first byte to the last, and the next panel is on its way from memory while
+ * this one is multiplied with all rows. Every output is one chain of float32 sums over its inputs in their order, so a
+ * row's result does not depend on the rows beside it.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+typedef uint16_t bf16;
+enum { PANEL = 32, TILE = 14, BLOCK = 256 }; /* outputs of a panel; rows multiplied together; rows kept in cache */
+
+/* 1 where `product` is the fastest there is: with bf16 dot products, but without matrix units, which oneDNN uses. */
+int has_products(void) {
+#if defined __AVX512BF16__ && !defined __AMX_BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static long panels_of(long N) { return (N + PANEL - 1) / PANEL; }
+
+/* panels of a weight[N, K], K even; outputs beyond N are 0 */
+void pack(const bf16 *weight, bf16 *panels, long N, long K) {
+#pragma omp parallel for schedule(static)
+    for (long p = 0; p < panels_of(N); p++)
+        for (long c = 0; c < PANEL; c++) {
+            long n = p * PANEL + c;
+            bf16 *to = panels + p * PANEL * K + 2 * c;
+            for (long k = 0; k < K; k += 2, to += 2 * PANEL)
+                for (long i = 0; i < 2; i++) to[i] = n < N ? weight[n * K + k + i] : 0;
+        }
+}
+
+/* out[M, K]: rows `ids` of the weight that was packed, all of them where ids is null */
+void unpack(const bf16 *panels, const int64_t *ids, bf16 *out, long M, long K) {
+#pragma omp parallel for schedule(static)
+    for (long m = 0; m < M; m++) {
+        long n = ids ? ids[m] : m;
+        const bf16 *from = panels + n / PANEL * PANEL * K + 2 * (n % PANEL);
+        for (long k = 0; k < K; k += 2, from += 2 * PANEL) memcpy(out + m * K + k, from, 2 * sizeof(bf16));
+    }
+}
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+/* Of one panel with `columns` outputs in use: out[R, columns] = x[R, K] · panel (+ bias). `ahead` to `end` is fetched
+ * into the cache meanwhile. Inlined with constants for R, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void tile(const bf16 *x, long stride, const bf16 *panel, const bf16 *bias,
+                                                       bf16 *out, long K, long N, long columns, const int R,
+                                                       const char *ahead, const char *end) {
+    enum { LINE = 64, TOGETHER = 16 }; /* bytes of a cache line; inputs between two looks ahead */
+    __m512 sums[TILE][2];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    const long steps = (K + TOGETHER - 1) / TOGETHER, lines = ((end - ahead) / LINE + steps - 1) / steps;
+    for (long begin = 0; begin < K; begin += TOGETHER) {
+        for (long i = 0; i < lines && ahead < end; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        for (long k = begin; k < K && k < begin + TOGETHER; k += 2, panel += 2 * PANEL) {
+            __m512bh left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + PANEL);
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                memcpy(&pair, x + r * stride + k, sizeof pair);
+                __m512bh inputs = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], inputs, left);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], inputs, right);
+            }
+        }
+    }
+    __mmask32 used = columns < PANEL ? (1u << columns) - 1 : ~0u;
+    __m512 added[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (bias) {
+        __m512i both = _mm512_maskz_loadu_epi16(used, bias);
+        added[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
+        added[1] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+    }
+    for (int r = 0; r < R; r++) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(sums[r][1], added[1]), _mm512_add_ps(sums[r][0], added[0]));
+        _mm512_mask_storeu_epi16(out + r * N, used, (__m512i)both);
+    }
+}
+
+/* `tile` for rows first..last-1 of a block, a few together */
+static void multiply(const bf16 *x, long stride, const bf16 *panel, const bf16 *bias, bf16 *out, long rows, long K,
+                     long N, long columns, const char *ahead, const char *end) {
+    long tiles = (rows + TILE - 1) / TILE;
+    for (long t = 0; t < tiles; t++) {
+        long m = rows * t / tiles, count = rows * (t + 1) / tiles - m, lines = (end - ahead) / 64;
+        const char *from = ahead + lines * t / tiles * 64, *to = ahead + lines * (t + 1) / tiles * 64;
+#define CASE(R) \
+    case R: tile(x + m * stride, stride, panel, bias, out + m * N, K, N, columns, R, from, to); break;
+        switch (count) {
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+            CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+        }
+#undef CASE
+    }
+}
+
+/* out[M, N] = x[M, K] · weightᵀ (+ bias[N], unless it is null), summed in float32. Returns 0, or 1 without memory. */
+int product(const bf16 *x, const bf16 *panels, const bf16 *bias, bf16 *out, long M, long N, long K) {
+    /* rows that lie a multiple of 2 KB apart would drive each other out of the cache */
+    long stride = K % 1024 ? K : K + 32;
+    bf16 *copy = stride == K ? NULL : malloc(M * stride * sizeof(bf16));
+    if (stride != K && !copy) return 1;
+    const bf16 *rows = copy ? copy : x;
+#pragma omp parallel
+    {
+        if (copy) {
+#pragma omp for schedule(static)
+            for (long m = 0; m < M; m++) memcpy(copy + m * stride, x + m * K, K * sizeof(bf16));
+        }
+        long blocks = (M + BLOCK - 1) / BLOCK, count = panels_of(N);
+        for (long b = 0; b < blocks; b++) {
+            long first = M * b / blocks, size = M * (b + 1) / blocks - first;
+            /* more threads than panels: each panel's rows are shared out */
+            long parts = (omp_get_num_threads() + count - 1) / count;
+#pragma omp for schedule(static) nowait
+            for (long item = 0; item < count * parts; item++) {
+                long p = item / parts, begin = size * (item % parts) / parts, end = size * (item % parts + 1) / parts;
+                const bf16 *panel = panels + p * PANEL * K;
+                const char *next = (const char *)(panel + PANEL * K);
+                long ahead = p + 1 < count ? PANEL * K * sizeof(bf16) : 0, column = p * PANEL;
+                multiply(rows + (first + begin) * stride, stride, panel, bias ? bias + column : NULL,
+                         out + (first + begin) * N + column, end - begin, K, N, N - column, next, next + ahead);
+            }
+        }
+    }
+    free(copy);
+    return 0;
+}
+#endif
