@@ -4,6 +4,9 @@
  * kernel is rounded here too (the residual sum, the rotated query and key). Notation as in decode.py: N rows, H hidden,
  * G key/value heads, R query heads per key/value head, D head dimension.
  */
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -74,50 +77,110 @@ void silu_mul(const bf16 *inner, bf16 *out, long rows, long width) {
     }
 }
 
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef float quarter __attribute__((vector_size(16)));
+enum { LANES = 16, MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
+
+static inline floats load(const bf16 *from) {
+#ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
+    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
+#else
+    halves bits;
+    memcpy(&bits, from, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+#endif
+}
+
+static inline void store(bf16 *to, floats values) { /* to the nearest, ties to even */
+    words bits = (words)values;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+    halves narrowed = __builtin_convertvector(bits, halves);
+    memcpy(to, &narrowed, sizeof narrowed);
+#endif
+}
+
 /* The first `turned` of D dimensions of a head by rotary position embedding, halves form; cos and signed sin of a position */
 static inline void rotate(const bf16 *head, const bf16 *cosine, const bf16 *sine, long turned, long D, bf16 *out) {
-    long half = turned / 2;
-    for (long d = 0; d < half; d++) {
+    long half = turned / 2, d = 0;
+    for (; d + LANES <= half; d += LANES) {
+        floats a = load(head + d), b = load(head + half + d);
+        store(out + d, a * load(cosine + d) + b * load(sine + d));
+        store(out + half + d, b * load(cosine + half + d) + a * load(sine + half + d));
+    }
+    for (; d < half; d++) {
         float a = wide(head[d]), b = wide(head[half + d]);
         out[d] = narrow(a * wide(cosine[d]) + b * wide(sine[d]));
         out[half + d] = narrow(b * wide(cosine[half + d]) + a * wide(sine[half + d]));
     }
-    for (long d = turned; d < D; d++) out[d] = head[d];
+    memcpy(out + turned, head + turned, (D - turned) * sizeof(bf16));
 }
 
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-enum { LANES = 16, MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256 */
+/* Keys and values [length, D] that lie together. */
+typedef struct {
+    const bf16 *keys, *values;
+    long length;
+} Part;
 
-static inline floats load(const bf16 *from) {
-    halves bits;
-    memcpy(&bits, from, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, words) << 16);
-}
-
-static inline float sum_of(floats values) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += values[i];
-    return total;
-}
-
-/* softmax(q · kᵀ) · v of R query heads over positions 0..length-1: q[R, D] floats, k and v [length, D], D = 16 · chunks.
- * Inlined with constants for R and chunks, so that the query and the sums stay in registers. */
-static inline __attribute__((always_inline)) void attend(const float *q, const bf16 *k, const bf16 *v, long length,
-                                                         const int R, const int chunks, float *scores, bf16 *out) {
-    floats query[TOGETHER][MOST_CHUNKS], sums[TOGETHER][MOST_CHUNKS];
-    const int D = chunks * LANES;
-    memset(sums, 0, sizeof sums);
-    for (int r = 0; r < R; r++) memcpy(query[r], q + r * D, D * sizeof(float));
-    for (long t = 0; t < length; t++) {
-        floats dots[TOGETHER];
-        for (int r = 0; r < R; r++) dots[r] = (floats){0};
-        for (int c = 0; c < chunks; c++) {
-            floats key = load(k + t * D + c * LANES);
-            for (int r = 0; r < R; r++) dots[r] += query[r][c] * key;
+/* [q · a, q · b, ...] of 4 keys that are D apart, D = 16 · chunks; lanes 0 to 3 hold the sums */
+static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16 *keys, const int chunks, float *to,
+                                                       const int count) {
+    floats sum[TOGETHER];
+    for (int t = 0; t < count; t++) {
+        const bf16 *key = keys + t * chunks * LANES;
+#ifdef __AVX512BF16__
+        if (chunks % 2 == 0) {
+            __m512 pairs = _mm512_setzero_ps();
+            for (int c = 0; c < chunks; c += 2)
+                pairs = _mm512_dpbf16_ps(pairs, (__m512bh)_mm512_loadu_si512(q + c * LANES),
+                                         (__m512bh)_mm512_loadu_si512(key + c * LANES));
+            sum[t] = (floats)pairs;
+            continue;
         }
-        for (int r = 0; r < R; r++) scores[r * length + t] = sum_of(dots[r]);
+#endif
+        sum[t] = (floats){0};
+        for (int c = 0; c < chunks; c++) sum[t] += load(q + c * LANES) * load(key + c * LANES);
+    }
+    if (count < TOGETHER) {
+        for (int t = 0; t < count; t++) {
+            to[t] = 0;
+            for (int i = 0; i < LANES; i++) to[t] += sum[t][i];
+        }
+        return;
+    }
+    /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters */
+    const words low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    const words high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+    const words even = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const words odd = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+    floats ab = __builtin_shuffle(sum[0], sum[1], low) + __builtin_shuffle(sum[0], sum[1], high);
+    floats cd = __builtin_shuffle(sum[2], sum[3], low) + __builtin_shuffle(sum[2], sum[3], high);
+    floats all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+    quarter quarters[4];
+    memcpy(quarters, &all, sizeof all);
+    quarters[0] += quarters[1] + (quarters[2] + quarters[3]);
+    memcpy(to, quarters, sizeof *quarters);
+}
+
+/* softmax(scale · q · kᵀ) · v of R query heads over the positions of both parts, one after the other: q[R, D], D = 16 · chunks,
+ * scores[R, length of both]. Inlined with constants for R and chunks, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void attend(const bf16 *q, const Part *parts, const int R, const int chunks,
+                                                         float scale, float *scores, bf16 *out) {
+    floats sums[TOGETHER][MOST_CHUNKS];
+    const int D = chunks * LANES;
+    const long length = parts[0].length + parts[1].length;
+    float *score = scores;
+    for (const Part *part = parts; part < parts + 2; score += part->length, part++) {
+        long t = 0;
+        for (; t + TOGETHER <= part->length; t += TOGETHER)
+            for (int r = 0; r < R; r++)
+                dots(q + r * D, part->keys + t * D, chunks, score + r * length + t, TOGETHER);
+        for (; t < part->length; t++)
+            for (int r = 0; r < R; r++) dots(q + r * D, part->keys + t * D, chunks, score + r * length + t, 1);
     }
     for (int r = 0; r < R; r++) {
         float *s = scores + r * length, largest = s[0], total = 0;
@@ -125,41 +188,49 @@ static inline __attribute__((always_inline)) void attend(const float *q, const b
         for (long t = 0; t < length; t++) largest = s[t] > largest ? s[t] : largest;
 #pragma omp simd reduction(+ : total)
         for (long t = 0; t < length; t++) {
-            s[t] = exponential(s[t] - largest);
+            s[t] = exponential(scale * (s[t] - largest));
             total += s[t];
         }
-        float scale = 1.0f / total;
-        for (long t = 0; t < length; t++) s[t] *= scale;
+        float share = 1.0f / total;
+        for (long t = 0; t < length; t++) s[t] *= share;
+        for (int c = 0; c < chunks; c++) sums[r][c] = (floats){0};
     }
-    for (long t = 0; t < length; t++) {
-        for (int c = 0; c < chunks; c++) {
-            floats value = load(v + t * D + c * LANES);
-            for (int r = 0; r < R; r++) sums[r][c] += scores[r * length + t] * value;
-        }
-    }
+    score = scores;
+    for (const Part *part = parts; part < parts + 2; part++)
+        for (long t = 0; t < part->length; t++, score++)
+            for (int c = 0; c < chunks; c++) {
+                floats value = load(part->values + t * D + c * LANES);
+                for (int r = 0; r < R; r++) sums[r][c] += score[r * length] * value;
+            }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < chunks; c++)
-            for (int i = 0; i < LANES; i++) out[r * D + c * LANES + i] = narrow(sums[r][c][i]);
+        for (int c = 0; c < chunks; c++) store(out + r * D + c * LANES, sums[r][c]);
 }
 
 /* `attend` for any number of heads, a few together */
-static inline __attribute__((always_inline)) void attend_all(const float *q, const bf16 *k, const bf16 *v, long length,
-                                                             long R, const int chunks, float *scores, bf16 *out) {
+static inline __attribute__((always_inline)) void attend_all(const bf16 *q, const Part *parts, long R,
+                                                             const int chunks, float scale, float *scores,
+                                                             bf16 *out) {
     const int D = chunks * LANES;
     for (; R > 0; R -= TOGETHER, q += TOGETHER * D, out += TOGETHER * D) {
-        if (R == 1) attend(q, k, v, length, 1, chunks, scores, out);
-        else if (R == 2) attend(q, k, v, length, 2, chunks, scores, out);
-        else if (R == 3) attend(q, k, v, length, 3, chunks, scores, out);
-        else attend(q, k, v, length, 4, chunks, scores, out);
+        if (R == 1) attend(q, parts, 1, chunks, scale, scores, out);
+        else if (R == 2) attend(q, parts, 2, chunks, scale, scores, out);
+        else if (R == 3) attend(q, parts, 3, chunks, scale, scores, out);
+        else attend(q, parts, 4, chunks, scale, scores, out);
     }
+}
+
+/* A row's keys and values of a layer and group: `place` is an address and the steps between layers, from keys to values, and
+ * between groups. */
+static inline Part part_at(const int64_t *place, long layer, long group, long D, long begin, long length) {
+    const bf16 *keys = (const bf16 *)place[0] + layer * place[1] + group * place[3] + begin * D;
+    return (Part){keys, keys + place[2], length};
 }
 
 /* Rotary embedding, storing of the new key and value, and attention over what is cached.
  *
  * mixed[N, G, R + 2, D]    R query heads, key and value of each group
  * cosine, sine             [positions, turned], or turned = 0 for no rotary embedding
- * places[N, 4]             of each row: address of its first layer's keys, and in elements: layer to layer, keys to values,
- *                          group to group
+ * places[N, 9]             of each row: positions of its prompt, then place of the prompt's keys and values, then of its own
  * positions[N]             of the new tokens; window: positions seen at most, 0 = all
  * out[N, G · R · D]
  * Returns 0, or 1 when there is no memory.
@@ -172,36 +243,34 @@ int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long 
     for (long n = 0; n < N; n++) longest = positions[n] > longest ? positions[n] : longest;
 #pragma omp parallel
     {
-        float *scores = malloc((TOGETHER * (longest + 1) + R * D) * sizeof(float));
-        bf16 *turned_head = malloc(D * sizeof(bf16));
-        if (!scores || !turned_head) {
+        float *scores = malloc(TOGETHER * (longest + 1) * sizeof(float));
+        bf16 *q = malloc(R * D * sizeof(bf16));
+        if (!scores || !q) {
 #pragma omp atomic write
             failed = 1;
         }
-        float *q = scores + TOGETHER * (longest + 1);
 #pragma omp for schedule(dynamic, 4)
         for (long item = 0; item < N * G; item++) {
-            if (!scores || !turned_head) continue;
+            if (!scores || !q) continue;
             long n = item / G, g = item % G, at = positions[n];
-            const int64_t *place = places + 4 * n;
-            bf16 *keys = (bf16 *)place[0] + layer * place[1] + g * place[3], *values = keys + place[2];
+            const int64_t *place = places + 9 * n;
+            long prompt = place[0], begin = window && at + 1 > window ? at + 1 - window : 0;
+            Part new = part_at(place + 5, layer, g, D, at - prompt, 1);
             const bf16 *heads = mixed + item * (R + 2) * D;
             const bf16 *c = cosine + at * turned, *s = sine + at * turned;
-            for (long r = 0; r < R; r++) {
-                rotate(heads + r * D, c, s, turned, D, turned_head);
-                for (long d = 0; d < D; d++) q[r * D + d] = wide(turned_head[d]) * scale;
-            }
-            rotate(heads + R * D, c, s, turned, D, keys + at * D);
-            memcpy(values + at * D, heads + (R + 1) * D, D * sizeof(bf16));
-            long begin = window && at + 1 > window ? at + 1 - window : 0, length = at + 1 - begin;
-            const bf16 *k = keys + begin * D, *v = values + begin * D;
+            for (long r = 0; r < R; r++) rotate(heads + r * D, c, s, turned, D, q + r * D);
+            rotate(heads + R * D, c, s, turned, D, (bf16 *)new.keys);
+            memcpy((bf16 *)new.values, heads + (R + 1) * D, D * sizeof(bf16));
+            long from = begin < prompt ? begin : prompt, own = begin < prompt ? 0 : begin - prompt;
+            const Part parts[2] = {part_at(place + 1, layer, g, D, from, prompt - from),
+                                   part_at(place + 5, layer, g, D, own, at + 1 - prompt - own)};
             bf16 *o = out + item * R * D;
-            if (D == 64) attend_all(q, k, v, length, R, 4, scores, o);
-            else if (D == 128) attend_all(q, k, v, length, R, 8, scores, o);
-            else attend_all(q, k, v, length, R, D / LANES, scores, o);
+            if (D == 64) attend_all(q, parts, R, 4, scale, scores, o);
+            else if (D == 128) attend_all(q, parts, R, 8, scale, scores, o);
+            else attend_all(q, parts, R, D / LANES, scale, scores, o);
         }
         free(scores);
-        free(turned_head);
+        free(q);
     }
     return failed;
 }

@@ -83,8 +83,8 @@ class CpuKernels:
         """Rotary embedding, storing of the new keys and values, and attention over what is cached.
 
         `mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group. `rotary` is cos and signed sin,
-        `[positions, D_rot]`; D is a multiple of 16, at most 256; `places` `[N, 4]` int64 as KVCache.places gives them; `positions` `[N]` int64. A `window`
-        of 0 sees everything. Returns `[N, G·R·D]`. Raises MemoryError.
+        `[positions, D_rot]`; D is a multiple of 16, at most 256. `places` are as KVCache.places gives them, `positions`
+        `[N]` int64. A `window` of 0 sees everything. Returns `[N, G·R·D]`. Raises MemoryError.
         """
         rows, groups, heads, width = mixed.shape
         out = mixed.new_empty(rows, groups * (heads - 2) * width)

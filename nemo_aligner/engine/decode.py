@@ -82,7 +82,7 @@ class CachedForward:
         grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
         if self._attends:
             grain, block_rows = 64, 8
-        return KVCache(grain, min(block_rows, slots))
+        return KVCache(slots, grain, block_rows, shares_prompts=self._attends)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
@@ -104,7 +104,7 @@ class CachedForward:
         logits = self._logits(hidden[torch.tensor(edges[1:], device=self.device) - 1])
         return [
             CachedPrompt(
-                torch.stack([layer[:, start:end] for layer in keys_values]).transpose(2, 3),
+                torch.stack([layer[:, start:end] for layer in keys_values]).transpose(2, 3).contiguous(),
                 None if logits is None else logits[i],
             )
             for i, (start, end) in enumerate(itertools.pairwise(edges))

@@ -135,8 +135,8 @@ class Generator:
     def _decode(self) -> np.ndarray:
         """Feed every slot's newest token and draw the next; returns the slots."""
         state, device = self._slots, self._forward.device
-        for slot in state.requests:
-            self._cache.ensure(slot, int(state.prompt_length[slot] + state.count[slot]))
+        slots = np.array(list(state.requests))
+        self._cache.ensure(slots, state.prompt_length[slots] + state.count[slots])
         slots = np.array(self._cache.slots)
         newest = state.tokens[slots, state.count[slots] - 1]
         positions = state.prompt_length[slots] + state.count[slots] - 1

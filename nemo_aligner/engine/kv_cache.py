@@ -6,6 +6,9 @@
 
 A row moves on to a wider bucket when it has filled its own, so a long response does not make the short ones beside it
 pay, in memory or in attention over positions that it alone has. Blocks come and go whole, so growing copies nothing.
+
+Where attention can read a row in two parts, rows hold responses only, and all responses to a prompt read its keys and
+values where they were prefilled; elsewhere every row begins with a copy of them.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """A prefilled prompt: its keys and values `[layers, 2, G, S, D]`, and the logits `[V]` of its next token.
+    """A prefilled prompt: its keys and values `[layers, 2, G, S, D]`, contiguous, and the logits `[V]` of its next token.
 
     `logits` is None except on the last pipeline stage.
     """
@@ -31,10 +35,11 @@ class CachedPrompt:
 class Bucket:
     """Rows of at most `width` positions; all blocks but the last are full."""
 
-    def __init__(self, width: int, block_rows: int) -> None:
-        self.width, self._block_rows = width, block_rows
+    def __init__(self, width: int, block_rows: int, clear: bool) -> None:
+        self.width, self._block_rows, self._clear = width, block_rows, clear
         self.slots: list[int] = []  # whose row is which
         self._blocks: list[Tensor] = []  # [layers, 2, block_rows, G, width, D] each
+        self._addresses: list[int] = []  # of the blocks
 
     def append(self, slot: int, keys_values: Tensor) -> None:
         """A new row that begins with `keys_values` `[layers, 2, G, S, D]`."""
@@ -42,10 +47,12 @@ class Bucket:
         if len(self.slots) == len(self._blocks) * self._block_rows:
             shape = (layers, two, self._block_rows, groups, self.width, head_dim)
             self._blocks.append(keys_values.new_empty(shape))
+            self._addresses.append(self._blocks[-1].data_ptr())
         self.slots.append(slot)
         row = self._row(len(self.slots) - 1)
         row[..., :length, :] = keys_values
-        row[..., length:, :] = 0  # where masked, it is multiplied by 0, which what lay in memory might survive
+        if self._clear:
+            row[..., length:, :] = 0
 
     def row(self, slot: int) -> Tensor:
         """Keys and values of a row, `[layers, 2, G, width, D]`."""
@@ -63,61 +70,63 @@ class Bucket:
         self.slots.pop()
         if last % self._block_rows == 0:
             self._blocks.pop()
+            self._addresses.pop()
 
     def blocks(self) -> Iterator[Tensor]:
         """The rows in use, `[layers, 2, rows, G, width, D]`, block by block."""
         for start, block in zip(range(0, len(self.slots), self._block_rows), self._blocks, strict=True):
             yield block[:, :, : len(self.slots) - start]
 
+    def places(self) -> np.ndarray:
+        """Of each row: the address of its keys in the first layer, and in elements the way from layer to layer, from
+        keys to values, from group to group; `[rows, 4]` int64."""
+        layer, values, row, group = self._blocks[0].stride()[:4]
+        block, within = np.divmod(np.arange(len(self.slots)), self._block_rows)
+        addresses = np.array(self._addresses)[block] + within * (row * self._blocks[0].element_size())
+        return np.stack(np.broadcast_arrays(addresses, layer, values, group), axis=1)
+
 
 class KVCache:
-    """Rows by slot, a number of the caller's choice; `slots` says in which order a decode step takes them.
+    """Rows by slot, 0 to `capacity` - 1; `slots` says in which order a decode step takes them.
 
-    Buckets hold multiples of `grain` positions, blocks hold `block_rows` rows.
+    Buckets hold multiples of `grain` positions, blocks hold `block_rows` rows. Read by `places` when it shares prompts,
+    else by `blocks`.
     """
 
-    def __init__(self, grain: int, block_rows: int) -> None:
-        self._grain, self._block_rows = grain, block_rows
+    def __init__(self, capacity: int, grain: int, block_rows: int, *, shares_prompts: bool) -> None:
+        self._grain, self._block_rows, self._shares = grain, min(block_rows, capacity), shares_prompts
         self._buckets: dict[int, Bucket] = {}  # by width, ascending
         self._home: dict[int, Bucket] = {}  # by slot
-
-    def _bucket(self, length: int) -> Bucket:
-        """That of `length` positions: multiples of the grain up to four of them, then with steps of a quarter to a
-        half, so that there are few for any length."""
-        step = self._grain
-        while length > 4 * step:
-            step *= 2
-        width = -(-length // step) * step
-        if width not in self._buckets:
-            self._buckets[width] = Bucket(width, self._block_rows)
-            self._buckets = dict(sorted(self._buckets.items()))
-        return self._buckets[width]
-
-    def add(self, slot: int, prompt: CachedPrompt) -> None:
-        """A row that begins with a prefilled prompt, with room for the next token."""
-        self._home[slot] = self._bucket(prompt.keys_values.size(3) + 1)
-        self._home[slot].append(slot, prompt.keys_values)
-
-    def drop(self, slot: int) -> None:
-        """Free a row."""
-        home = self._home.pop(slot)
-        home.remove(slot)
-        if not home.slots:
-            del self._buckets[home.width]
-
-    def ensure(self, slot: int, length: int) -> None:
-        """Room for `length` positions: a row that has filled its bucket moves to a wider one."""
-        home = self._home[slot]
-        if length > home.width:
-            wider = self._bucket(length)
-            wider.append(slot, home.row(slot))
-            self.drop(slot)
-            self._home[slot] = wider
+        self._prompts: dict[int, Tensor] = {}  # by slot: keys and values of the prompt, where they are shared
+        self._shared = np.zeros((capacity, 5), dtype=np.int64)  # by slot: their positions, and their place
+        self._room = np.zeros(capacity, dtype=np.int64)  # by slot: positions there is room for, the prompt's included
 
     @property
     def slots(self) -> list[int]:
         """Slots in the order of the rows of a decode step."""
         return [slot for bucket in self._buckets.values() for slot in bucket.slots]
+
+    def add(self, slot: int, prompt: CachedPrompt) -> None:
+        """A row that begins with a prefilled prompt, with room for the next token."""
+        own = prompt.keys_values
+        if self._shares:
+            self._prompts[slot], own = own, own[..., :0, :]
+            shared = self._prompts[slot]
+            self._shared[slot] = (shared.size(3), shared.data_ptr(), *shared.stride()[:3])
+        self._settle(slot, self._bucket(own.size(3) + 1), own)
+
+    def ensure(self, slots: np.ndarray, lengths: np.ndarray) -> None:
+        """Room for so many positions: rows that have filled their bucket move to a wider one."""
+        for i in np.flatnonzero(self._room[slots] < lengths).tolist():
+            slot, home = int(slots[i]), self._home[int(slots[i])]
+            wider, row = self._bucket(int(lengths[i] - self._shared[slot, 0])), home.row(slot)
+            self._settle(slot, wider, row)
+            self._leave(slot, home)
+
+    def drop(self, slot: int) -> None:
+        """Free a row."""
+        self._prompts.pop(slot, None)
+        self._leave(slot, self._home.pop(slot))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a decode step, and their keys and values `[layers, 2, rows, G, T, D]`, block by block."""
@@ -128,14 +137,29 @@ class KVCache:
                 start += block.size(2)
 
     def places(self) -> Tensor:
-        """Of each row of a decode step: address of its keys in the first layer, and in elements: from layer to layer,
-        from keys to values, from group to group; `[rows, 4]` int64."""
-        parts = []
-        for rows, block in self.blocks():
-            layer, values, row, group = block.stride()[:4]
-            index = torch.arange(rows.stop - rows.start)
-            addresses = block.data_ptr() + index * (row * block.element_size())
-            parts.append(
-                torch.stack([addresses, *(torch.full_like(index, step) for step in (layer, values, group))], 1)
-            )
-        return torch.cat(parts)
+        """Where the rows of a decode step are, `[rows, 9]` int64: the prompt's positions, and the places, as
+        Bucket.places has them, of the prompt's part and of the row's own."""
+        own = np.concatenate([bucket.places() for bucket in self._buckets.values()])
+        return torch.from_numpy(np.concatenate((self._shared[self.slots], own), axis=1))
+
+    def _bucket(self, length: int) -> Bucket:
+        """That of `length` positions: multiples of the grain up to four of them, then with steps of a quarter to a
+        half, so that there are few for any length."""
+        step = self._grain
+        while length > 4 * step:
+            step *= 2
+        width = -(-length // step) * step
+        if width not in self._buckets:
+            # what is masked is multiplied by 0, which what lay in memory might survive; `places` leads to no such thing
+            self._buckets[width] = Bucket(width, self._block_rows, clear=not self._shares)
+            self._buckets = dict(sorted(self._buckets.items()))
+        return self._buckets[width]
+
+    def _settle(self, slot: int, bucket: Bucket, keys_values: Tensor) -> None:
+        bucket.append(slot, keys_values)
+        self._home[slot], self._room[slot] = bucket, bucket.width + self._shared[slot, 0]
+
+    def _leave(self, slot: int, bucket: Bucket) -> None:
+        bucket.remove(slot)
+        if not bucket.slots:
+            del self._buckets[bucket.width]

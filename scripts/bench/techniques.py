@@ -21,10 +21,13 @@ from nemo_aligner.algorithms.sampling import SamplingParams, draw
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.decode import CachedForward
 from nemo_aligner.engine.interfaces import GenerationRequest
-from nemo_aligner.engine.kv_cache import CachedPrompt
+from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
+from nemo_aligner.engine.packed_weights import OneDnn
 
 OFF = {
-    "packed weights": ("nemo_aligner.engine.packed_weights.can_pack", lambda weight: False),
+    "packed weights": ("nemo_aligner.engine.packed_weights.layout_for", lambda *_: None),
+    "our own layout": ("nemo_aligner.engine.packed_weights.Panels", lambda _: OneDnn()),
+    "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *_, **__: KVCache(*_, shares_prompts=False)),
     "C kernels": ("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None),
     "drawing in chunks": ("nemo_aligner.algorithms.sampling._CPU_CHUNK", 1 << 40),
 }

@@ -38,11 +38,8 @@ class Watch:
 def products_s(policy: Any, rows: int, repeats: int = 3) -> float:
     """Seconds of one decode step's matrix products with `rows` rows, as fast as the engine does them."""
     forward = CachedForward(policy.module, policy.arch)
-    multiplied = forward._product_weights()
-    if policy.arch.share_embeddings_and_output_weights:
-        multiplied.append(policy.module.shared_embedding_or_output_weight())
-    first = multiplied[0]
-    weights = [(weight, weight.shape[1]) for weight in multiplied]  # packed weights have no shape
+    weights = [(weight, weight.shape[1]) for weight in forward.product_weights()]  # packed weights have no shape
+    first = weights[0][0]
     inputs = {width: torch.randn(rows, width, dtype=first.dtype, device=first.device) for _, width in weights}
 
     def once() -> None:
@@ -103,7 +100,7 @@ def main() -> None:
 
         def aside() -> dict[str, Any]:
             peak = 1024 * (memory_kb("VmHWM") - imported_kb)
-            grid = [rows for rows in (1, 4, 16, 32, 64, 128, 256) if rows <= max(64, args.slots)]
+            grid = [rows for rows in (1, 4, 8, 16, 32, 64, 128, 256) if rows <= max(64, args.slots)]
             times = [products_s(policy, rows) for rows in grid]
             steps = sorted(watch.rows)
             counts = np.array([watch.rows[rows] for rows in steps])

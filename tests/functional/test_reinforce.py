@@ -278,7 +278,8 @@ def test_the_guides_hetjob_runs_both_commands_through_srun(workshop: Workshop, t
         srun() {{
           local command="${{@: -1}}"
           case $1 in
-            --het-group=0) setsid bash -c "$command" >{tmp_path}/server.log 2>&1 & echo $! >{tmp_path}/server.pid; wait ;;
+            --het-group=0) setsid bash -c "$command" >{tmp_path}/server.log 2>&1 &
+              echo $! >{tmp_path}/server.pid; wait ;;
             --het-group=1) bash -c "$command" >{tmp_path}/actor.log 2>&1; kill -- -$(<{tmp_path}/server.pid) ;;
           esac
         }}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,13 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
     kernels: CpuKernels, heads: int, width: int, window: int, turned_part: float
 ) -> None:
     groups, layers, lengths = 2, 2, [3, 40, 70]
-    cache = KVCache(grain=32, block_rows=2)
+    cache = KVCache(3, grain=32, block_rows=2, shares_prompts=True)
     prompts = [bf16(layers, 2, groups, length, width) for length in lengths]
-    for slot, prompt in enumerate(prompts):
-        cache.add(slot, CachedPrompt(prompt, None))
+    for slot, prompt in enumerate(prompts):  # the last half of each is the row's own
+        shared = lengths[slot] // 2
+        cache.add(slot, CachedPrompt(prompt[..., :shared, :].contiguous(), None))
+        cache.ensure(np.array([slot]), np.array([lengths[slot] + 1]))
+        cache._home[slot].row(slot)[..., : lengths[slot] - shared, :] = prompt[..., shared:, :]
     order = cache.slots
     mixed = bf16(len(order), groups, heads + 2, width)
     positions = torch.tensor([lengths[slot] for slot in order])
@@ -72,6 +76,7 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
     query, key, value = turned_heads(mixed, turn)
     query = query.view(len(order), groups, heads, width)
     stored = [block[1, :, row] for _, block in cache.blocks() for row in range(block.size(2))]  # layer 1, [2, G, T, D]
+    added = [lengths[slot] - lengths[slot] // 2 for slot in order]
     for row, slot in enumerate(order):
         keys, values = (
             torch.cat((prompts[slot][1, part], new[row][:, None]), 1).float() for part, new in ((0, key), (1, value))
@@ -79,7 +84,7 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
         begin = max(0, lengths[slot] + 1 - window) if window else 0
         scores = query[row].float() @ keys[:, begin:].transpose(1, 2) * width**-0.5
         torch.testing.assert_close(found[row].float(), scores.softmax(-1) @ values[:, begin:], rtol=2**-6, atol=3e-2)
-        stored_key, stored_value = stored[row][:, :, lengths[slot]]
+        stored_key, stored_value = stored[row][:, :, added[row]]
         torch.testing.assert_close(stored_key, key[row], rtol=2**-6, atol=1e-2)
         assert torch.equal(stored_value, value[row])
 
