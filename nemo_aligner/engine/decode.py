@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,34 @@ Attend = Callable[[int, Tensor], Tensor]
 """Attention of one layer: from its index and mixed heads `[N, G, R + 2, D]` to contexts `[N, G·R·D]`."""
 
 
+class Linear(NamedTuple):
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+
+class Layer:
+    """What the forward pass reads of a decoder layer, found once: to look up a module's parts takes longer than a small
+    product."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attention, layer.mlp
+        self.qkv, self.projection, self.fc1, self.fc2 = (
+            Linear(linear.weight, linear.bias)
+            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+        )
+        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
+        self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
+
+
+class Norm:
+    """A norm, and the weight that makes it a root-mean-square norm, if it is one."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.rms_weight = module.weight if isinstance(module, torch.nn.RMSNorm) else None
+
+
 class CachedForward:
     """The forward passes of generation, for this rank's part of the model."""
 
@@ -42,10 +70,10 @@ class CachedForward:
         self.arch = arch
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.layers: list[Any] = list(model.decoder.layers)
+        self.layers = [Layer(layer) for layer in model.decoder.layers]
         self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
-        self._groups: int = self.layers[0].self_attention.num_query_groups_per_partition
+        self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
         self._kernels = cpu_kernels(self.dtype, self.device)
         self._attends = self._kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
@@ -54,16 +82,7 @@ class CachedForward:
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (
-                layer.self_attention.linear_qkv,
-                layer.self_attention.linear_proj,
-                layer.mlp.linear_fc1,
-                layer.mlp.linear_fc2,
-            )
-        ]
+        linears = itertools.chain.from_iterable((x.qkv, x.projection, x.fc1, x.fc2) for x in self.layers)
         weights = [linear.weight for linear in linears]
         return [*weights, self._output_weight()] if self._last else weights
 
@@ -177,22 +196,22 @@ class CachedForward:
         hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
         delta: Tensor | None = None  # what is yet to be added to `hidden`: the next norm does it in passing
         for index, layer in enumerate(self.layers):
-            mixed = self._mixed_heads(layer.self_attention, self._add_and_norm(layer.input_layernorm, hidden, delta))
-            delta = self._row_parallel(layer.self_attention.linear_proj, attend(index, mixed))
-            delta = self._feed_forward(layer.mlp, self._add_and_norm(layer.pre_mlp_layernorm, hidden, delta))
+            mixed = self._mixed_heads(layer, self._add_and_norm(layer.input_norm, hidden, delta))
+            delta = self._row_parallel(layer.projection, attend(index, mixed))
+            delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
         if delta is not None:
             hidden += delta
         if not self._last:
             torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
-    def _add_and_norm(self, norm: Any, hidden: Tensor, delta: Tensor | None) -> Tensor:
+    def _add_and_norm(self, norm: Norm, hidden: Tensor, delta: Tensor | None) -> Tensor:
         """`hidden` += `delta`, in place; returns its norm."""
-        if self._kernels is not None and isinstance(norm, torch.nn.RMSNorm):
-            return self._kernels.add_rms_norm(hidden, delta, norm.weight, self.arch.layernorm_epsilon)
+        if self._kernels is not None and norm.rms_weight is not None:
+            return self._kernels.add_rms_norm(hidden, delta, norm.rms_weight, self.arch.layernorm_epsilon)
         if delta is not None:
             hidden += delta
-        return norm(hidden)
+        return norm.module(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         table = self.model.embedding.word_embeddings
@@ -206,28 +225,26 @@ class CachedForward:
             hidden = hidden + self.model.embedding.position_embeddings(positions)
         return hidden
 
-    def _mixed_heads(self, attention: Any, hidden: Tensor) -> Tensor:
+    def _mixed_heads(self, layer: Layer, hidden: Tensor) -> Tensor:
         """`[N, G, R + 2, D]`: group by group, as the fused weight holds them, R query heads, a key and a value."""
-        projection = attention.linear_qkv
-        mixed = self._weights.product(hidden, projection.weight, projection.bias)
-        mixed = mixed.view(len(hidden), self._groups, -1, self.arch.head_dim)
-        if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm(mixed[:, :, :-2]), attention.k_layernorm(mixed[:, :, -2:-1])
+        mixed = self._weights.product(hidden, *layer.qkv).view(len(hidden), self._groups, -1, self.arch.head_dim)
+        if layer.query_norm is not None:
+            query, key = layer.query_norm(mixed[:, :, :-2]), layer.key_norm(mixed[:, :, -2:-1])
             mixed = torch.cat((query, key, mixed[:, :, -1:]), dim=2)
         return mixed
 
-    def _feed_forward(self, mlp: Any, hidden: Tensor) -> Tensor:
-        inner = self._weights.product(hidden, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
-        if not mlp.config.gated_linear_unit:
-            inner = mlp.activation_func(inner)
-        elif self._kernels is not None and mlp.activation_func is F.silu:
+    def _feed_forward(self, layer: Layer, hidden: Tensor) -> Tensor:
+        inner = self._weights.product(hidden, *layer.fc1)
+        if not layer.gated:
+            inner = layer.activation(inner)
+        elif self._kernels is not None and layer.activation is F.silu:
             inner = self._kernels.silu_mul(inner)
         else:
             gate, value = inner.chunk(2, dim=-1)
-            inner = mlp.activation_func(gate).mul_(value)
-        return self._row_parallel(mlp.linear_fc2, inner)
+            inner = layer.activation(gate).mul_(value)
+        return self._row_parallel(layer.fc2, inner)
 
-    def _row_parallel(self, linear: Any, hidden: Tensor) -> Tensor:
+    def _row_parallel(self, linear: Linear, hidden: Tensor) -> Tensor:
         """A product whose inner dimension is cut over TP ranks."""
         output = self._weights.product(hidden, linear.weight)
         if self._tp > 1:

@@ -35,6 +35,8 @@ class Slots:
         self.tokens = np.zeros((capacity, max_tokens), dtype=np.int64)
         self.logprobs = np.zeros((capacity, max_tokens), dtype=np.float32)
         self.sampling_logprobs = np.zeros((capacity, max_tokens), dtype=np.float32)
+        self.prompt_index = np.zeros(capacity, dtype=np.int64)
+        self.sample_index = np.zeros(capacity, dtype=np.int64)
         self.prompt_length = np.zeros(capacity, dtype=np.int64)
         self.count = np.zeros(capacity, dtype=np.int64)  # response tokens drawn so far
         self.limit = np.zeros(capacity, dtype=np.int64)  # response tokens at most
@@ -46,6 +48,7 @@ class Slots:
     def add(self, request: GenerationRequest, limit: int) -> int:
         slot = self._free.pop()
         self.requests[slot] = request
+        self.prompt_index[slot], self.sample_index[slot] = request.prompt_index, request.sample_index
         self.prompt_length[slot], self.count[slot], self.limit[slot] = len(request.prompt_tokens), 0, limit
         return slot
 
@@ -154,8 +157,7 @@ class Generator:
             forbidden = (torch.from_numpy(too_early).to(device), self._stop_ids) if too_early.any() else None
             noise = None
             if not params.greedy:
-                prompts = np.array([state.requests[slot].prompt_index for slot in slots.tolist()])
-                samples = np.array([state.requests[slot].sample_index for slot in slots.tolist()])
+                prompts, samples = state.prompt_index[slots], state.sample_index[slots]
                 noise = torch.from_numpy(uniform_noise(params.seed, prompts, samples, state.count[slots])).to(device)
             drawn = draw(logits, params, noise, None if self._seen is None else self._seen[index], forbidden)
         drawn = _from_last_stage(drawn, len(slots), device)

@@ -100,6 +100,7 @@ class KVCache:
         self._prompts: dict[int, Tensor] = {}  # by slot: keys and values of the prompt, where they are shared
         self._shared = np.zeros((capacity, 5), dtype=np.int64)  # by slot: their positions, and their place
         self._room = np.zeros(capacity, dtype=np.int64)  # by slot: positions there is room for, the prompt's included
+        self._places: Tensor | None = None  # until a row comes, goes or moves
 
     @property
     def slots(self) -> list[int]:
@@ -139,8 +140,10 @@ class KVCache:
     def places(self) -> Tensor:
         """Where the rows of a decode step are, `[rows, 9]` int64: the prompt's positions, and the places, as
         Bucket.places has them, of the prompt's part and of the row's own."""
-        own = np.concatenate([bucket.places() for bucket in self._buckets.values()])
-        return torch.from_numpy(np.concatenate((self._shared[self.slots], own), axis=1))
+        if self._places is None:
+            own = np.concatenate([bucket.places() for bucket in self._buckets.values()])
+            self._places = torch.from_numpy(np.concatenate((self._shared[self.slots], own), axis=1))
+        return self._places
 
     def _bucket(self, length: int) -> Bucket:
         """That of `length` positions: multiples of the grain up to four of them, then with steps of a quarter to a
@@ -156,10 +159,12 @@ class KVCache:
         return self._buckets[width]
 
     def _settle(self, slot: int, bucket: Bucket, keys_values: Tensor) -> None:
+        self._places = None
         bucket.append(slot, keys_values)
         self._home[slot], self._room[slot] = bucket, bucket.width + self._shared[slot, 0]
 
     def _leave(self, slot: int, bucket: Bucket) -> None:
+        self._places = None
         bucket.remove(slot)
         if not bucket.slots:
             del self._buckets[bucket.width]
