@@ -32,10 +32,14 @@ class SamplingParams:
     seed: int = 1234
 
     @property
+    def filters(self) -> bool:
+        """True when tokens are drawn from something else than softmax(logits / temperature)."""
+        return self.greedy or self.top_k > 0 or 0.0 < self.top_p < 1.0 or self.repetition_penalty != 1.0
+
+    @property
     def changes_distribution(self) -> bool:
         """True when tokens are not drawn from the model's own distribution."""
-        filtered = self.top_k > 0 or 0.0 < self.top_p < 1.0 or self.repetition_penalty != 1.0
-        return self.greedy or filtered or self.temperature != 1.0
+        return self.filters or self.temperature != 1.0
 
 
 class Drawn(NamedTuple):

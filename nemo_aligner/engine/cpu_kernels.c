@@ -4,47 +4,11 @@
  * kernel is rounded here too (the residual sum, the rotated query and key). Notation as in decode.py: N rows, H hidden,
  * G key/value heads, R query heads per key/value head, D head dimension.
  */
+#include "cpu_numbers.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-static inline float wide(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline bf16 narrow(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* e^x for x <= 0, relative error below 2e-7: 2^n · e^r with |r| <= ln(2)/2 and a polynomial for e^r. Written out so that
- * the compiler makes vectors of it. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
 
 /* hidden[N, H] += delta[N, H] (unless it is null); out = hidden / sqrt(mean(hidden²) + eps) · weight[H] */
 void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out, long rows, long width, float eps) {
@@ -176,9 +140,12 @@ static inline __attribute__((always_inline)) void attend(const bf16 *q, const Pa
     float *score = scores;
     for (const Part *part = parts; part < parts + 2; score += part->length, part++) {
         long t = 0;
-        for (; t + TOGETHER <= part->length; t += TOGETHER)
+        for (; t + TOGETHER <= part->length; t += TOGETHER) {
+            /* the values come from memory while the keys are multiplied */
+            for (int i = 0; i < TOGETHER * D; i += 32) __builtin_prefetch(part->values + t * D + i);
             for (int r = 0; r < R; r++)
                 dots(q + r * D, part->keys + t * D, chunks, score + r * length + t, TOGETHER);
+        }
         for (; t < part->length; t++)
             for (int r = 0; r < R; r++) dots(q + r * D, part->keys + t * D, chunks, score + r * length + t, 1);
     }

@@ -1,4 +1,4 @@
-"""cpu_kernels.c and cpu_products.c, compiled for this machine on first use, and their functions on torch tensors.
+"""The C files of this folder, compiled for this machine on first use, and their functions on torch tensors.
 
 Compiled rather than shipped, so that it uses what the processor has. Without a C compiler the decode step runs on
 torch's own kernels, with one line in the log.
@@ -22,9 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.sampling import Drawn
+
 log = logging.getLogger(__name__)
 
-_SOURCES = (Path(__file__).with_suffix(".c"), Path(__file__).with_name("cpu_products.c"))
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_products.c", "cpu_sampling.c")]
+_HEADER = Path(__file__).with_name("cpu_numbers.h")
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
@@ -48,6 +51,11 @@ class CpuKernels:
             *(number, number, pointer, number, number, number, number, ctypes.c_float),
         ]
         self._add_rms_norm.restype = self._silu_mul.restype = None
+        self._draw = library.draw_tokens
+        self._draw.argtypes = [
+            *(pointer, number, ctypes.c_float, pointer, pointer, pointer, number),
+            *(pointer, pointer, pointer, number, number),
+        ]
         self.has_products = bool(library.has_products())
         self._pack, self._unpack = library.pack, library.unpack
         self._pack.argtypes, self._unpack.argtypes = [pointer] * 2 + [number] * 2, [pointer] * 3 + [number] * 2
@@ -96,6 +104,22 @@ class CpuKernels:
             raise MemoryError("attention over the cache")
         return out
 
+    def draw(
+        self, logits: Tensor, temperature: float, uniform: Tensor, forbidden: tuple[Tensor, Tensor] | None
+    ) -> Drawn:
+        """algorithms.sampling.draw where nothing but `temperature` is asked for. Raises MemoryError."""
+        rows = len(logits)
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(2, rows)
+        flags, ids, count = (
+            (None, None, 0) if forbidden is None else (*(t.data_ptr() for t in forbidden), len(forbidden[1]))
+        )
+        if self._draw(
+            *(logits.data_ptr(), logits.stride(0), 1 / temperature, uniform.data_ptr(), flags, ids, count),
+            *(tokens.data_ptr(), logprobs[0].data_ptr(), logprobs[1].data_ptr(), rows, logits.size(1)),
+        ):
+            raise MemoryError("drawing tokens")
+        return Drawn(tokens, logprobs[0], logprobs[1])
+
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` `[N, K]`, K even, in panels `[N / 32, K / 2, 32, 2]`, as `product` reads it; N is rounded up."""
         outputs, inputs = weight.shape
@@ -132,7 +156,7 @@ def _compiled() -> CpuKernels | None:
     """Compile, or find what was compiled before."""
     compiler = _compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([*(source.read_text() for source in _SOURCES), compiler, *_FLAGS, _processor()])
+    identity = "\n".join([*(file.read_text() for file in (*_SOURCES, _HEADER)), compiler, *_FLAGS, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():

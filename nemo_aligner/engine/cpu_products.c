@@ -8,16 +8,14 @@
  * this one is multiplied with all rows. Every output is one chain of float32 sums over its inputs in their order, so a
  * row's result does not depend on the rows beside it.
  */
-#include <stdint.h>
+#include "cpu_numbers.h"
 #include <stdlib.h>
-#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #else
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-typedef uint16_t bf16;
 enum { PANEL = 32, TILE = 14, BLOCK = 256 }; /* outputs of a panel; rows multiplied together; rows kept in cache */
 
 /* 1 where `product` is the fastest there is: with bf16 dot products, but without matrix units, which oneDNN uses. */

@@ -75,10 +75,10 @@ class CachedForward:
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
-        self._kernels = cpu_kernels(self.dtype, self.device)
-        self._attends = self._kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
+        self.kernels = cpu_kernels(self.dtype, self.device)
+        self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
-        self._weights = PackedWeights(self.product_weights(), self._kernels, looked_up=embedding)
+        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding)
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
@@ -140,7 +140,7 @@ class CachedForward:
 
     def _attend_by_kernel(self, positions: Tensor, cache: KVCache) -> Attend:
         """Attention of a step in one call for all rows."""
-        kernels, places, window = self._kernels, cache.places(), self.arch.window_size or 0
+        kernels, places, window = self.kernels, cache.places(), self.arch.window_size or 0
         assert kernels is not None
         scale = 1 / math.sqrt(self.arch.head_dim)
 
@@ -207,8 +207,8 @@ class CachedForward:
 
     def _add_and_norm(self, norm: Norm, hidden: Tensor, delta: Tensor | None) -> Tensor:
         """`hidden` += `delta`, in place; returns its norm."""
-        if self._kernels is not None and norm.rms_weight is not None:
-            return self._kernels.add_rms_norm(hidden, delta, norm.rms_weight, self.arch.layernorm_epsilon)
+        if self.kernels is not None and norm.rms_weight is not None:
+            return self.kernels.add_rms_norm(hidden, delta, norm.rms_weight, self.arch.layernorm_epsilon)
         if delta is not None:
             hidden += delta
         return norm.module(hidden)
@@ -237,8 +237,8 @@ class CachedForward:
         inner = self._weights.product(hidden, *layer.fc1)
         if not layer.gated:
             inner = layer.activation(inner)
-        elif self._kernels is not None and layer.activation is F.silu:
-            inner = self._kernels.silu_mul(inner)
+        elif self.kernels is not None and layer.activation is F.silu:
+            inner = self.kernels.silu_mul(inner)
         else:
             gate, value = inner.chunk(2, dim=-1)
             inner = layer.activation(gate).mul_(value)

@@ -159,7 +159,11 @@ class Generator:
             if not params.greedy:
                 prompts, samples = state.prompt_index[slots], state.sample_index[slots]
                 noise = torch.from_numpy(uniform_noise(params.seed, prompts, samples, state.count[slots])).to(device)
-            drawn = draw(logits, params, noise, None if self._seen is None else self._seen[index], forbidden)
+            kernels = self._forward.kernels
+            if kernels is not None and noise is not None and not params.filters:
+                drawn = kernels.draw(logits, params.temperature, noise, forbidden)
+            else:
+                drawn = draw(logits, params, noise, None if self._seen is None else self._seen[index], forbidden)
         drawn = _from_last_stage(drawn, len(slots), device)
         if self._seen is not None:
             self._seen[index, drawn.tokens] = True

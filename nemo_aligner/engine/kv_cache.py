@@ -23,9 +23,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """A prefilled prompt: its keys and values `[layers, 2, G, S, D]`, contiguous, and the logits `[V]` of its next token.
+    """A prefilled prompt: its keys and values `[layers, 2, G, S, D]`, and the logits `[V]` of its next token.
 
-    `logits` is None except on the last pipeline stage.
+    `keys_values` is contiguous; `logits` is None except on the last pipeline stage.
     """
 
     keys_values: Tensor

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nemo_aligner.algorithms.sampling import _at
 from nemo_aligner.engine import cpu_kernels
 from nemo_aligner.engine.cpu_kernels import CpuKernels
 from nemo_aligner.engine.decode import turned_heads
@@ -97,3 +98,56 @@ def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
     with caplog.at_level(logging.WARNING):
         assert cpu_kernels._compiled.__wrapped__() is None
     assert [record.message for record in caplog.records if "cannot compile" in record.message]
+
+
+@pytest.mark.parametrize("outputs", [32, 100])
+def test_unpacked_weights_are_what_was_packed(kernels: CpuKernels, outputs: int) -> None:
+    weight, ids = bf16(outputs, 48), torch.tensor([outputs - 1, 0, 31])
+    packed = kernels.pack(weight)
+    assert torch.equal(kernels.unpack(packed, outputs), weight)
+    assert torch.equal(kernels.unpack(packed, ids), weight[ids])
+
+
+@pytest.mark.parametrize("rows", [1, 13, 29, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (100, 66), (32, 1024)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_is_that_of_float64_rounded_and_of_every_row_by_itself(
+    kernels: CpuKernels, rows: int, outputs: int, inputs: int, with_bias: bool
+) -> None:
+    if not kernels.has_products:
+        pytest.skip("this processor has no bf16 dot products, or has units for matrices")
+    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs) if with_bias else None
+    packed = kernels.pack(weight)
+    found = kernels.product(x, packed, bias, outputs)
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4 * inputs**0.5)
+    for row in range(0, rows, 7):
+        assert torch.equal(kernels.product(x[row : row + 1], packed, bias, outputs)[0], found[row])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("vocabulary", [5, 256, 1000])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_draw_inverts_the_cumulative_distribution(
+    kernels: CpuKernels, temperature: float, vocabulary: int, forbid: bool
+) -> None:
+    rows = 200
+    logits = bf16(rows, vocabulary + 3, scale=3.0)[:, :vocabulary]
+    ids = torch.tensor([vocabulary // 2, 1])
+    logits[:50, 1] = 100.0  # what cannot be drawn may have almost all of the probability
+    uniform = torch.linspace(0, 1, rows + 2, dtype=torch.float64)[1:-1]
+    forbidden = (torch.arange(rows) % 2 == 0, ids) if forbid else None
+    found = kernels.draw(logits, temperature, uniform, forbidden)
+    allowed = logits.double() / temperature
+    if forbid:
+        allowed[::2, ids] = -torch.inf
+    cumulative = allowed.softmax(-1).cumsum(-1)
+    upper = _at(cumulative, found.tokens)
+    lower = upper - _at(allowed.softmax(-1), found.tokens)
+    assert ((lower - 1e-6 <= uniform) & (uniform <= upper + 1e-6)).all()
+    torch.testing.assert_close(
+        found.logprobs.double(), _at(logits.double().log_softmax(-1), found.tokens), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        found.sampling_logprobs.double(), _at(allowed.log_softmax(-1), found.tokens), atol=1e-5, rtol=1e-5
+    )
