@@ -1,4 +1,4 @@
-"""The C files of this folder, compiled for this machine on first use, and their functions on torch tensors.
+"""The C files of csrc/, compiled for this machine on first use, and their functions on torch tensors.
 
 Compiled rather than shipped, so that it uses what the processor has. Without a C compiler the decode step runs on
 torch's own kernels, with one line in the log.
@@ -26,8 +26,7 @@ from nemo_aligner.algorithms.sampling import Drawn
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_products.c", "cpu_sampling.c")]
-_HEADER = Path(__file__).with_name("cpu_numbers.h")
+_SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
@@ -35,7 +34,7 @@ _FLAGS = (
 )
 
 PANEL = 32
-"""Outputs of a panel of a packed weight; PANEL of cpu_products.c."""
+"""Outputs of a panel of a packed weight; PANEL of csrc/products.c."""
 
 
 class CpuKernels:
@@ -156,7 +155,7 @@ def _compiled() -> CpuKernels | None:
     """Compile, or find what was compiled before."""
     compiler = _compiler()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([*(file.read_text() for file in (*_SOURCES, _HEADER)), compiler, *_FLAGS, _processor()])
+    identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *_FLAGS, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
@@ -164,7 +163,14 @@ def _compiled() -> CpuKernels | None:
             # a private name first: several processes may compile at once
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / library.name
-                command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made), "-lm"]
+                command = [
+                    compiler,
+                    *_FLAGS,
+                    *(str(file) for file in _SOURCES if file.suffix == ".c"),
+                    "-o",
+                    str(made),
+                    "-lm",
+                ]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 made.replace(library)
         return CpuKernels(ctypes.CDLL(str(library)))
@@ -172,7 +178,7 @@ def _compiled() -> CpuKernels | None:
         reason = next((line for line in fault.stderr.splitlines() if "error" in line), str(fault))
     except OSError as fault:
         reason = str(fault)
-    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCES[0].name, reason)
+    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
     return None
 
 

@@ -31,7 +31,7 @@ class Layout(Protocol):
 
 
 class Panels:
-    """Our own, read from front to back by every product; see cpu_products.c."""
+    """Our own, read from front to back by every product; see csrc/products.c."""
 
     can_look_up = True
 

@@ -8,7 +8,7 @@
  * this one is multiplied with all rows. Every output is one chain of float32 sums over its inputs in their order, so a
  * row's result does not depend on the rows beside it.
  */
-#include "cpu_numbers.h"
+#include "numbers.h"
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,50 +1,23 @@
-/* What lies between the matrix products of a decode step, for bf16 on a CPU: one pass each, where torch makes ten.
+/* Attention of a decode step over the cached keys and values, one call for all rows.
  *
- * Numbers are stored as bf16 and computed with as float32; what a training forward rounds between two operations of one
- * kernel is rounded here too (the residual sum, the rotated query and key). Notation as in decode.py: N rows, H hidden,
- * G key/value heads, R query heads per key/value head, D head dimension.
+ * What a training forward rounds on the way is rounded here too (the rotated query and key). Notation as in decode.py:
+ * N rows, G key/value heads, R query heads per key/value head, D head dimension.
  */
-#include "cpu_numbers.h"
+#include "numbers.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <stdlib.h>
 
-/* hidden[N, H] += delta[N, H] (unless it is null); out = hidden / sqrt(mean(hidden²) + eps) · weight[H] */
-void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out, long rows, long width, float eps) {
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-    for (long row = 0; row < rows; row++) {
-        bf16 *h = hidden + row * width, *o = out + row * width;
-        float squares = 0;
-        if (delta) {
-            const bf16 *d = delta + row * width;
-            for (long i = 0; i < width; i++) h[i] = narrow(wide(h[i]) + wide(d[i]));
-        }
-#pragma omp simd reduction(+ : squares)
-        for (long i = 0; i < width; i++) squares += wide(h[i]) * wide(h[i]);
-        float scale = 1.0f / sqrtf(squares / width + eps);
-        for (long i = 0; i < width; i++) o[i] = narrow(wide(h[i]) * scale * wide(weight[i]));
-    }
-}
-
-/* out[N, F] = silu(inner[N, :F]) · inner[N, F:] */
-void silu_mul(const bf16 *inner, bf16 *out, long rows, long width) {
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-    for (long row = 0; row < rows; row++) {
-        const bf16 *gate = inner + row * 2 * width, *value = gate + width;
-        bf16 *o = out + row * width;
-        for (long i = 0; i < width; i++) {
-            float x = wide(gate[i]), e = exponential(-fabsf(x));
-            float sigmoid = (x < 0 ? e : 1.0f) / (1.0f + e);
-            o[i] = narrow(wide(narrow(x * sigmoid)) * wide(value[i]));
-        }
-    }
-}
-
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef float quarter __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
+#endif
 enum { LANES = 16, MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
 
 static inline floats load(const bf16 *from) {
@@ -90,7 +63,7 @@ typedef struct {
     long length;
 } Part;
 
-/* [q · a, q · b, ...] of 4 keys that are D apart, D = 16 · chunks; lanes 0 to 3 hold the sums */
+/* to[count] = q · key of keys that lie one after the other; D = 16 · chunks, count is 4 or less */
 static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16 *keys, const int chunks, float *to,
                                                        const int count) {
     floats sum[TOGETHER];
@@ -117,13 +90,12 @@ static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16
         return;
     }
     /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters */
-    const words low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-    const words high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-    const words even = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    const words odd = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-    floats ab = __builtin_shuffle(sum[0], sum[1], low) + __builtin_shuffle(sum[0], sum[1], high);
-    floats cd = __builtin_shuffle(sum[2], sum[3], low) + __builtin_shuffle(sum[2], sum[3], high);
-    floats all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+    floats ab = SHUFFLE(sum[0], sum[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                SHUFFLE(sum[0], sum[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    floats cd = SHUFFLE(sum[2], sum[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                SHUFFLE(sum[2], sum[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    floats all = SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                 SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     quarter quarters[4];
     memcpy(quarters, &all, sizeof all);
     quarters[0] += quarters[1] + (quarters[2] + quarters[3]);

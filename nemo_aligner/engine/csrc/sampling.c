@@ -2,7 +2,7 @@
  *
  * Probabilities are float32 and summed in blocks of 256 tokens; the sums of blocks are float64.
  */
-#include "cpu_numbers.h"
+#include "numbers.h"
 #include <stdlib.h>
 
 enum { TOKENS = 256 }; /* of a block */
