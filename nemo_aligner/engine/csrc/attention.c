@@ -4,42 +4,15 @@
  * N rows, G key/value heads, R query heads per key/value head, D head dimension.
  */
 #include "numbers.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #include <stdlib.h>
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
 typedef float quarter __attribute__((vector_size(16)));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
-enum { LANES = 16, MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
-
-static inline floats load(const bf16 *from) {
-#ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
-    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
-#else
-    halves bits;
-    memcpy(&bits, from, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, words) << 16);
-#endif
-}
-
-static inline void store(bf16 *to, floats values) { /* to the nearest, ties to even */
-    words bits = (words)values;
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
-#else
-    halves narrowed = __builtin_convertvector(bits, halves);
-    memcpy(to, &narrowed, sizeof narrowed);
-#endif
-}
+enum { MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
 
 /* The first `turned` of D dimensions of a head by rotary position embedding, halves form; cos and signed sin of a position */
 static inline void rotate(const bf16 *head, const bf16 *cosine, const bf16 *sine, long turned, long D, bf16 *out) {

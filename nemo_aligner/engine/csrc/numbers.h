@@ -3,8 +3,15 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef uint16_t bf16;
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+enum { LANES = 16 };
 
 static inline float wide(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -17,6 +24,51 @@ static inline bf16 narrow(float value) { /* to the nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline floats load(const bf16 *from) {
+#ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
+    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
+#else
+    halves bits;
+    memcpy(&bits, from, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+#endif
+}
+
+static inline void store(bf16 *to, floats values) { /* to the nearest, ties to even */
+    words bits = (words)values;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+    halves narrowed = __builtin_convertvector(bits, halves);
+    memcpy(to, &narrowed, sizeof narrowed);
+#endif
+}
+
+/* the same of the first `count` numbers, the others being 0, where fewer are left than a vector has */
+static inline floats load_some(const bf16 *from, long count) {
+    if (count >= LANES) return load(from);
+    bf16 padded[LANES] = {0};
+    memcpy(padded, from, count * sizeof(bf16));
+    return load(padded);
+}
+
+static inline void store_some(bf16 *to, floats values, long count) {
+    if (count >= LANES) {
+        store(to, values);
+        return;
+    }
+    bf16 padded[LANES];
+    store(padded, values);
+    memcpy(to, padded, count * sizeof(bf16));
+}
+
+static inline float sum_of(floats values) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += values[i];
+    return total;
 }
 
 /* e^x for x <= 0, relative error below 2e-7: 2^n · e^r with |r| <= ln(2)/2 and a polynomial for e^r. Written out so that

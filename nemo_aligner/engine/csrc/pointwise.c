@@ -9,15 +9,18 @@ void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long row = 0; row < rows; row++) {
         bf16 *h = hidden + row * width, *o = out + row * width;
-        float squares = 0;
-        if (delta) {
-            const bf16 *d = delta + row * width;
-            for (long i = 0; i < width; i++) h[i] = narrow(wide(h[i]) + wide(d[i]));
+        floats squares = {0};
+        for (long i = 0; i < width; i += LANES) {
+            floats x = load_some(h + i, width - i);
+            if (delta) {
+                store_some(h + i, x + load_some(delta + row * width + i, width - i), width - i);
+                x = load_some(h + i, width - i);
+            }
+            squares += x * x;
         }
-#pragma omp simd reduction(+ : squares)
-        for (long i = 0; i < width; i++) squares += wide(h[i]) * wide(h[i]);
-        float scale = 1.0f / sqrtf(squares / width + eps);
-        for (long i = 0; i < width; i++) o[i] = narrow(wide(h[i]) * scale * wide(weight[i]));
+        float scale = 1.0f / sqrtf(sum_of(squares) / width + eps);
+        for (long i = 0; i < width; i += LANES)
+            store_some(o + i, load_some(h + i, width - i) * scale * load_some(weight + i, width - i), width - i);
     }
 }
 
@@ -27,10 +30,15 @@ void silu_mul(const bf16 *inner, bf16 *out, long rows, long width) {
     for (long row = 0; row < rows; row++) {
         const bf16 *gate = inner + row * 2 * width, *value = gate + width;
         bf16 *o = out + row * width;
-        for (long i = 0; i < width; i++) {
-            float x = wide(gate[i]), e = exponential(-fabsf(x));
-            float sigmoid = (x < 0 ? e : 1.0f) / (1.0f + e);
-            o[i] = narrow(wide(narrow(x * sigmoid)) * wide(value[i]));
+        for (long i = 0; i < width; i += LANES) {
+            floats x = load_some(gate + i, width - i);
+            for (int j = 0; j < LANES; j++) {
+                float e = exponential(-fabsf(x[j]));
+                x[j] *= (x[j] < 0 ? e : 1.0f) / (1.0f + e);
+            }
+            bf16 gated[LANES];
+            store(gated, x);
+            store_some(o + i, load(gated) * load_some(value + i, width - i), width - i);
         }
     }
 }

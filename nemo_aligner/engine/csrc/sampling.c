@@ -18,9 +18,13 @@ static float block_weights(const bf16 *logits, long first, long count, float lar
                            float *out) {
     float total = 0;
     int hit = 0;
+    for (long i = 0; i < count; i += LANES) {
+        floats x = (load_some(logits + first + i, count - i) - largest) * factor;
+        memcpy(out + i, &x, sizeof x);
+    }
 #pragma omp simd reduction(+ : total)
     for (long i = 0; i < count; i++) {
-        out[i] = exponential((wide(logits[first + i]) - largest) * factor);
+        out[i] = exponential(out[i]);
         total += out[i];
     }
     for (long j = 0; j < excluded.n; j++)
