@@ -33,9 +33,6 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
 
-PANEL = 32
-"""Outputs of a panel of a packed weight; PANEL of csrc/products.c."""
-
 
 class CpuKernels:
     """The functions of the C files; tensors are bf16 and contiguous, the caller sees to that."""
@@ -56,9 +53,9 @@ class CpuKernels:
             *(pointer, pointer, pointer, number, number),
         ]
         self.has_products = bool(library.has_products())
-        self._pack, self._unpack = library.pack, library.unpack
-        self._pack.argtypes, self._unpack.argtypes = [pointer] * 2 + [number] * 2, [pointer] * 3 + [number] * 2
-        self._pack.restype = self._unpack.restype = None
+        self._pack, self._rows_of = library.pack, library.rows_of
+        self._pack.argtypes = [pointer, number, number, ctypes.c_int]
+        self._rows_of.argtypes, self._rows_of.restype = [pointer] * 3 + [number] * 3, None
         if self.has_products:
             self._product = library.product
             self._product.argtypes = [pointer] * 4 + [number] * 3
@@ -119,28 +116,28 @@ class CpuKernels:
             raise MemoryError("drawing tokens")
         return Drawn(tokens, logprobs[0], logprobs[1])
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """`weight` `[N, K]`, K even, in panels `[N / 32, K / 2, 32, 2]`, as `product` reads it; N is rounded up."""
-        outputs, inputs = weight.shape
-        panels = weight.new_empty(-(-outputs // PANEL), inputs // 2, PANEL, 2)
-        self._pack(weight.data_ptr(), panels.data_ptr(), outputs, inputs)
-        return panels
+    def pack(self, weight: Tensor, back: bool = False) -> None:
+        """`weight` `[N, K]`, K even, into the order in which `product` reads it, in its own memory; or `back`.
 
-    def unpack(self, panels: Tensor, rows: Tensor | int) -> Tensor:
-        """Rows of the weight that was packed: `rows` `[M]` int64, or so many from the first on; `[M, K]`."""
-        count, ids = (rows, None) if isinstance(rows, int) else (len(rows), rows.data_ptr())
-        out = panels.new_empty(count, 2 * panels.size(1))
-        self._unpack(panels.data_ptr(), ids, out.data_ptr(), *out.shape)
+        Raises MemoryError, and the weight is then as it was.
+        """
+        if self._pack(weight.data_ptr(), *weight.shape, back):
+            raise MemoryError("packing a weight")
+
+    def rows_of(self, packed: Tensor, ids: Tensor) -> Tensor:
+        """Rows `ids` `[M]` int64 of a packed weight `[N, K]`: `[M, K]`."""
+        out = packed.new_empty(len(ids), packed.size(1))
+        self._rows_of(packed.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), *packed.shape)
         return out
 
-    def product(self, rows: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        """`rows` `[M, K]` times a packed weight `[outputs, K]`, plus `bias` `[outputs]`: `[M, outputs]`.
+    def product(self, rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """`rows` `[M, K]` times a packed weight `[N, K]`, plus `bias` `[N]`: `[M, N]`.
 
         Summed in float32; a row's result does not depend on the other rows. Raises MemoryError.
         """
-        out = rows.new_empty(len(rows), outputs)
+        out = rows.new_empty(len(rows), len(packed))
         added = None if bias is None else bias.data_ptr()
-        if self._product(rows.data_ptr(), panels.data_ptr(), added, out.data_ptr(), len(rows), outputs, rows.size(1)):
+        if self._product(rows.data_ptr(), packed.data_ptr(), added, out.data_ptr(), len(rows), *packed.shape):
             raise MemoryError("matrix product")
         return out
 

@@ -100,7 +100,7 @@ class CachedForward:
         """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
         grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
         if self._attends:
-            grain, block_rows = 64, 8
+            grain, block_rows = 32, 4
         return KVCache(slots, grain, block_rows, shares_prompts=self._attends)
 
     @torch.no_grad()

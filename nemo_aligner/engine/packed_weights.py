@@ -18,45 +18,68 @@ from nemo_aligner.engine.cpu_kernels import CpuKernels
 
 
 class Layout(Protocol):
-    """A way to keep weights `[out, in]`."""
+    """A way to keep weights `[out, in]`. A parameter is empty while it is packed."""
 
     can_look_up: bool
 
-    def pack(self, weight: Tensor) -> Tensor: ...
+    def pack(self, parameter: nn.Parameter) -> Tensor: ...
 
-    def product(self, rows: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor: ...
+    def restore(self, parameter: nn.Parameter, packed: Tensor) -> None: ...
 
-    def unpack(self, packed: Tensor, rows: Tensor | int) -> Tensor:
-        """Rows of the weight: by their ids, or so many from the first on."""
+    def product(self, rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def rows_of(self, packed: Tensor, ids: Tensor) -> Tensor: ...
 
 
 class Panels:
-    """Our own, read from front to back by every product; see csrc/products.c."""
+    """Our own, in the parameter's own memory, and read from front to back by every product; see csrc/products.c."""
 
     can_look_up = True
 
     def __init__(self, kernels: CpuKernels) -> None:
-        self.pack, self.unpack, self.product = kernels.pack, kernels.unpack, kernels.product
+        self._kernels = kernels
+        self.product, self.rows_of = kernels.product, kernels.rows_of
+
+    def pack(self, parameter: nn.Parameter) -> Tensor:
+        weight = parameter.data
+        self._kernels.pack(weight)
+        parameter.data = parameter.new_empty(0)
+        return weight
+
+    def restore(self, parameter: nn.Parameter, packed: Tensor) -> None:
+        self._kernels.pack(packed, back=True)
+        parameter.data = packed
 
 
 class OneDnn:
-    """The one of torch's own products, the fastest where the processor has units for matrices."""
+    """That of torch's own products, the fastest where the processor has units for matrices.
+
+    Parameters that are part of a larger buffer (the distributed optimizer's) stay as they are beside it, as their
+    memory would not be freed.
+    """
 
     can_look_up = False
 
-    def pack(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight)
+    def pack(self, parameter: nn.Parameter) -> Tensor:
+        packed = torch.ops.mkldnn._reorder_linear_weight(parameter.detach())
+        if parameter.untyped_storage().nbytes() == parameter.nbytes:
+            parameter.data = parameter.new_empty(0)
+        return packed
 
-    def product(self, rows: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    def restore(self, parameter: nn.Parameter, packed: Tensor) -> None:
+        if not parameter.numel():
+            parameter.data = packed.to_dense()
+
+    def product(self, rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
-    def unpack(self, packed: Tensor, rows: Tensor | int) -> Tensor:
-        return packed.to_dense()[rows if isinstance(rows, Tensor) else slice(rows)]
+    def rows_of(self, packed: Tensor, ids: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def layout_for(weight: Tensor, kernels: CpuKernels | None) -> Layout | None:
     """The fastest one for `weight`; None where it is best left as it is."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.ndim != 2:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return None
     if kernels is not None and kernels.has_products and weight.size(1) % 2 == 0:
         return Panels(kernels)
@@ -82,42 +105,35 @@ class PackedWeights:
             layout = layout_for(parameter, kernels)
             if layout is not None and (parameter is not looked_up or layout.can_look_up):
                 self._layouts.append((parameter, layout))
-        self._packed: dict[int, tuple[Layout, Tensor, int]] = {}  # with the number of outputs
+        self._packed: dict[int, tuple[Layout, Tensor]] = {}  # by the parameter's id
 
     @contextmanager
     @torch.no_grad()
     def packed(self) -> Iterator[None]:
-        """The packed weights stand in for the parameters, which are empty meanwhile, so there is no second copy.
-
-        Parameters that are part of a larger buffer (the distributed optimizer's) stay, as their memory would not be
-        freed.
-        """
-        emptied: list[nn.Parameter] = []
+        """The packed weights stand in for the parameters."""
+        done: list[tuple[nn.Parameter, Layout, Tensor]] = []
         try:
             for parameter, layout in self._layouts:
-                self._packed[id(parameter)] = layout, layout.pack(parameter.detach()), len(parameter)
-                if parameter.untyped_storage().nbytes() == parameter.nbytes:
-                    parameter.data = parameter.new_empty(0)
-                    emptied.append(parameter)
+                done.append((parameter, layout, layout.pack(parameter)))
+                self._packed[id(parameter)] = done[-1][1:]
             yield
         finally:
-            for parameter in emptied:
-                layout, packed, outputs = self._packed.pop(id(parameter))
-                parameter.data = layout.unpack(packed, outputs)
             self._packed.clear()
+            for parameter, layout, packed in done:
+                layout.restore(parameter, packed)
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows` `[N, in]` times `weight` `[out, in]`, as torch.nn.functional.linear defines it."""
         found = self._packed.get(id(weight))
         if found is None:
             return F.linear(rows, weight, bias)
-        layout, packed, outputs = found
-        return layout.product(rows.contiguous(), packed, bias, outputs)
+        layout, packed = found
+        return layout.product(rows.contiguous(), packed, bias)
 
     def rows(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` `[N]` int64 of `weight` `[out, in]`: `[N, in]`."""
         found = self._packed.get(id(weight))
         if found is None:
             return F.embedding(ids, weight)
-        layout, packed, _ = found
-        return layout.unpack(packed, ids)
+        layout, packed = found
+        return layout.rows_of(packed, ids)

@@ -155,7 +155,8 @@ def workers(args: argparse.Namespace, folder: Path, workload: Path) -> list[Work
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios of our best bf16 figure to the best of each peer; at 64 slots, the part of the time that is products."""
+    """Ratios of our best bf16 figure to the best of each peer; at 64 slots, the part of the time that is products, and
+    peak memory beside that of the weights and the keys and values in use."""
 
     def best(prefix: str) -> float | None:
         return max((r["tokens_per_s"] for r in results if r["engine"].startswith(prefix)), default=None)
@@ -171,8 +172,9 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         found[key] = ours / peer if ours and peer else None
     for r in results:
         if r["engine"] == "ours bf16, 64 slots":
-            parts = [found["products_s"] / found["seconds"] for found in r["rounds"]]
+            parts = [one["products_s"] / one["seconds"] for one in r["rounds"]]
             found["roofline_fraction"] = statistics.median(parts)
+            found["memory_ratio"] = max(one["memory_ratio"] for one in r["rounds"])
     return found
 
 

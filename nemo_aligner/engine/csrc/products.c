@@ -1,12 +1,13 @@
 /* Matrix products with bf16 weights, for the few to some hundred rows of a decode step.
  *
- * A weight [N, K] is kept in panels of 32 outputs, the order in which it is read:
+ * A weight [N, K] is kept in panels of 32 outputs (the last one has what is left), in the order in which it is read:
  *
  *     panels[N / 32][K / 2][32][2]      pairs of inputs side by side, as the processor multiplies them
  *
  * so every product reads it once, from the first byte to the last, and the next panel is on its way from memory while
- * this one is multiplied with all rows. Every output is one chain of float32 sums over its inputs in their order, so a
- * row's result does not depend on the rows beside it.
+ * this one is multiplied with all rows. A panel lies where its 32 rows lay, so packing needs no memory of its own. Every
+ * output is one chain of float32 sums over its inputs in their order, so a row's result does not depend on the rows
+ * beside it.
  */
 #include "numbers.h"
 #include <stdlib.h>
@@ -29,25 +30,50 @@ int has_products(void) {
 
 static long panels_of(long N) { return (N + PANEL - 1) / PANEL; }
 
-/* panels of a weight[N, K], K even; outputs beyond N are 0 */
-void pack(const bf16 *weight, bf16 *panels, long N, long K) {
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < panels_of(N); p++)
-        for (long c = 0; c < PANEL; c++) {
-            long n = p * PANEL + c;
-            bf16 *to = panels + p * PANEL * K + 2 * c;
-            for (long k = 0; k < K; k += 2, to += 2 * PANEL)
-                for (long i = 0; i < 2; i++) to[i] = n < N ? weight[n * K + k + i] : 0;
-        }
+static long columns_of(long p, long N) { return N - p * PANEL < PANEL ? N - p * PANEL : PANEL; }
+
+/* from[columns, K] into a panel, or back */
+static void pack_panel(const bf16 *from, bf16 *panel, long columns, long K) {
+    for (long c = 0; c < columns; c++)
+        for (long k = 0; k < K; k += 2) memcpy(panel + k * columns + 2 * c, from + c * K + k, 2 * sizeof(bf16));
 }
 
-/* out[M, K]: rows `ids` of the weight that was packed, all of them where ids is null */
-void unpack(const bf16 *panels, const int64_t *ids, bf16 *out, long M, long K) {
+static void unpack_panel(const bf16 *panel, bf16 *to, long columns, long K) {
+    for (long c = 0; c < columns; c++)
+        for (long k = 0; k < K; k += 2) memcpy(to + c * K + k, panel + k * columns + 2 * c, 2 * sizeof(bf16));
+}
+
+/* A weight[N, K], K even, into panels in its own place; or, with `back`, out of them. Returns 0, or 1 without memory, and
+ * then nothing has changed. */
+int pack(bf16 *weight, long N, long K, int back) {
+    int failed = 0;
+#pragma omp parallel
+    {
+        bf16 *copy = malloc(PANEL * K * sizeof(bf16));
+        if (!copy) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long p = 0; p < panels_of(N); p++) {
+            if (failed) continue;
+            bf16 *place = weight + p * PANEL * K;
+            memcpy(copy, place, columns_of(p, N) * K * sizeof(bf16));
+            (back ? unpack_panel : pack_panel)(copy, place, columns_of(p, N), K);
+        }
+        free(copy);
+    }
+    return failed;
+}
+
+/* out[M, K]: rows `ids` of the weight[N, K] that was packed */
+void rows_of(const bf16 *panels, const int64_t *ids, bf16 *out, long M, long N, long K) {
 #pragma omp parallel for schedule(static)
     for (long m = 0; m < M; m++) {
-        long n = ids ? ids[m] : m;
-        const bf16 *from = panels + n / PANEL * PANEL * K + 2 * (n % PANEL);
-        for (long k = 0; k < K; k += 2, from += 2 * PANEL) memcpy(out + m * K + k, from, 2 * sizeof(bf16));
+        long p = ids[m] / PANEL, columns = columns_of(p, N);
+        const bf16 *from = panels + p * PANEL * K + 2 * (ids[m] % PANEL);
+        for (long k = 0; k < K; k += 2) memcpy(out + m * K + k, from + k * columns, 2 * sizeof(bf16));
     }
 }
 
@@ -61,12 +87,15 @@ static inline __attribute__((always_inline)) void tile(const bf16 *x, long strid
                                                        const char *ahead, const char *end) {
     enum { LINE = 64, TOGETHER = 16 }; /* bytes of a cache line; inputs between two looks ahead */
     __m512 sums[TILE][2];
+    const __mmask16 first = columns < 16 ? (1u << columns) - 1 : 0xffff;
+    const __mmask16 second = columns < 16 ? 0 : columns < 32 ? (1u << (columns - 16)) - 1 : 0xffff;
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     const long steps = (K + TOGETHER - 1) / TOGETHER, lines = ((end - ahead) / LINE + steps - 1) / steps;
     for (long begin = 0; begin < K; begin += TOGETHER) {
         for (long i = 0; i < lines && ahead < end; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-        for (long k = begin; k < K && k < begin + TOGETHER; k += 2, panel += 2 * PANEL) {
-            __m512bh left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + PANEL);
+        for (long k = begin; k < K && k < begin + TOGETHER; k += 2, panel += 2 * columns) {
+            __m512bh left = (__m512bh)_mm512_maskz_loadu_epi32(first, panel);
+            __m512bh right = (__m512bh)_mm512_maskz_loadu_epi32(second, panel + PANEL);
 #pragma GCC unroll 14
             for (int r = 0; r < R; r++) {
                 int32_t pair;
@@ -77,7 +106,7 @@ static inline __attribute__((always_inline)) void tile(const bf16 *x, long strid
             }
         }
     }
-    __mmask32 used = columns < PANEL ? (1u << columns) - 1 : ~0u;
+    const __mmask32 used = first | (__mmask32)second << 16;
     __m512 added[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     if (bias) {
         __m512i both = _mm512_maskz_loadu_epi16(used, bias);
@@ -90,7 +119,7 @@ static inline __attribute__((always_inline)) void tile(const bf16 *x, long strid
     }
 }
 
-/* `tile` for rows first..last-1 of a block, a few together */
+/* `tile` for any number of rows, a few together */
 static void multiply(const bf16 *x, long stride, const bf16 *panel, const bf16 *bias, bf16 *out, long rows, long K,
                      long N, long columns, const char *ahead, const char *end) {
     long tiles = (rows + TILE - 1) / TILE;
@@ -130,9 +159,9 @@ int product(const bf16 *x, const bf16 *panels, const bf16 *bias, bf16 *out, long
                 long p = item / parts, begin = size * (item % parts) / parts, end = size * (item % parts + 1) / parts;
                 const bf16 *panel = panels + p * PANEL * K;
                 const char *next = (const char *)(panel + PANEL * K);
-                long ahead = p + 1 < count ? PANEL * K * sizeof(bf16) : 0, column = p * PANEL;
+                long ahead = p + 1 < count ? columns_of(p + 1, N) * K * sizeof(bf16) : 0, column = p * PANEL;
                 multiply(rows + (first + begin) * stride, stride, panel, bias ? bias + column : NULL,
-                         out + (first + begin) * N + column, end - begin, K, N, N - column, next, next + ahead);
+                         out + (first + begin) * N + column, end - begin, K, N, columns_of(p, N), next, next + ahead);
             }
         }
     }
