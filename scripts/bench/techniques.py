@@ -16,8 +16,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from nemo_aligner.algorithms.sampling import SamplingParams, draw
+from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.decode import CachedForward
 from nemo_aligner.engine.interfaces import GenerationRequest
@@ -27,10 +28,14 @@ from nemo_aligner.engine.packed_weights import OneDnn
 OFF = {
     "packed weights": ("nemo_aligner.engine.packed_weights.layout_for", lambda *_: None),
     "our own layout": ("nemo_aligner.engine.packed_weights.Panels", lambda _: OneDnn()),
-    "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *_, **__: KVCache(*_, shares_prompts=False)),
+    "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *sizes, **_: KVCache(*sizes, shares_prompts=False)),
     "C kernels": ("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None),
-    "drawing in chunks": ("nemo_aligner.algorithms.sampling._CPU_CHUNK", 1 << 40),
+    "drawing in C": ("nemo_aligner.engine.cpu_kernels.CpuKernels.draw", lambda _, *args: drawn_by_torch(*args)),
 }
+
+
+def drawn_by_torch(logits: Tensor, temperature: float, noise: Tensor, forbidden: tuple[Tensor, Tensor] | None) -> Drawn:
+    return draw(logits, SamplingParams(temperature=temperature), noise, None, forbidden)
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def step_s(policy: Any, rows: int, positions: int, off: tuple[str, ...]) -> floa
         def once() -> None:
             logits = forward.step(tokens, where, cache)
             assert logits is not None
-            draw(logits, SamplingParams(), noise)
+            (forward.kernels.draw if forward.kernels else drawn_by_torch)(logits, 1.0, noise, None)
 
         with forward.ready(), torch.no_grad():
             once()

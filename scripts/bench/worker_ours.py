@@ -85,7 +85,7 @@ def main() -> None:
     ]
     # EOS is not drawn before the length asked for, so every response has exactly that
     sampling = SamplingParams(min_tokens=longest, max_tokens=longest)
-    imported_kb, watch = memory_kb("VmRSS"), Watch()
+    watch = Watch()
     trainer = TrainerConfig(precision=args.dtype, accelerator="gpu" if args.device == "cuda" else "cpu")
     with start_for_archive(trainer, args.model, key="--model") as cluster:
         policy = load_policy(args.model, cluster, precision=args.dtype, key="--model")
@@ -95,6 +95,7 @@ def main() -> None:
         # loading is not generating: what it freed goes back to the system, and VmHWM starts anew
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+        program = 1024 * memory_kb("VmRSS") - weights  # libraries and all the rest of the process
 
         def run() -> dict[str, Any]:
             watch.rows.clear()
@@ -102,7 +103,7 @@ def main() -> None:
             return {"tokens": tokens, "samples": len(requests)}
 
         def aside() -> dict[str, Any]:
-            peak = 1024 * (memory_kb("VmHWM") - imported_kb)
+            peak = 1024 * memory_kb("VmHWM") - program
             grid = [rows for rows in (1, 4, 8, 16, 32, 64, 128, 256) if rows <= max(64, args.slots)]
             times = [products_s(policy, rows) for rows in grid]
             steps = sorted(watch.rows)
