@@ -75,7 +75,7 @@ class CachedForward:
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
-        self.kernels = cpu_kernels(self.dtype, self.device)
+        self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
         self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
         self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding)

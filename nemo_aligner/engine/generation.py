@@ -138,9 +138,9 @@ class Generator:
     def _decode(self) -> np.ndarray:
         """Feed every slot's newest token and draw the next; returns the slots."""
         state, device = self._slots, self._forward.device
-        slots = np.array(list(state.requests))
-        self._cache.ensure(slots, state.prompt_length[slots] + state.count[slots])
-        slots = np.array(self._cache.slots)
+        held = np.array(list(state.requests))
+        self._cache.ensure(held, state.prompt_length[held] + state.count[held])
+        slots = np.array(self._cache.slots)  # in the order of the cache's rows
         newest = state.tokens[slots, state.count[slots] - 1]
         positions = state.prompt_length[slots] + state.count[slots] - 1
         tokens, where = torch.from_numpy(newest).to(device), torch.from_numpy(positions).to(device)

@@ -34,8 +34,9 @@ def write_archives(cluster: Any, folder: Path) -> None:
     from scripts.import_hf import byte_tokenizer
     from tests.unit.engine.test_nemo_archive import SETTINGS
 
-    for name, kind in (("policy", None), ("reward", "binary_ranking")):
-        arch = replace(ARCH, vocab_size=259, tokenizer=SETTINGS, reward_model_type=kind)
+    bf16 = {"init_method_std": 0.1, "kv_channels": 16}  # far from saturation, and heads that the C kernels take
+    for name, kind, more in (("policy", None, {}), ("reward", "binary_ranking", {}), ("bf16 policy", None, bf16)):
+        arch = replace(ARCH, vocab_size=259, tokenizer=SETTINGS, reward_model_type=kind, **more)
         torch.manual_seed(3)
         model = build_model(arch, RunOptions(tp=cluster.tp, pp=cluster.pp))
         nemo_archive.save_archive(
@@ -63,6 +64,7 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
         r for part in cluster.gather(list(policy.generate(requests, SamplingParams(max_tokens=8), 4))) for r in part
     ]
     found["samples"] = sorted((r.prompt_index, r.sample_index, r.tokens) for r in drawn)
+    found["bf16 gap"] = bf16_gap(cluster, folder)
     reward_model = load_reward_model(folder / "reward.nemo", cluster, precision="32")
     found["rewards"] = reward_model.score(ROWS, 3)
 
@@ -87,6 +89,21 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     found["after"] = [row.tolist() for row in trained.logprobs(ROWS, 4)]
     if cluster.is_main:
         (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def bf16_gap(cluster: Any, folder: Path) -> float:
+    """How far log-probabilities of tokens drawn in bf16 are, at most, from those of a full forward in bf16."""
+    from nemo_aligner.engine.policy import load_policy
+
+    policy = load_policy(folder / "bf16 policy.nemo", cluster, precision="bf16")
+    requests = [GenerationRequest(p, s, tuple(row)) for p, row in enumerate(ROWS) for s in range(3)]
+    drawn = list(policy.generate(requests, SamplingParams(max_tokens=8), 4))
+    full = policy.logprobs([[*ROWS[r.prompt_index], *r.tokens] for r in drawn], 2)
+    return max(
+        abs(a - b)
+        for response, row in zip(drawn, full, strict=True)
+        for a, b in zip(response.logprobs, row[-len(response.logprobs) :].tolist(), strict=True)
+    )
 
 
 def resume(cluster: Any, folder: Path, checkpoint: str, name: str) -> None:
@@ -129,6 +146,7 @@ def test_every_cut_gives_the_numbers_of_one_process(cut: str, folder: Path) -> N
     run_ranks(world, measure, folder, cut, tensor=tensor, pipeline=pipeline)
     one, cut_found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", cut))
     assert cut_found["samples"] == one["samples"]
+    assert max(cut_found["bf16 gap"], one["bf16 gap"]) < 2e-2
     for key in ("logprobs", "rewards", "step 0", "step 1"):
         close(cut_found[key], one[key], 1e-4)
     # the weights differ by then by what two Adam steps make of rounding
