@@ -39,7 +39,6 @@ class Bucket:
         self.width, self._block_rows, self._clear = width, block_rows, clear
         self.slots: list[int] = []  # whose row is which
         self._blocks: list[Tensor] = []  # [layers, 2, block_rows, G, width, D] each
-        self._addresses: list[int] = []  # of the blocks
 
     def append(self, slot: int, keys_values: Tensor) -> None:
         """A new row that begins with `keys_values` `[layers, 2, G, S, D]`."""
@@ -47,7 +46,6 @@ class Bucket:
         if len(self.slots) == len(self._blocks) * self._block_rows:
             shape = (layers, two, self._block_rows, groups, self.width, head_dim)
             self._blocks.append(keys_values.new_empty(shape))
-            self._addresses.append(self._blocks[-1].data_ptr())
         self.slots.append(slot)
         row = self._row(len(self.slots) - 1)
         row[..., :length, :] = keys_values
@@ -70,7 +68,6 @@ class Bucket:
         self.slots.pop()
         if last % self._block_rows == 0:
             self._blocks.pop()
-            self._addresses.pop()
 
     def blocks(self) -> Iterator[Tensor]:
         """The rows in use, `[layers, 2, rows, G, width, D]`, block by block."""
@@ -82,7 +79,8 @@ class Bucket:
         keys to values, from group to group; `[rows, 4]` int64."""
         layer, values, row, group = self._blocks[0].stride()[:4]
         block, within = np.divmod(np.arange(len(self.slots)), self._block_rows)
-        addresses = np.array(self._addresses)[block] + within * (row * self._blocks[0].element_size())
+        starts = np.array([one.data_ptr() for one in self._blocks])
+        addresses = starts[block] + within * (row * self._blocks[0].element_size())
         return np.stack(np.broadcast_arrays(addresses, layer, values, group), axis=1)
 
 

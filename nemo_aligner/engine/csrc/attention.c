@@ -16,16 +16,12 @@ enum { MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positio
 
 /* The first `turned` of D dimensions of a head by rotary position embedding, halves form; cos and signed sin of a position */
 static inline void rotate(const bf16 *head, const bf16 *cosine, const bf16 *sine, long turned, long D, bf16 *out) {
-    long half = turned / 2, d = 0;
-    for (; d + LANES <= half; d += LANES) {
-        floats a = load(head + d), b = load(head + half + d);
-        store(out + d, a * load(cosine + d) + b * load(sine + d));
-        store(out + half + d, b * load(cosine + half + d) + a * load(sine + half + d));
-    }
-    for (; d < half; d++) {
-        float a = wide(head[d]), b = wide(head[half + d]);
-        out[d] = narrow(a * wide(cosine[d]) + b * wide(sine[d]));
-        out[half + d] = narrow(b * wide(cosine[half + d]) + a * wide(sine[half + d]));
+    long half = turned / 2;
+    for (long d = 0; d < half; d += LANES) {
+        long left = half - d;
+        floats a = load_some(head + d, left), b = load_some(head + half + d, left);
+        store_some(out + d, a * load_some(cosine + d, left) + b * load_some(sine + d, left), left);
+        store_some(out + half + d, b * load_some(cosine + half + d, left) + a * load_some(sine + half + d, left), left);
     }
     memcpy(out + turned, head + turned, (D - turned) * sizeof(bf16));
 }
@@ -56,10 +52,7 @@ static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16
         for (int c = 0; c < chunks; c++) sum[t] += load(q + c * LANES) * load(key + c * LANES);
     }
     if (count < TOGETHER) {
-        for (int t = 0; t < count; t++) {
-            to[t] = 0;
-            for (int i = 0; i < LANES; i++) to[t] += sum[t][i];
-        }
+        for (int t = 0; t < count; t++) to[t] = sum_of(sum[t]);
         return;
     }
     /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters */

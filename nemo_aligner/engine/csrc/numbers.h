@@ -20,12 +20,6 @@ static inline float wide(bf16 value) {
     return result;
 }
 
-static inline bf16 narrow(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 static inline floats load(const bf16 *from) {
 #ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
     return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
