@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -27,7 +28,7 @@ from torch import Tensor
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.attention import packed_attention
 from nemo_aligner.engine.cpu_kernels import cpu_kernels
-from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
+from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache, place_of
 from nemo_aligner.engine.packed_weights import PackedWeights
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -107,27 +108,23 @@ class CachedForward:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
         """Run whole prompts, one after another in a single row of tokens: nothing is padded. One CachedPrompt each."""
         lengths = [len(prompt) for prompt in prompts]
-        edges = [0, *itertools.accumulate(lengths)]
         tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        keys_values: list[Tensor] = []  # per layer [2, N, G, D]
-        turn = self._turn(positions)
-
-        def attend(_: int, mixed: Tensor) -> Tensor:
-            query, key, value = turned_heads(mixed, turn)
-            keys_values.append(torch.stack((key, value)))
-            return packed_attention(query, key, value, edges, window=self.arch.window_size)
-
+        shape = (len(self.layers), 2, self._groups)
+        keys_values = [
+            torch.empty(*shape, length, self.arch.head_dim, dtype=self.dtype, device=self.device) for length in lengths
+        ]
+        if self._attends:
+            # a token's own row is its prompt's, as far as it goes
+            places = np.repeat([(*[0] * 5, *place_of(one)) for one in keys_values], lengths, axis=0)
+            attend = self._attend_by_kernel(positions, torch.from_numpy(places))
+        else:
+            attend = self._attend_by_prompt(positions, keys_values)
         hidden = self._layers(tokens, positions, attend)
         # only the last position of each prompt is needed for the first response token
-        logits = self._logits(hidden[torch.tensor(edges[1:], device=self.device) - 1])
-        return [
-            CachedPrompt(
-                torch.stack([layer[:, start:end] for layer in keys_values]).transpose(2, 3).contiguous(),
-                None if logits is None else logits[i],
-            )
-            for i, (start, end) in enumerate(itertools.pairwise(edges))
-        ]
+        logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
+        found = itertools.repeat(None) if logits is None else logits
+        return [CachedPrompt(one, its_logits) for one, its_logits in zip(keys_values, found, strict=False)]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
@@ -135,12 +132,15 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
-        attend = self._attend_by_kernel if self._attends else self._attend_by_block
-        return self._logits(self._layers(tokens, positions, attend(positions, cache)))
+        if self._attends:
+            attend = self._attend_by_kernel(positions, cache.places())
+        else:
+            attend = self._attend_by_block(positions, cache)
+        return self._logits(self._layers(tokens, positions, attend))
 
-    def _attend_by_kernel(self, positions: Tensor, cache: KVCache) -> Attend:
-        """Attention of a step in one call for all rows."""
-        kernels, places, window = self.kernels, cache.places(), self.arch.window_size or 0
+    def _attend_by_kernel(self, positions: Tensor, places: Tensor) -> Attend:
+        """Attention in one call for all rows, which may be decoded responses or positions of prompts."""
+        kernels, window = self.kernels, self.arch.window_size or 0
         assert kernels is not None
         scale = 1 / math.sqrt(self.arch.head_dim)
 
@@ -149,8 +149,21 @@ class CachedForward:
 
         return attend
 
+    def _attend_by_prompt(self, positions: Tensor, keys_values: Sequence[Tensor]) -> Attend:
+        """Attention of a prefill with torch's, prompt by prompt; fills `keys_values` `[layers, 2, G, S, D]` of each."""
+        turn = self._turn(positions)
+        edges = [0, *itertools.accumulate(one.size(3) for one in keys_values)]
+
+        def attend(layer: int, mixed: Tensor) -> Tensor:
+            query, key, value = turned_heads(mixed, turn)
+            for one, (start, end) in zip(keys_values, itertools.pairwise(edges), strict=True):
+                one[layer, 0], one[layer, 1] = (t[start:end].transpose(0, 1) for t in (key, value))
+            return packed_attention(query, key, value, edges, window=self.arch.window_size)
+
+        return attend
+
     def _attend_by_block(self, positions: Tensor, cache: KVCache) -> Attend:
-        """The same with torch's attention, block by block, over all positions of a block and masked."""
+        """Attention of a step with torch's, block by block, over all positions of a block and masked."""
         turn = self._turn(positions)
         parts = [
             (rows, block, torch.arange(block.size(2), device=self.device), self._bias(positions[rows], block.size(4)))

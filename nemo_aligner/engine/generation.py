@@ -89,7 +89,7 @@ class Generator:
         prompt: tuple[int, CachedPrompt] | None = None  # the newest prompt: its next samples may come first
         while True:
             # admitting in groups keeps the prefill batches from becoming one prompt each
-            if self._slots.free >= max(1, self._capacity // 8) or not self._slots.requests:
+            if self._slots.free >= max(1, self._capacity // 16) or not self._slots.requests:
                 batch = list(itertools.islice(pending, self._slots.free))
                 if batch:
                     slots, prompt = self._admit(batch, prompt)

@@ -32,6 +32,13 @@ class CachedPrompt:
     logits: Tensor | None
 
 
+def place_of(keys_values: Tensor) -> tuple[int, int, int, int]:
+    """Where keys and values `[layers, 2, G, S, D]` of a row are: the address of its keys in the first layer, and in
+    elements the way from layer to layer, from keys to values, from group to group."""
+    layer, values, group = keys_values.stride()[:3]
+    return keys_values.data_ptr(), layer, values, group
+
+
 class Bucket:
     """Rows of at most `width` positions; all blocks but the last are full."""
 
@@ -59,29 +66,21 @@ class Bucket:
     def _row(self, index: int) -> Tensor:
         return self._blocks[index // self._block_rows][:, :, index % self._block_rows]
 
-    def remove(self, slot: int) -> None:
-        """Free a row; the last one takes its place."""
+    def remove(self, slot: int) -> int:
+        """Free a row; the last one takes its place. Returns whose that is."""
         index, last = self.slots.index(slot), len(self.slots) - 1
         if index != last:
             self._row(index).copy_(self._row(last))
             self.slots[index] = self.slots[last]
-        self.slots.pop()
+        moved = self.slots.pop()
         if last % self._block_rows == 0:
             self._blocks.pop()
+        return moved
 
     def blocks(self) -> Iterator[Tensor]:
         """The rows in use, `[layers, 2, rows, G, width, D]`, block by block."""
         for start, block in zip(range(0, len(self.slots), self._block_rows), self._blocks, strict=True):
             yield block[:, :, : len(self.slots) - start]
-
-    def places(self) -> np.ndarray:
-        """Of each row: the address of its keys in the first layer, and in elements the way from layer to layer, from
-        keys to values, from group to group; `[rows, 4]` int64."""
-        layer, values, row, group = self._blocks[0].stride()[:4]
-        block, within = np.divmod(np.arange(len(self.slots)), self._block_rows)
-        starts = np.array([one.data_ptr() for one in self._blocks])
-        addresses = starts[block] + within * (row * self._blocks[0].element_size())
-        return np.stack(np.broadcast_arrays(addresses, layer, values, group), axis=1)
 
 
 class KVCache:
@@ -96,13 +95,14 @@ class KVCache:
         self._buckets: dict[int, Bucket] = {}  # by width, ascending
         self._home: dict[int, Bucket] = {}  # by slot
         self._prompts: dict[int, Tensor] = {}  # by slot: keys and values of the prompt, where they are shared
-        self._shared = np.zeros((capacity, 5), dtype=np.int64)  # by slot: their positions, and their place
+        self._places = np.zeros((capacity, 9), dtype=np.int64)  # by slot; see `places`
         self._room = np.zeros(capacity, dtype=np.int64)  # by slot: positions there is room for, the prompt's included
-        self._places: Tensor | None = None  # until a row comes, goes or moves
 
     @property
     def slots(self) -> list[int]:
-        """Slots in the order of the rows of a decode step."""
+        """Slots in the order of the rows of a decode step: as they came, as far as blocks need not stay together."""
+        if self._shares:
+            return list(self._home)
         return [slot for bucket in self._buckets.values() for slot in bucket.slots]
 
     def add(self, slot: int, prompt: CachedPrompt) -> None:
@@ -111,14 +111,14 @@ class KVCache:
         if self._shares:
             self._prompts[slot], own = own, own[..., :0, :]
             shared = self._prompts[slot]
-            self._shared[slot] = (shared.size(3), shared.data_ptr(), *shared.stride()[:3])
+            self._places[slot, :5] = shared.size(3), *place_of(shared)
         self._settle(slot, self._bucket(own.size(3) + 1), own)
 
     def ensure(self, slots: np.ndarray, lengths: np.ndarray) -> None:
         """Room for so many positions: rows that have filled their bucket move to a wider one."""
         for i in np.flatnonzero(self._room[slots] < lengths).tolist():
             slot, home = int(slots[i]), self._home[int(slots[i])]
-            wider, row = self._bucket(int(lengths[i] - self._shared[slot, 0])), home.row(slot)
+            wider, row = self._bucket(int(lengths[i] - self._places[slot, 0])), home.row(slot)
             self._settle(slot, wider, row)
             self._leave(slot, home)
 
@@ -136,12 +136,9 @@ class KVCache:
                 start += block.size(2)
 
     def places(self) -> Tensor:
-        """Where the rows of a decode step are, `[rows, 9]` int64: the prompt's positions, and the places, as
-        Bucket.places has them, of the prompt's part and of the row's own."""
-        if self._places is None:
-            own = np.concatenate([bucket.places() for bucket in self._buckets.values()])
-            self._places = torch.from_numpy(np.concatenate((self._shared[self.slots], own), axis=1))
-        return self._places
+        """Where the rows of a decode step are, `[rows, 9]` int64: positions of the prompt that is shared, and the places,
+        as `place_of` has them, of its keys and values and of the row's own."""
+        return torch.from_numpy(self._places[self.slots])
 
     def _bucket(self, length: int) -> Bucket:
         """That of `length` positions: multiples of the grain up to four of them, then with steps of a quarter to a
@@ -157,12 +154,13 @@ class KVCache:
         return self._buckets[width]
 
     def _settle(self, slot: int, bucket: Bucket, keys_values: Tensor) -> None:
-        self._places = None
         bucket.append(slot, keys_values)
-        self._home[slot], self._room[slot] = bucket, bucket.width + self._shared[slot, 0]
+        self._home[slot], self._room[slot] = bucket, bucket.width + self._places[slot, 0]
+        self._places[slot, 5:] = place_of(bucket.row(slot))
 
     def _leave(self, slot: int, bucket: Bucket) -> None:
-        self._places = None
-        bucket.remove(slot)
+        moved = bucket.remove(slot)
+        if moved != slot:
+            self._places[moved, 5:] = place_of(bucket.row(moved))
         if not bucket.slots:
             del self._buckets[bucket.width]

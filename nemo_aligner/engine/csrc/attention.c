@@ -154,18 +154,23 @@ int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long 
 #pragma omp atomic write
             failed = 1;
         }
+        /* every key and value first: rows may be the positions of one prompt, and then read each other's */
+#pragma omp for schedule(static)
+        for (long item = 0; item < N * G; item++) {
+            long n = item / G, at = positions[n];
+            Part new = part_at(places + 9 * n + 5, layer, item % G, D, at - places[9 * n], 1);
+            const bf16 *key = mixed + (item * (R + 2) + R) * D;
+            rotate(key, cosine + at * turned, sine + at * turned, turned, D, (bf16 *)new.keys);
+            memcpy((bf16 *)new.values, key + D, D * sizeof(bf16));
+        }
 #pragma omp for schedule(dynamic, 4)
         for (long item = 0; item < N * G; item++) {
             if (!scores || !q) continue;
             long n = item / G, g = item % G, at = positions[n];
             const int64_t *place = places + 9 * n;
             long prompt = place[0], begin = window && at + 1 > window ? at + 1 - window : 0;
-            Part new = part_at(place + 5, layer, g, D, at - prompt, 1);
-            const bf16 *heads = mixed + item * (R + 2) * D;
-            const bf16 *c = cosine + at * turned, *s = sine + at * turned;
-            for (long r = 0; r < R; r++) rotate(heads + r * D, c, s, turned, D, q + r * D);
-            rotate(heads + R * D, c, s, turned, D, (bf16 *)new.keys);
-            memcpy((bf16 *)new.values, heads + (R + 1) * D, D * sizeof(bf16));
+            for (long r = 0; r < R; r++)
+                rotate(mixed + (item * (R + 2) + r) * D, cosine + at * turned, sine + at * turned, turned, D, q + r * D);
             long from = begin < prompt ? begin : prompt, own = begin < prompt ? 0 : begin - prompt;
             const Part parts[2] = {part_at(place + 1, layer, g, D, from, prompt - from),
                                    part_at(place + 5, layer, g, D, own, at + 1 - prompt - own)};
