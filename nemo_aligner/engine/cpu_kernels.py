@@ -59,6 +59,9 @@ class CpuKernels:
         if self.has_products:
             self._product = library.product
             self._product.argtypes = [pointer] * 4 + [number] * 3
+            self.attention_half, self.feed_forward_half = library.attention_half, library.feed_forward_half
+            self.attention_half.argtypes = [pointer] * 6 + [number]
+            self.feed_forward_half.argtypes = [pointer] * 4 + [number]
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """`hidden` `[N, H]` += `delta`, in place; returns its root-mean-square norm times `weight` `[H]`."""

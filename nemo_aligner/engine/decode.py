@@ -9,9 +9,8 @@ query heads per key/value head, D head dimension, T cached positions, V vocabula
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +22,21 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.attention import packed_attention
+from nemo_aligner.engine.cached_attention import (
+    BlockAttention,
+    CachedAttention,
+    KernelAttention,
+    PromptAttention,
+    Rotary,
+)
 from nemo_aligner.engine.cpu_kernels import cpu_kernels
+from nemo_aligner.engine.cpu_layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache, place_of
 from nemo_aligner.engine.packed_weights import PackedWeights
-
-Attend = Callable[[int, Tensor], Tensor]
-"""Attention of one layer: from its index and mixed heads `[N, G, R + 2, D]` to contexts `[N, G·R·D]`."""
 
 
 class Linear(NamedTuple):
@@ -51,6 +55,7 @@ class Layer:
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         )
         self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
         self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
 
@@ -80,6 +85,7 @@ class CachedForward:
         self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
         self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding)
+        self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
@@ -93,9 +99,38 @@ class CachedForward:
             return self.model.shared_embedding_or_output_weight()
         return self.model.output_layer.weight
 
-    def ready(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def ready(self) -> Iterator[None]:
         """To be entered around prefill and steps: the weights are then in the layout that is fastest to read."""
-        return self._weights.packed()
+        with self._weights.packed():
+            self._whole_layers = [self._whole_layer(index, layer) for index, layer in enumerate(self.layers)]
+            try:
+                yield
+            finally:
+                self._whole_layers = [None] * len(self.layers)
+
+    def _whole_layer(self, index: int, layer: Layer) -> CpuLayer | None:
+        """The layer for KernelAttention in two calls of the kernels, if it is of the kind they know."""
+        known = self._attends and layer.gated and layer.activation is F.silu and not layer.norms_heads
+        panels = self._weights.panels
+        weights = [
+            *(layer.input_norm.rms_weight, panels(layer.qkv.weight), panels(layer.projection.weight)),
+            *(layer.mlp_norm.rms_weight, panels(layer.fc1.weight), panels(layer.fc2.weight)),
+        ]
+        found = [weight for weight in weights if weight is not None]
+        if self.kernels is None or not known or len(found) < len(weights):
+            return None
+        return CpuLayer(
+            self.kernels,
+            LayerWeights(*found),
+            (layer.qkv.bias, layer.fc1.bias),
+            self._rotary,
+            index=index,
+            groups=self._groups,
+            head_dim=self.arch.head_dim,
+            window=self.arch.window_size or 0,
+            eps=self.arch.layernorm_epsilon,
+        )
 
     def new_cache(self, slots: int) -> KVCache:
         """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
@@ -114,12 +149,13 @@ class CachedForward:
         keys_values = [
             torch.empty(*shape, length, self.arch.head_dim, dtype=self.dtype, device=self.device) for length in lengths
         ]
+        attend: CachedAttention
         if self._attends:
-            # a token's own row is its prompt's, as far as it goes
+            # every token's own row is its prompt's, as far as it goes
             places = np.repeat([(*[0] * 5, *place_of(one)) for one in keys_values], lengths, axis=0)
-            attend = self._attend_by_kernel(positions, torch.from_numpy(places))
+            attend = self._kernel_attention(torch.from_numpy(places), positions)
         else:
-            attend = self._attend_by_prompt(positions, keys_values)
+            attend = PromptAttention(self._rotary, positions, keys_values, self.arch.window_size)
         hidden = self._layers(tokens, positions, attend)
         # only the last position of each prompt is needed for the first response token
         logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
@@ -132,76 +168,18 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
+        attend: CachedAttention
         if self._attends:
-            attend = self._attend_by_kernel(positions, cache.places())
+            attend = self._kernel_attention(cache.places(), positions)
         else:
-            attend = self._attend_by_block(positions, cache)
+            attend = BlockAttention(self._rotary, positions, cache, self.arch.window_size)
         return self._logits(self._layers(tokens, positions, attend))
 
-    def _attend_by_kernel(self, positions: Tensor, places: Tensor) -> Attend:
-        """Attention in one call for all rows, which may be decoded responses or positions of prompts."""
-        kernels, window = self.kernels, self.arch.window_size or 0
-        assert kernels is not None
-        scale = 1 / math.sqrt(self.arch.head_dim)
+    def _kernel_attention(self, places: Tensor, positions: Tensor) -> KernelAttention:
+        assert self.kernels is not None
+        return KernelAttention(self.kernels, self._rotary, places, positions, self.arch.window_size)
 
-        def attend(layer: int, mixed: Tensor) -> Tensor:
-            return kernels.attend(mixed, self._rotary, places, positions, layer=layer, window=window, scale=scale)
-
-        return attend
-
-    def _attend_by_prompt(self, positions: Tensor, keys_values: Sequence[Tensor]) -> Attend:
-        """Attention of a prefill with torch's, prompt by prompt; fills `keys_values` `[layers, 2, G, S, D]` of each."""
-        turn = self._turn(positions)
-        edges = [0, *itertools.accumulate(one.size(3) for one in keys_values)]
-
-        def attend(layer: int, mixed: Tensor) -> Tensor:
-            query, key, value = turned_heads(mixed, turn)
-            for one, (start, end) in zip(keys_values, itertools.pairwise(edges), strict=True):
-                one[layer, 0], one[layer, 1] = (t[start:end].transpose(0, 1) for t in (key, value))
-            return packed_attention(query, key, value, edges, window=self.arch.window_size)
-
-        return attend
-
-    def _attend_by_block(self, positions: Tensor, cache: KVCache) -> Attend:
-        """Attention of a step with torch's, block by block, over all positions of a block and masked."""
-        turn = self._turn(positions)
-        parts = [
-            (rows, block, torch.arange(block.size(2), device=self.device), self._bias(positions[rows], block.size(4)))
-            for rows, block in cache.blocks()
-        ]
-
-        def attend(layer: int, mixed: Tensor) -> Tensor:
-            query, key, value = turned_heads(mixed, turn)
-            # the R query heads of a key/value head stand as R query rows, so keys are never repeated
-            query = query.view(len(query), self._groups, -1, self.arch.head_dim)
-            contexts = []
-            for rows, block, index, bias in parts:
-                keys, values = block[layer]
-                keys[index, :, positions[rows]] = key[rows]
-                values[index, :, positions[rows]] = value[rows]
-                context = F.scaled_dot_product_attention(query[rows], keys, values, attn_mask=bias)
-                contexts.append(context.reshape(len(context), -1))
-            return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-
-        return attend
-
-    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and signed sin at `positions` `[N]`, `[N, 1, 1, D_rot]`; None where positions are not rotary."""
-        if self._rotary is None:
-            return None
-        cos, sin = (table[positions][:, None, None] for table in self._rotary)
-        return cos, sin
-
-    def _bias(self, positions: Tensor, width: int) -> Tensor:
-        """What attention adds to the scores of rows at `positions` `[B]`: -inf where unseen, `[B, 1, 1, width]`."""
-        cached = torch.arange(width, device=self.device)
-        visible = cached <= positions[:, None]
-        if self.arch.window_size is not None:
-            visible &= cached > (positions - self.arch.window_size)[:, None]
-        bias = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-        return bias[:, None, None, :]
-
-    def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
         """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.
 
         `tokens` and `positions` are `[N]`.
@@ -209,9 +187,14 @@ class CachedForward:
         hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
         delta: Tensor | None = None  # what is yet to be added to `hidden`: the next norm does it in passing
         for index, layer in enumerate(self.layers):
-            mixed = self._mixed_heads(layer, self._add_and_norm(layer.input_norm, hidden, delta))
-            delta = self._row_parallel(layer.projection, attend(index, mixed))
-            delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
+            whole = self._whole_layers[index]
+            if whole is not None and isinstance(attend, KernelAttention):
+                delta = self._summed(whole.attention(hidden, delta, attend.places, attend.positions), layer.projection)
+                delta = self._summed(whole.feed_forward(hidden, delta), layer.fc2)
+            else:
+                mixed = self._mixed_heads(layer, self._add_and_norm(layer.input_norm, hidden, delta))
+                delta = self._row_parallel(layer.projection, attend(index, mixed))
+                delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
         if delta is not None:
             hidden += delta
         if not self._last:
@@ -241,7 +224,7 @@ class CachedForward:
     def _mixed_heads(self, layer: Layer, hidden: Tensor) -> Tensor:
         """`[N, G, R + 2, D]`: group by group, as the fused weight holds them, R query heads, a key and a value."""
         mixed = self._weights.product(hidden, *layer.qkv).view(len(hidden), self._groups, -1, self.arch.head_dim)
-        if layer.query_norm is not None:
+        if layer.norms_heads:
             query, key = layer.query_norm(mixed[:, :, :-2]), layer.key_norm(mixed[:, :, -2:-1])
             mixed = torch.cat((query, key, mixed[:, :, -1:]), dim=2)
         return mixed
@@ -259,7 +242,10 @@ class CachedForward:
 
     def _row_parallel(self, linear: Linear, hidden: Tensor) -> Tensor:
         """A product whose inner dimension is cut over TP ranks."""
-        output = self._weights.product(hidden, linear.weight)
+        return self._summed(self._weights.product(hidden, linear.weight), linear)
+
+    def _summed(self, output: Tensor, linear: Linear) -> Tensor:
+        """What is still to be done to such a product: the sum over TP ranks, and the bias."""
         if self._tp > 1:
             output = reduce_from_tensor_model_parallel_region(output)
         return output if linear.bias is None else output + linear.bias
@@ -278,30 +264,10 @@ class CachedForward:
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden
 
-    def _rotary_tables(self) -> tuple[Tensor, Tensor] | None:
-        """cos and signed sin of every position's rotary angles, `[max positions, D_rot]` in the model's dtype."""
+    def _rotary_tables(self) -> Rotary | None:
+        """None where positions are not rotary."""
         if self.arch.position_embedding_type != "rope":
             return None
         cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
-
-
-def turned_heads(mixed: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Query `[N, G·R, D]`, key and value `[N, G, D]` of `mixed` `[N, G, R + 2, D]`, turned by position."""
-    heads, value = mixed[:, :, :-1], mixed[:, :, -1]
-    if turn is not None:
-        heads = rotate(heads, *turn)
-    return heads[:, :, :-1].flatten(1, 2), heads[:, :, -1], value
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves form (arXiv 2104.09864), of the first D_rot dimensions of `heads` `[..., D]`.
-
-    (a, b) → (a·cos − b·sin, b·cos + a·sin), with a and b their halves; cos is given for both halves, and sin with the
-    sign it has in either, `[..., D_rot]`.
-    """
-    width = cos.size(-1)
-    turned, rest = heads[..., :width], heads[..., width:]
-    turned = torch.addcmul(turned * cos, turned.roll(width // 2, dims=-1), sin)
-    return turned if not rest.size(-1) else torch.cat((turned, rest), dim=-1)
+        return Rotary(cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))

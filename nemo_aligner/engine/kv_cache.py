@@ -136,8 +136,8 @@ class KVCache:
                 start += block.size(2)
 
     def places(self) -> Tensor:
-        """Where the rows of a decode step are, `[rows, 9]` int64: positions of the prompt that is shared, and the places,
-        as `place_of` has them, of its keys and values and of the row's own."""
+        """Where the rows of a decode step are, `[rows, 9]` int64: positions of the prompt that is shared, and the
+        places, as `place_of` has them, of its keys and values and of the row's own."""
         return torch.from_numpy(self._places[self.slots])
 
     def _bucket(self, length: int) -> Bucket:

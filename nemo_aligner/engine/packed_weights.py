@@ -122,6 +122,11 @@ class PackedWeights:
             for parameter, layout, packed in done:
                 layout.restore(parameter, packed)
 
+    def panels(self, weight: nn.Parameter) -> Tensor | None:
+        """`weight` as it is now in our own layout; None where it is not."""
+        layout, packed = self._packed.get(id(weight), (None, None))
+        return packed if isinstance(layout, Panels) else None
+
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows` `[N, in]` times `weight` `[out, in]`, as torch.nn.functional.linear defines it."""
         found = self._packed.get(id(weight))

@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/bench/techniques.py --model results/bench/smollm2/model.nemo
 
-Also the cost of n samples of a long prompt beside that of n prompts. Everything is timed several times over;
-figures are of the fastest, since whatever else runs on a machine only adds.
+Also what torch.compile makes of the feed-forward halves of the layers, and the cost of n samples of a long prompt
+beside that of n prompts. Everything is timed several times over; figures are of the fastest, since whatever else runs
+on a machine only adds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw
@@ -29,6 +31,7 @@ OFF = {
     "packed weights": ("nemo_aligner.engine.packed_weights.layout_for", lambda *_: None),
     "our own layout": ("nemo_aligner.engine.packed_weights.Panels", lambda _: OneDnn()),
     "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *sizes, **_: KVCache(*sizes, shares_prompts=False)),
+    "layers in two calls": ("nemo_aligner.engine.decode.CachedForward._whole_layer", lambda *_: None),
     "C kernels": ("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None),
     "drawing in C": ("nemo_aligner.engine.cpu_kernels.CpuKernels.draw", lambda _, *args: drawn_by_torch(*args)),
 }
@@ -78,6 +81,33 @@ def step_s(policy: Any, rows: int, positions: int, off: tuple[str, ...]) -> floa
             return best_of(10, once)
 
 
+def feed_forward_halves_s(policy: Any, rows: int) -> tuple[float, float, float]:
+    """Seconds of the feed-forward halves of all layers (RMS norm, SiLU gate, no biases): ours, compiled by
+    torch.compile, and of its first call."""
+    forward, eps = CachedForward(policy.module, policy.arch), policy.arch.layernorm_epsilon
+    hidden = torch.randn(rows, policy.arch.hidden_size).bfloat16()
+    delta = torch.zeros_like(hidden)
+
+    def half(hidden: Tensor, delta: Tensor, norm: Tensor, fc1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden + delta
+        gate, value = F.linear(F.rms_norm(hidden, norm.shape, norm, eps), fc1).chunk(2, dim=-1)
+        return hidden, F.linear(F.silu(gate) * value, fc2)
+
+    compiled = torch.compile(half, dynamic=False)
+
+    def once() -> None:
+        for layer in forward.layers:
+            compiled(hidden, delta, layer.mlp_norm.rms_weight, layer.fc1.weight, layer.fc2.weight)
+
+    with torch.no_grad():
+        first = best_of(1, once)
+        theirs = best_of(10, once)
+        with forward.ready():
+            halves = [layer.feed_forward for layer in forward._whole_layers if layer is not None]
+            ours = best_of(10, lambda: [one(hidden, delta) for one in halves]) if halves else float("nan")
+    return ours, theirs, first
+
+
 def samples_s(policy: Any, prompts: int, samples: int, width: int = 512, new_tokens: int = 32) -> float:
     """Seconds of drawing `samples` responses to each of `prompts` prompts."""
     sampling = SamplingParams(min_tokens=new_tokens, max_tokens=new_tokens)
@@ -105,6 +135,12 @@ def main() -> None:
             name = "everything on" if not off else "all of them off" if len(off) > 1 else f"without {off[0]}"
             times = [1e3 * step_s(policy, rows, args.positions, off) for rows in args.rows]
             print(f"{name:<38}" + "".join(f"{spent:>9.1f}" for spent in times), flush=True)
+        print("\nfeed-forward halves of the layers, milliseconds: ours, by torch.compile, its first call")
+        for rows in args.rows:
+            print(
+                f"{rows:>4} rows:" + "".join(f"{1e3 * s:>9.1f}" for s in feed_forward_halves_s(policy, rows)),
+                flush=True,
+            )
         print("\n16 responses of 32 tokens to prompts of 512")
         for prompts, samples in ((1, 1), (1, 4), (1, 16), (16, 1)):
             print(f"{prompts:>3} prompts x {samples:>2}: {samples_s(policy, prompts, samples):.2f} s", flush=True)

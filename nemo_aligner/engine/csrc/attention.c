@@ -3,7 +3,7 @@
  * What a training forward rounds on the way is rounded here too (the rotated query and key). Notation as in decode.py:
  * N rows, G key/value heads, R query heads per key/value head, D head dimension.
  */
-#include "numbers.h"
+#include "kernels.h"
 #include <stdlib.h>
 
 typedef float quarter __attribute__((vector_size(16)));

@@ -2,7 +2,7 @@
  *
  * What a training forward rounds between two of these operations is rounded here too (the residual sum, the gate).
  */
-#include "numbers.h"
+#include "kernels.h"
 
 /* hidden[N, H] += delta[N, H] (unless it is null); out = hidden / sqrt(mean(hidden²) + eps) · weight[H] */
 void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out, long rows, long width, float eps) {

@@ -9,7 +9,7 @@
  * output is one chain of float32 sums over its inputs in their order, so a row's result does not depend on the rows
  * beside it.
  */
-#include "numbers.h"
+#include "kernels.h"
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>

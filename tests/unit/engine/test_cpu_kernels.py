@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from nemo_aligner.algorithms.sampling import _at
 from nemo_aligner.engine import cpu_kernels
+from nemo_aligner.engine.cached_attention import Rotary, turned_heads
 from nemo_aligner.engine.cpu_kernels import CpuKernels
-from nemo_aligner.engine.decode import turned_heads
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 
 
@@ -69,14 +69,14 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
     mixed = bf16(len(order), groups, heads + 2, width)
     positions = torch.tensor([lengths[slot] for slot in order])
     turned = int(width * turned_part)
-    rotary = (bf16(80, turned), bf16(80, turned)) if turned else None
-    turn = None if rotary is None else tuple(t[positions][:, None, None] for t in rotary)
+    rotary = Rotary(bf16(80, turned), bf16(80, turned)) if turned else None
+    turn = rotary and rotary.at(positions)
     found = kernels.attend(mixed, rotary, cache.places(), positions, layer=1, window=window, scale=width**-0.5).view(
         len(order), groups, heads, width
     )
     query, key, value = turned_heads(mixed, turn)
     query = query.view(len(order), groups, heads, width)
-    stored = [block[1, :, row] for _, block in cache.blocks() for row in range(block.size(2))]  # layer 1, [2, G, T, D]
+    stored = [cache._home[slot].row(slot)[1] for slot in order]  # of layer 1, [2, G, T, D]
     added = [lengths[slot] - lengths[slot] // 2 for slot in order]
     for row, slot in enumerate(order):
         keys, values = (

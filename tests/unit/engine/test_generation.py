@@ -114,6 +114,20 @@ def test_logprobs_in_bf16_are_near_those_of_a_full_forward(
         torch.testing.assert_close(torch.tensor(response.logprobs), expected, atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_in_two_calls_give_the_very_numbers_of_their_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = replace(SHAPES[name], kv_channels=16)
+    model = build(arch, torch.bfloat16)
+    forward = CachedForward(model, arch)
+    with forward.ready():
+        whole = [layer is not None for layer in forward._whole_layers]
+    can = forward.kernels is not None and forward.kernels.has_products
+    assert whole == [can and name not in ("qwen3", "gpt2")] * arch.num_layers
+    found = generate(model, arch, SamplingParams(max_tokens=9), 7, n=3)
+    monkeypatch.setattr(CachedForward, "_whole_layer", lambda *_: None)
+    assert found == generate(model, arch, SamplingParams(max_tokens=9), 7, n=3)
+
+
 def test_weights_are_what_they_were_after_generation_however_it_ends() -> None:
     model = build(replace(ARCH, kv_channels=16), torch.bfloat16)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
