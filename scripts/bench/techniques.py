@@ -25,11 +25,11 @@ from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.decode import CachedForward
 from nemo_aligner.engine.interfaces import GenerationRequest
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
-from nemo_aligner.engine.packed_weights import OneDnn
+from nemo_aligner.engine.packed_weights import layout_for
 
 OFF = {
     "packed weights": ("nemo_aligner.engine.packed_weights.layout_for", lambda *_: None),
-    "our own layout": ("nemo_aligner.engine.packed_weights.Panels", lambda _: OneDnn()),
+    "our own layout": ("nemo_aligner.engine.packed_weights.layout_for", lambda weight, _: layout_for(weight, None)),
     "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *sizes, **_: KVCache(*sizes, shares_prompts=False)),
     "layers in two calls": ("nemo_aligner.engine.decode.CachedForward._whole_layer", lambda *_: None),
     "C kernels": ("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None),
@@ -93,6 +93,7 @@ def feed_forward_halves_s(policy: Any, rows: int) -> tuple[float, float, float]:
         gate, value = F.linear(F.rms_norm(hidden, norm.shape, norm, eps), fc1).chunk(2, dim=-1)
         return hidden, F.linear(F.silu(gate) * value, fc2)
 
+    torch._inductor.config.force_disable_caches = True  # a first call is one
     compiled = torch.compile(half, dynamic=False)
 
     def once() -> None:
