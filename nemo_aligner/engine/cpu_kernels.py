@@ -32,10 +32,11 @@ _FLAGS = (
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
+_DEFINES = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
 
 class CpuKernels:
-    """The functions of the C files; tensors are bf16 and contiguous, the caller sees to that."""
+    """The functions of the C files. The caller sees to it that tensors are contiguous and of the dtype compiled for."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_long
@@ -146,16 +147,16 @@ class CpuKernels:
 
 
 def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
-    """The kernels where they apply: bf16 on a CPU."""
-    return _compiled() if device.type == "cpu" and dtype == torch.bfloat16 else None
+    """The kernels for tensors of `dtype`, bf16 or float32, on a CPU; those of products are for bf16 alone."""
+    return _compiled(dtype) if device.type == "cpu" and dtype in _DEFINES else None
 
 
 @functools.cache
-def _compiled() -> CpuKernels | None:
+def _compiled(dtype: torch.dtype) -> CpuKernels | None:
     """Compile, or find what was compiled before."""
-    compiler = _compiler()
+    compiler, flags = _compiler(), (*_FLAGS, *_DEFINES[dtype])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *_FLAGS, _processor()])
+    identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *flags, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
@@ -165,7 +166,7 @@ def _compiled() -> CpuKernels | None:
                 made = Path(folder) / library.name
                 command = [
                     compiler,
-                    *_FLAGS,
+                    *flags,
                     *(str(file) for file in _SOURCES if file.suffix == ".c"),
                     "-o",
                     str(made),

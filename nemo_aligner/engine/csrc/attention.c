@@ -15,7 +15,7 @@ typedef float quarter __attribute__((vector_size(16)));
 enum { MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
 
 /* The first `turned` of D dimensions of a head by rotary position embedding, halves form; cos and signed sin of a position */
-static inline void rotate(const bf16 *head, const bf16 *cosine, const bf16 *sine, long turned, long D, bf16 *out) {
+static inline void rotate(const real *head, const real *cosine, const real *sine, long turned, long D, real *out) {
     long half = turned / 2;
     for (long d = 0; d < half; d += LANES) {
         long left = half - d;
@@ -23,22 +23,22 @@ static inline void rotate(const bf16 *head, const bf16 *cosine, const bf16 *sine
         store_some(out + d, a * load_some(cosine + d, left) + b * load_some(sine + d, left), left);
         store_some(out + half + d, b * load_some(cosine + half + d, left) + a * load_some(sine + half + d, left), left);
     }
-    memcpy(out + turned, head + turned, (D - turned) * sizeof(bf16));
+    memcpy(out + turned, head + turned, (D - turned) * sizeof(real));
 }
 
 /* Keys and values [length, D] that lie together. */
 typedef struct {
-    const bf16 *keys, *values;
+    const real *keys, *values;
     long length;
 } Part;
 
 /* to[count] = q · key of keys that lie one after the other; D = 16 · chunks, count is 4 or less */
-static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16 *keys, const int chunks, float *to,
+static inline __attribute__((always_inline)) void dots(const real *q, const real *keys, const int chunks, float *to,
                                                        const int count) {
     floats sum[TOGETHER];
     for (int t = 0; t < count; t++) {
-        const bf16 *key = keys + t * chunks * LANES;
-#ifdef __AVX512BF16__
+        const real *key = keys + t * chunks * LANES;
+#if defined __AVX512BF16__ && !defined FLOAT32
         if (chunks % 2 == 0) {
             __m512 pairs = _mm512_setzero_ps();
             for (int c = 0; c < chunks; c += 2)
@@ -70,8 +70,8 @@ static inline __attribute__((always_inline)) void dots(const bf16 *q, const bf16
 
 /* softmax(scale · q · kᵀ) · v of R query heads over the positions of both parts, one after the other: q[R, D], D = 16 · chunks,
  * scores[R, length of both]. Inlined with constants for R and chunks, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void attend(const bf16 *q, const Part *parts, const int R, const int chunks,
-                                                         float scale, float *scores, bf16 *out) {
+static inline __attribute__((always_inline)) void attend(const real *q, const Part *parts, const int R, const int chunks,
+                                                         float scale, float *scores, real *out) {
     floats sums[TOGETHER][MOST_CHUNKS];
     const int D = chunks * LANES;
     const long length = parts[0].length + parts[1].length;
@@ -80,7 +80,7 @@ static inline __attribute__((always_inline)) void attend(const bf16 *q, const Pa
         long t = 0;
         for (; t + TOGETHER <= part->length; t += TOGETHER) {
             /* the values come from memory while the keys are multiplied */
-            for (int i = 0; i < TOGETHER * D; i += 32) __builtin_prefetch(part->values + t * D + i);
+            for (int i = 0; i < TOGETHER * D; i += 64 / (int)sizeof(real)) __builtin_prefetch(part->values + t * D + i);
             for (int r = 0; r < R; r++)
                 dots(q + r * D, part->keys + t * D, chunks, score + r * length + t, TOGETHER);
         }
@@ -112,9 +112,9 @@ static inline __attribute__((always_inline)) void attend(const bf16 *q, const Pa
 }
 
 /* `attend` for any number of heads, a few together */
-static inline __attribute__((always_inline)) void attend_all(const bf16 *q, const Part *parts, long R,
+static inline __attribute__((always_inline)) void attend_all(const real *q, const Part *parts, long R,
                                                              const int chunks, float scale, float *scores,
-                                                             bf16 *out) {
+                                                             real *out) {
     const int D = chunks * LANES;
     for (; R > 0; R -= TOGETHER, q += TOGETHER * D, out += TOGETHER * D) {
         if (R == 1) attend(q, parts, 1, chunks, scale, scores, out);
@@ -127,7 +127,7 @@ static inline __attribute__((always_inline)) void attend_all(const bf16 *q, cons
 /* A row's keys and values of a layer and group: `place` is an address and the steps between layers, from keys to values, and
  * between groups. */
 static inline Part part_at(const int64_t *place, long layer, long group, long D, long begin, long length) {
-    const bf16 *keys = (const bf16 *)place[0] + layer * place[1] + group * place[3] + begin * D;
+    const real *keys = (const real *)place[0] + layer * place[1] + group * place[3] + begin * D;
     return (Part){keys, keys + place[2], length};
 }
 
@@ -140,8 +140,8 @@ static inline Part part_at(const int64_t *place, long layer, long group, long D,
  * out[N, G · R · D]
  * Returns 0, or 1 when there is no memory.
  */
-int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long turned, const int64_t *places,
-                  const int64_t *positions, long layer, long window, bf16 *out, long N, long G, long R, long D,
+int attend_cached(const real *mixed, const real *cosine, const real *sine, long turned, const int64_t *places,
+                  const int64_t *positions, long layer, long window, real *out, long N, long G, long R, long D,
                   float scale) {
     int failed = 0;
     long longest = 0;
@@ -149,7 +149,7 @@ int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long 
 #pragma omp parallel
     {
         float *scores = malloc(TOGETHER * (longest + 1) * sizeof(float));
-        bf16 *q = malloc(R * D * sizeof(bf16));
+        real *q = malloc(R * D * sizeof(real));
         if (!scores || !q) {
 #pragma omp atomic write
             failed = 1;
@@ -159,9 +159,9 @@ int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long 
         for (long item = 0; item < N * G; item++) {
             long n = item / G, at = positions[n];
             Part new = part_at(places + 9 * n + 5, layer, item % G, D, at - places[9 * n], 1);
-            const bf16 *key = mixed + (item * (R + 2) + R) * D;
-            rotate(key, cosine + at * turned, sine + at * turned, turned, D, (bf16 *)new.keys);
-            memcpy((bf16 *)new.values, key + D, D * sizeof(bf16));
+            const real *key = mixed + (item * (R + 2) + R) * D;
+            rotate(key, cosine + at * turned, sine + at * turned, turned, D, (real *)new.keys);
+            memcpy((real *)new.values, key + D, D * sizeof(real));
         }
 #pragma omp for schedule(dynamic, 4)
         for (long item = 0; item < N * G; item++) {
@@ -174,7 +174,7 @@ int attend_cached(const bf16 *mixed, const bf16 *cosine, const bf16 *sine, long 
             long from = begin < prompt ? begin : prompt, own = begin < prompt ? 0 : begin - prompt;
             const Part parts[2] = {part_at(place + 1, layer, g, D, from, prompt - from),
                                    part_at(place + 5, layer, g, D, own, at + 1 - prompt - own)};
-            bf16 *o = out + item * R * D;
+            real *o = out + item * R * D;
             if (D == 64) attend_all(q, parts, R, 4, scale, scores, o);
             else if (D == 128) attend_all(q, parts, R, 8, scale, scores, o);
             else attend_all(q, parts, R, D / LANES, scale, scores, o);

@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include <stdlib.h>
 
-#ifdef __AVX512BF16__ /* there are products */
+#if defined __AVX512BF16__ && !defined FLOAT32 /* there are products */
 /* What does not change from step to step; mirrored by engine/cpu_layer.py. Products have the weights that `pack` packed,
  * biases may be null. Names and shapes are those of the functions called below. */
 typedef struct {

@@ -1,4 +1,4 @@
-/* Numbers as the C kernels have them: stored as bf16, computed with as float32. */
+/* Numbers as the C kernels have them: stored as bf16, or as float32 with FLOAT32 defined; computed with as float32. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -13,14 +13,29 @@ typedef int32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 enum { LANES = 16 };
 
-static inline float wide(bf16 value) {
+#ifdef FLOAT32
+typedef float real;
+
+static inline float wide(real value) { return value; }
+
+static inline floats load(const real *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline void store(real *to, floats values) { memcpy(to, &values, sizeof values); }
+#else
+typedef bf16 real;
+
+static inline float wide(real value) {
     uint32_t bits = (uint32_t)value << 16;
     float result;
     memcpy(&result, &bits, sizeof result);
     return result;
 }
 
-static inline floats load(const bf16 *from) {
+static inline floats load(const real *from) {
 #ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
     return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
 #else
@@ -30,7 +45,7 @@ static inline floats load(const bf16 *from) {
 #endif
 }
 
-static inline void store(bf16 *to, floats values) { /* to the nearest, ties to even */
+static inline void store(real *to, floats values) { /* to the nearest, ties to even */
     words bits = (words)values;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #ifdef __AVX512F__
@@ -40,23 +55,24 @@ static inline void store(bf16 *to, floats values) { /* to the nearest, ties to e
     memcpy(to, &narrowed, sizeof narrowed);
 #endif
 }
+#endif
 
 /* the same of the first `count` numbers, the others being 0, where fewer are left than a vector has */
-static inline floats load_some(const bf16 *from, long count) {
+static inline floats load_some(const real *from, long count) {
     if (count >= LANES) return load(from);
-    bf16 padded[LANES] = {0};
-    memcpy(padded, from, count * sizeof(bf16));
+    real padded[LANES] = {0};
+    memcpy(padded, from, count * sizeof(real));
     return load(padded);
 }
 
-static inline void store_some(bf16 *to, floats values, long count) {
+static inline void store_some(real *to, floats values, long count) {
     if (count >= LANES) {
         store(to, values);
         return;
     }
-    bf16 padded[LANES];
+    real padded[LANES];
     store(padded, values);
-    memcpy(to, padded, count * sizeof(bf16));
+    memcpy(to, padded, count * sizeof(real));
 }
 
 static inline float sum_of(floats values) {

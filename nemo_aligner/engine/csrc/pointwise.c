@@ -5,10 +5,10 @@
 #include "kernels.h"
 
 /* hidden[N, H] += delta[N, H] (unless it is null); out = hidden / sqrt(mean(hidden²) + eps) · weight[H] */
-void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out, long rows, long width, float eps) {
+void add_rms_norm(real *hidden, const real *delta, const real *weight, real *out, long rows, long width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long row = 0; row < rows; row++) {
-        bf16 *h = hidden + row * width, *o = out + row * width;
+        real *h = hidden + row * width, *o = out + row * width;
         floats squares = {0};
         for (long i = 0; i < width; i += LANES) {
             floats x = load_some(h + i, width - i);
@@ -25,18 +25,18 @@ void add_rms_norm(bf16 *hidden, const bf16 *delta, const bf16 *weight, bf16 *out
 }
 
 /* out[N, F] = silu(inner[N, :F]) · inner[N, F:] */
-void silu_mul(const bf16 *inner, bf16 *out, long rows, long width) {
+void silu_mul(const real *inner, real *out, long rows, long width) {
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long row = 0; row < rows; row++) {
-        const bf16 *gate = inner + row * 2 * width, *value = gate + width;
-        bf16 *o = out + row * width;
+        const real *gate = inner + row * 2 * width, *value = gate + width;
+        real *o = out + row * width;
         for (long i = 0; i < width; i += LANES) {
             floats x = load_some(gate + i, width - i);
             for (int j = 0; j < LANES; j++) {
                 float e = exponential(-fabsf(x[j]));
                 x[j] *= (x[j] < 0 ? e : 1.0f) / (1.0f + e);
             }
-            bf16 gated[LANES];
+            real gated[LANES];
             store(gated, x);
             store_some(o + i, load(gated) * load_some(value + i, width - i), width - i);
         }

@@ -21,7 +21,7 @@ enum { PANEL = 32, TILE = 14, BLOCK = 256 }; /* outputs of a panel; rows multipl
 
 /* 1 where `product` is the fastest there is: with bf16 dot products, but without matrix units, which oneDNN uses. */
 int has_products(void) {
-#if defined __AVX512BF16__ && !defined __AMX_BF16__
+#if defined __AVX512BF16__ && !defined __AMX_BF16__ && !defined FLOAT32
     return 1;
 #else
     return 0;

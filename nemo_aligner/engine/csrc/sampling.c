@@ -1,4 +1,4 @@
-/* Drawing tokens from bf16 logits in one pass per row that stays in the cache; algorithms/sampling.py has the definition.
+/* Drawing tokens from logits in one pass per row that stays in the cache; algorithms/sampling.py has the definition.
  *
  * Probabilities are float32 and summed in blocks of 256 tokens; the sums of blocks are float64.
  */
@@ -14,7 +14,7 @@ typedef struct {
 } Excluded;
 
 /* exp((logits - largest) · factor) of the block that begins with token `first`, 0 for what is excluded; returns the sum */
-static float block_weights(const bf16 *logits, long first, long count, float largest, float factor, Excluded excluded,
+static float block_weights(const real *logits, long first, long count, float largest, float factor, Excluded excluded,
                            float *out) {
     float total = 0;
     int hit = 0;
@@ -40,7 +40,7 @@ static float block_weights(const bf16 *logits, long first, long count, float lar
 }
 
 /* largest logit of what is not excluded */
-static float largest_of(const bf16 *logits, long V, Excluded excluded) {
+static float largest_of(const real *logits, long V, Excluded excluded) {
     float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
     for (long i = 0; i < V; i++) largest = wide(logits[i]) > largest ? wide(logits[i]) : largest;
@@ -64,7 +64,7 @@ static float largest_of(const bf16 *logits, long V, Excluded excluded) {
  * drawn from.
  * Returns 0, or 1 when there is no memory.
  */
-int draw_tokens(const bf16 *logits, long stride, float factor, const double *uniform, const uint8_t *forbidden,
+int draw_tokens(const real *logits, long stride, float factor, const double *uniform, const uint8_t *forbidden,
                 const int64_t *ids, long n, int64_t *tokens, float *logprobs, float *drawn_from, long N, long V) {
     long blocks = (V + TOKENS - 1) / TOKENS;
     int failed = 0;
@@ -78,7 +78,7 @@ int draw_tokens(const bf16 *logits, long stride, float factor, const double *uni
 #pragma omp for schedule(static)
         for (long row = 0; row < N; row++) {
             if (!sums) continue;
-            const bf16 *l = logits + row * stride;
+            const real *l = logits + row * stride;
             Excluded excluded = {ids, forbidden && forbidden[row] ? n : 0};
             float largest = largest_of(l, V, excluded);
             double all = 0, allowed = 0; /* sums under the model, and under what is drawn from */

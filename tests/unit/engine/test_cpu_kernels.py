@@ -17,25 +17,41 @@ from nemo_aligner.engine.cpu_kernels import CpuKernels
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 
 
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    found = cpu_kernels.cpu_kernels(torch.bfloat16, torch.device("cpu"))
+def kernels(dtype: torch.dtype) -> CpuKernels:
+    return compiled_for(dtype)
+
+
+@pytest.fixture(scope="module")
+def bf16_kernels() -> CpuKernels:
+    return compiled_for(torch.bfloat16)
+
+
+def compiled_for(dtype: torch.dtype) -> CpuKernels:
+    found = cpu_kernels.cpu_kernels(dtype, torch.device("cpu"))
     assert found is not None, "a C compiler is needed for these tests"
     return found
 
 
-def bf16(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).bfloat16()
+def normal(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(dtype)
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Within one rounding to bf16."""
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=1e-3)
+    """Within one rounding to the dtype of `found`."""
+    rtol, atol = (2**-7, 1e-3) if found.dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, rows: int) -> None:
-    hidden, delta, weight = bf16(rows, 200), bf16(rows, 200, scale=0.5), bf16(200)
+def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, dtype: torch.dtype, rows: int) -> None:
+    hidden, delta, weight = normal(dtype, rows, 200), normal(dtype, rows, 200, scale=0.5), normal(dtype, 200)
     summed = hidden + delta
     found = kernels.add_rms_norm(hidden, delta, weight, 1e-5)
     assert torch.equal(hidden, summed)
@@ -44,10 +60,10 @@ def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, rows: in
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, rows: int) -> None:
-    inner = bf16(rows, 2 * 160, scale=8.0)
+def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, dtype: torch.dtype, rows: int) -> None:
+    inner = normal(dtype, rows, 2 * 160, scale=8.0)
     gate, value = inner.float().chunk(2, dim=-1)
-    assert_close(kernels.silu_mul(inner), F.silu(gate).bfloat16().float() * value)
+    assert_close(kernels.silu_mul(inner), F.silu(gate).to(dtype).float() * value)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 7])
@@ -55,21 +71,21 @@ def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, rows: 
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("turned_part", [0.0, 0.5, 1.0])
 def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
-    kernels: CpuKernels, heads: int, width: int, window: int, turned_part: float
+    kernels: CpuKernels, dtype: torch.dtype, heads: int, width: int, window: int, turned_part: float
 ) -> None:
     groups, layers, lengths = 2, 2, [3, 40, 70]
     cache = KVCache(3, grain=32, block_rows=2, shares_prompts=True)
-    prompts = [bf16(layers, 2, groups, length, width) for length in lengths]
+    prompts = [normal(dtype, layers, 2, groups, length, width) for length in lengths]
     for slot, prompt in enumerate(prompts):  # the last half of each is the row's own
         shared = lengths[slot] // 2
         cache.add(slot, CachedPrompt(prompt[..., :shared, :].contiguous(), None))
         cache.ensure(np.array([slot]), np.array([lengths[slot] + 1]))
         cache._home[slot].row(slot)[..., : lengths[slot] - shared, :] = prompt[..., shared:, :]
     order = cache.slots
-    mixed = bf16(len(order), groups, heads + 2, width)
+    mixed = normal(dtype, len(order), groups, heads + 2, width)
     positions = torch.tensor([lengths[slot] for slot in order])
     turned = int(width * turned_part)
-    rotary = Rotary(bf16(80, turned), bf16(80, turned)) if turned else None
+    rotary = Rotary(normal(dtype, 80, turned), normal(dtype, 80, turned)) if turned else None
     turn = rotary and rotary.at(positions)
     found = kernels.attend(mixed, rotary, cache.places(), positions, layer=1, window=window, scale=width**-0.5).view(
         len(order), groups, heads, width
@@ -84,9 +100,10 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
         )
         begin = max(0, lengths[slot] + 1 - window) if window else 0
         scores = query[row].float() @ keys[:, begin:].transpose(1, 2) * width**-0.5
-        torch.testing.assert_close(found[row].float(), scores.softmax(-1) @ values[:, begin:], rtol=2**-6, atol=3e-2)
+        rtol, atol = (2**-6, 3e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+        torch.testing.assert_close(found[row].float(), scores.softmax(-1) @ values[:, begin:], rtol=rtol, atol=atol)
         stored_key, stored_value = stored[row][:, :, added[row]]
-        torch.testing.assert_close(stored_key, key[row], rtol=2**-6, atol=1e-2)
+        torch.testing.assert_close(stored_key, key[row], rtol=rtol, atol=atol / 3)
         assert torch.equal(stored_value, value[row])
 
 
@@ -96,18 +113,18 @@ def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
     monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert cpu_kernels._compiled.__wrapped__() is None
+        assert cpu_kernels._compiled.__wrapped__(torch.bfloat16) is None
     assert [record.message for record in caplog.records if "cannot compile" in record.message]
 
 
 @pytest.mark.parametrize("outputs", [32, 100, 7])
-def test_packed_weights_give_their_rows_and_come_back(kernels: CpuKernels, outputs: int) -> None:
-    weight, ids = bf16(outputs, 48), torch.tensor([outputs - 1, 0, outputs // 2])
+def test_packed_weights_give_their_rows_and_come_back(bf16_kernels: CpuKernels, outputs: int) -> None:
+    weight, ids = normal(torch.bfloat16, outputs, 48), torch.tensor([outputs - 1, 0, outputs // 2])
     packed = weight.clone()
-    kernels.pack(packed)
-    assert torch.equal(kernels.rows_of(packed, ids), weight[ids])
+    bf16_kernels.pack(packed)
+    assert torch.equal(bf16_kernels.rows_of(packed, ids), weight[ids])
     assert not torch.equal(packed, weight)
-    kernels.pack(packed, back=True)
+    bf16_kernels.pack(packed, back=True)
     assert torch.equal(packed, weight)
 
 
@@ -115,28 +132,32 @@ def test_packed_weights_give_their_rows_and_come_back(kernels: CpuKernels, outpu
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (100, 66), (7, 64), (32, 1024)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product_is_that_of_float64_rounded_and_of_every_row_by_itself(
-    kernels: CpuKernels, rows: int, outputs: int, inputs: int, with_bias: bool
+    bf16_kernels: CpuKernels, rows: int, outputs: int, inputs: int, with_bias: bool
 ) -> None:
-    if not kernels.has_products:
+    if not bf16_kernels.has_products:
         pytest.skip("this processor has no bf16 dot products, or has units for matrices")
-    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs) if with_bias else None
+    x, weight, bias = (
+        normal(torch.bfloat16, rows, inputs),
+        normal(torch.bfloat16, outputs, inputs),
+        normal(torch.bfloat16, outputs) if with_bias else None,
+    )
     packed = weight.clone()
-    kernels.pack(packed)
-    found = kernels.product(x, packed, bias)
+    bf16_kernels.pack(packed)
+    found = bf16_kernels.product(x, packed, bias)
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4 * inputs**0.5)
     for row in range(0, rows, 7):
-        assert torch.equal(kernels.product(x[row : row + 1], packed, bias)[0], found[row])
+        assert torch.equal(bf16_kernels.product(x[row : row + 1], packed, bias)[0], found[row])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("vocabulary", [5, 256, 1000])
 @pytest.mark.parametrize("forbid", [False, True])
 def test_draw_inverts_the_cumulative_distribution(
-    kernels: CpuKernels, temperature: float, vocabulary: int, forbid: bool
+    kernels: CpuKernels, dtype: torch.dtype, temperature: float, vocabulary: int, forbid: bool
 ) -> None:
     rows = 200
-    logits = bf16(rows, vocabulary + 3, scale=3.0)[:, :vocabulary]
+    logits = normal(dtype, rows, vocabulary + 3, scale=3.0)[:, :vocabulary]
     ids = torch.tensor([vocabulary // 2, 1])
     logits[:50, 1] = 100.0  # what cannot be drawn may have almost all of the probability
     uniform = torch.linspace(0, 1, rows + 2, dtype=torch.float64)[1:-1]

@@ -73,9 +73,11 @@ def generate(
     return sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])  # the C kernels attend with multiples of 16
 @pytest.mark.parametrize("name", SHAPES)
-def test_greedy_with_cache_equals_argmax_of_the_plain_forward(name: str) -> None:
-    model, arch = build(SHAPES[name]), SHAPES[name]
+def test_greedy_with_cache_equals_argmax_of_the_plain_forward(name: str, head_dim: int) -> None:
+    arch = replace(SHAPES[name], kv_channels=head_dim)
+    model = build(arch)
     for prompt, response in zip(
         PROMPTS, generate(model, arch, SamplingParams(greedy=True, max_tokens=12), 2), strict=True
     ):
@@ -85,9 +87,11 @@ def test_greedy_with_cache_equals_argmax_of_the_plain_forward(name: str) -> None
         assert response.tokens == tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logprobs_of_drawn_tokens_equal_a_full_forward(name: str) -> None:
-    model, arch = build(SHAPES[name]), SHAPES[name]
+def test_logprobs_of_drawn_tokens_equal_a_full_forward(name: str, head_dim: int) -> None:
+    arch = replace(SHAPES[name], kv_channels=head_dim)
+    model = build(arch)
     for response in generate(model, arch, SamplingParams(max_tokens=9, temperature=1.3), 7, n=3):
         prompt = list(PROMPTS[response.prompt_index])
         logits = full_logits(model, prompt + response.tokens)[len(prompt) - 1 : -1]
