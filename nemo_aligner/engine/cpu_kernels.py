@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 _FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
+    *("-O3", "-fopenmp", "-fPIC", "-shared"),
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
@@ -152,9 +152,9 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> CpuKernels | None:
-    """Compile, or find what was compiled before."""
-    compiler, flags = _compiler(), (*_FLAGS, *_DEFINES[dtype])
+def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | None:
+    """Compile for a `processor`, as -march names it, or find what was compiled before."""
+    compiler, flags = _compiler(), (*_FLAGS, f"-march={processor}", *_DEFINES[dtype])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
     identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *flags, _processor()])
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"

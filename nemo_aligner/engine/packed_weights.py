@@ -79,11 +79,15 @@ class OneDnn:
 
 def layout_for(weight: Tensor, kernels: CpuKernels | None) -> Layout | None:
     """The fastest one for `weight`; None where it is best left as it is."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+    if weight.device.type != "cpu" or not weight.is_contiguous():
         return None
-    if kernels is not None and kernels.has_products and weight.size(1) % 2 == 0:
+    if kernels is not None and kernels.has_products and weight.size(1) * weight.element_size() % 4 == 0:
         return Panels(kernels)
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (
+        weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return OneDnn()
     return None
 

@@ -12,7 +12,19 @@ typedef float quarter __attribute__((vector_size(16)));
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
-enum { MOST_CHUNKS = 16, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
+/* lanes of two vectors, quarter by quarter (of four lanes) */
+#define EVEN_PAIRS(at) at, at + LANES, at + 1, at + 1 + LANES
+#define ODD_PAIRS(at) at + 2, at + 2 + LANES, at + 3, at + 3 + LANES
+#define LOW_HALVES(at) at, at + 1, at + LANES, at + 1 + LANES
+#define HIGH_HALVES(at) at + 2, at + 3, at + 2 + LANES, at + 3 + LANES
+#if LANES == 16
+#define EACH(quarter) quarter(0), quarter(4), quarter(8), quarter(12)
+#elif LANES == 8
+#define EACH(quarter) quarter(0), quarter(4)
+#else
+#define EACH(quarter) quarter(0)
+#endif
+enum { MOST_CHUNKS = 256 / LANES, TOGETHER = 4 }; /* D is at most 256; heads, and positions, looked at together */
 
 /* The first `turned` of D dimensions of a head by rotary position embedding, halves form; cos and signed sin of a position */
 static inline void rotate(const real *head, const real *cosine, const real *sine, long turned, long D, real *out) {
@@ -32,7 +44,7 @@ typedef struct {
     long length;
 } Part;
 
-/* to[count] = q · key of keys that lie one after the other; D = 16 · chunks, count is 4 or less */
+/* to[count] = q · key of keys that lie one after the other; D = LANES · chunks, count is 4 or less */
 static inline __attribute__((always_inline)) void dots(const real *q, const real *keys, const int chunks, float *to,
                                                        const int count) {
     floats sum[TOGETHER];
@@ -56,20 +68,17 @@ static inline __attribute__((always_inline)) void dots(const real *q, const real
         return;
     }
     /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters */
-    floats ab = SHUFFLE(sum[0], sum[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                SHUFFLE(sum[0], sum[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    floats cd = SHUFFLE(sum[2], sum[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                SHUFFLE(sum[2], sum[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    floats all = SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                 SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    quarter quarters[4];
+    floats ab = SHUFFLE(sum[0], sum[1], EACH(EVEN_PAIRS)) + SHUFFLE(sum[0], sum[1], EACH(ODD_PAIRS));
+    floats cd = SHUFFLE(sum[2], sum[3], EACH(EVEN_PAIRS)) + SHUFFLE(sum[2], sum[3], EACH(ODD_PAIRS));
+    floats all = SHUFFLE(ab, cd, EACH(LOW_HALVES)) + SHUFFLE(ab, cd, EACH(HIGH_HALVES));
+    quarter quarters[LANES / 4];
     memcpy(quarters, &all, sizeof all);
-    quarters[0] += quarters[1] + (quarters[2] + quarters[3]);
+    for (int i = 1; i < LANES / 4; i++) quarters[0] += quarters[i];
     memcpy(to, quarters, sizeof *quarters);
 }
 
-/* softmax(scale · q · kᵀ) · v of R query heads over the positions of both parts, one after the other: q[R, D], D = 16 · chunks,
- * scores[R, length of both]. Inlined with constants for R and chunks, so that the sums stay in registers. */
+/* softmax(scale · q · kᵀ) · v of R query heads over the positions of both parts, one after the other: q[R, D],
+ * D = LANES · chunks, scores[R, length of both]. Inlined with constants for R and chunks, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void attend(const real *q, const Part *parts, const int R, const int chunks,
                                                          float scale, float *scores, real *out) {
     floats sums[TOGETHER][MOST_CHUNKS];
@@ -175,8 +184,8 @@ int attend_cached(const real *mixed, const real *cosine, const real *sine, long 
             const Part parts[2] = {part_at(place + 1, layer, g, D, from, prompt - from),
                                    part_at(place + 5, layer, g, D, own, at + 1 - prompt - own)};
             real *o = out + item * R * D;
-            if (D == 64) attend_all(q, parts, R, 4, scale, scores, o);
-            else if (D == 128) attend_all(q, parts, R, 8, scale, scores, o);
+            if (D == 64) attend_all(q, parts, R, 64 / LANES, scale, scores, o);
+            else if (D == 128) attend_all(q, parts, R, 128 / LANES, scale, scores, o);
             else attend_all(q, parts, R, D / LANES, scale, scores, o);
         }
         free(scores);

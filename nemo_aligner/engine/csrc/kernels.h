@@ -2,7 +2,14 @@
 #pragma once
 #include "numbers.h"
 
-int product(const bf16 *x, const bf16 *panels, const bf16 *bias, bf16 *out, long M, long N, long K);
+/* 1 where `product` is the fastest there is: on x86, but in bf16 not where there are units for matrices, which oneDNN uses */
+#if defined __AVX2__ && defined __FMA__ && (defined FLOAT32 || !defined __AMX_BF16__)
+#define HAS_PRODUCTS 1
+#else
+#define HAS_PRODUCTS 0
+#endif
+
+int product(const real *x, const real *weight, const real *bias, real *out, long M, long N, long K);
 void add_rms_norm(real *hidden, const real *delta, const real *weight, real *out, long rows, long width, float eps);
 void silu_mul(const real *inner, real *out, long rows, long width);
 int attend_cached(const real *mixed, const real *cosine, const real *sine, long turned, const int64_t *places,

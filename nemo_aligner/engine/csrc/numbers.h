@@ -8,10 +8,17 @@
 #endif
 
 typedef uint16_t bf16;
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-enum { LANES = 16 };
+/* numbers in a vector of the processor: wider ones are slow */
+#if defined __AVX512F__
+#define LANES 16
+#elif defined __AVX2__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #ifdef FLOAT32
 typedef float real;
@@ -46,11 +53,11 @@ static inline floats load(const real *from) {
 }
 
 static inline void store(real *to, floats values) { /* to the nearest, ties to even */
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)values));
+#else
     words bits = (words)values;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)bits));
-#else
     halves narrowed = __builtin_convertvector(bits, halves);
     memcpy(to, &narrowed, sizeof narrowed);
 #endif

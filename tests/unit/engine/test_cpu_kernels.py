@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +19,34 @@ from nemo_aligner.engine.cpu_kernels import CpuKernels
 from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    found: torch.dtype = request.param
+def kinds() -> list[tuple[torch.dtype, str]]:
+    """What to compile for: this processor, and lesser ones of its kind, which it can stand in for."""
+    processors, flags = ["native"], set()
+    if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        lesser = {
+            "x86-64": set(),
+            "x86-64-v3": {"avx2", "fma", "bmi2"},
+            "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"},
+        }
+        processors += [name for name, needed in lesser.items() if needed <= flags]
+    return list(itertools.product((torch.bfloat16, torch.float32), processors))
+
+
+@pytest.fixture(scope="module", params=kinds(), ids=str)
+def kind(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
+    found: tuple[torch.dtype, str] = request.param
     return found
 
 
 @pytest.fixture(scope="module")
-def kernels(dtype: torch.dtype) -> CpuKernels:
-    return compiled_for(dtype)
+def dtype(kind: tuple[torch.dtype, str]) -> torch.dtype:
+    return kind[0]
 
 
 @pytest.fixture(scope="module")
-def bf16_kernels() -> CpuKernels:
-    return compiled_for(torch.bfloat16)
-
-
-def compiled_for(dtype: torch.dtype) -> CpuKernels:
-    found = cpu_kernels.cpu_kernels(dtype, torch.device("cpu"))
+def kernels(kind: tuple[torch.dtype, str]) -> CpuKernels:
+    found = cpu_kernels._compiled(*kind)
     assert found is not None, "a C compiler is needed for these tests"
     return found
 
@@ -118,13 +130,13 @@ def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
 
 
 @pytest.mark.parametrize("outputs", [32, 100, 7])
-def test_packed_weights_give_their_rows_and_come_back(bf16_kernels: CpuKernels, outputs: int) -> None:
-    weight, ids = normal(torch.bfloat16, outputs, 48), torch.tensor([outputs - 1, 0, outputs // 2])
+def test_packed_weights_give_their_rows_and_come_back(kernels: CpuKernels, dtype: torch.dtype, outputs: int) -> None:
+    weight, ids = normal(dtype, outputs, 48), torch.tensor([outputs - 1, 0, outputs // 2])
     packed = weight.clone()
-    bf16_kernels.pack(packed)
-    assert torch.equal(bf16_kernels.rows_of(packed, ids), weight[ids])
+    kernels.pack(packed)
+    assert torch.equal(kernels.rows_of(packed, ids), weight[ids])
     assert not torch.equal(packed, weight)
-    bf16_kernels.pack(packed, back=True)
+    kernels.pack(packed, back=True)
     assert torch.equal(packed, weight)
 
 
@@ -132,22 +144,23 @@ def test_packed_weights_give_their_rows_and_come_back(bf16_kernels: CpuKernels, 
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (100, 66), (7, 64), (32, 1024)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product_is_that_of_float64_rounded_and_of_every_row_by_itself(
-    bf16_kernels: CpuKernels, rows: int, outputs: int, inputs: int, with_bias: bool
+    kernels: CpuKernels, dtype: torch.dtype, rows: int, outputs: int, inputs: int, with_bias: bool
 ) -> None:
-    if not bf16_kernels.has_products:
-        pytest.skip("this processor has no bf16 dot products, or has units for matrices")
+    if not kernels.has_products:
+        pytest.skip("torch has faster ones there")
     x, weight, bias = (
-        normal(torch.bfloat16, rows, inputs),
-        normal(torch.bfloat16, outputs, inputs),
-        normal(torch.bfloat16, outputs) if with_bias else None,
+        normal(dtype, rows, inputs),
+        normal(dtype, outputs, inputs),
+        normal(dtype, outputs) if with_bias else None,
     )
     packed = weight.clone()
-    bf16_kernels.pack(packed)
-    found = bf16_kernels.product(x, packed, bias)
+    kernels.pack(packed)
+    found = kernels.product(x, packed, bias)
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4 * inputs**0.5)
+    rtol, atol = (2**-8, 1e-4) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=atol * inputs**0.5)
     for row in range(0, rows, 7):
-        assert torch.equal(bf16_kernels.product(x[row : row + 1], packed, bias)[0], found[row])
+        assert torch.equal(kernels.product(x[row : row + 1], packed, bias)[0], found[row])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
