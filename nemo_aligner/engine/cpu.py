@@ -17,6 +17,11 @@ _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "ran
 _enabled = False
 
 
+def multiplies_bf16() -> bool:
+    """Whether torch has fast bf16 products on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def enable_cpu() -> None:
     """Point Megatron's CUDA calls at the CPU; idempotent, and nothing at all where CUDA is available."""
     global _enabled

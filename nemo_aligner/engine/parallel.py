@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.cpu import enable_cpu
+from nemo_aligner.engine.cpu import enable_cpu, multiplies_bf16
 from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,13 @@ def start_cluster(
         torch.cuda.set_device(device)
     else:
         enable_cpu()
-        if trainer.accelerator == "auto" and int(os.environ.get("RANK", "0")) == 0:
-            log.info("no GPU found: running on the CPU")
+        if int(os.environ.get("RANK", "0")) == 0:
+            if trainer.accelerator == "auto":
+                log.info("no GPU found: running on the CPU")
+            if str(trainer.precision).startswith("bf16") and not multiplies_bf16():
+                log.info(
+                    "torch has no fast bf16 products for this CPU: trainer.precision=32 takes more memory and a fraction of the time"
+                )
         local_ranks = min(trainer.devices, int(os.environ.get("WORLD_SIZE", "1")))
         if local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
