@@ -1,7 +1,7 @@
 """Weights in the layout that the CPU's products read, while generation runs.
 
-torch brings a weight into blocks before every product. With the few rows of a decode step that takes up to two thirds of
-the product's time, so it is done once here.
+torch brings a weight into blocks before every product. With the few rows of a decode step that takes up to two thirds
+of the product's time, so it is done once here.
 """
 
 from __future__ import annotations

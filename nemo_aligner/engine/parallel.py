@@ -135,9 +135,7 @@ def start_cluster(
             if trainer.accelerator == "auto":
                 log.info("no GPU found: running on the CPU")
             if str(trainer.precision).startswith("bf16") and not multiplies_bf16():
-                log.info(
-                    "torch has no fast bf16 products for this CPU: trainer.precision=32 takes more memory and a fraction of the time"
-                )
+                log.info("torch has no fast bf16 products for this CPU: trainer.precision=32 is several times as fast")
         local_ranks = min(trainer.devices, int(os.environ.get("WORLD_SIZE", "1")))
         if local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
