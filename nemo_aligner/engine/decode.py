@@ -55,7 +55,7 @@ class Layer:
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         )
         self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
-        self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp)
+        self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
         self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
 
