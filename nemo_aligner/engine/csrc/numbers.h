@@ -7,7 +7,6 @@
 #include <immintrin.h>
 #endif
 
-typedef uint16_t bf16;
 /* numbers in a vector of the processor: wider ones are slow */
 #if defined __AVX512F__
 #define LANES 16
@@ -33,7 +32,7 @@ static inline floats load(const real *from) {
 
 static inline void store(real *to, floats values) { memcpy(to, &values, sizeof values); }
 #else
-typedef bf16 real;
+typedef uint16_t real; /* the upper half of a float32 */
 
 static inline float wide(real value) {
     uint32_t bits = (uint32_t)value << 16;
