@@ -86,6 +86,13 @@ void rows_of(const word *panels, const int64_t *ids, word *out, long M, long N, 
 #define TILE 4
 #endif
 
+/* a loop over rows, whose sums are in registers only if no loop is left */
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 14")
+#endif
+
 /* sums + the products of the inputs in `x` with those of LANES outputs in `weights` */
 static inline floats multiply_add(floats sums, word x, words weights) {
 #ifdef FLOAT32
@@ -120,14 +127,14 @@ static inline __attribute__((always_inline)) void tile(const word *x, long strid
     enum { LINE = 64, TOGETHER = 8 }; /* bytes of a cache line; words between two looks ahead */
     floats sums[TILE][2];
     const long right = columns - LANES;
-#pragma GCC unroll 14
+    UNROLLED
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = (floats){0};
     const long steps = (W + TOGETHER - 1) / TOGETHER, lines = ((end - ahead) / LINE + steps - 1) / steps;
     for (long begin = 0; begin < W; begin += TOGETHER) {
         for (long i = 0; i < lines && ahead < end; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         for (long w = begin; w < W && w < begin + TOGETHER; w++, panel += columns) {
             words weights[2] = {words_at(panel, columns), words_at(panel + LANES, right)};
-#pragma GCC unroll 14
+            UNROLLED
             for (int r = 0; r < R; r++) {
                 word inputs = x[r * stride + w];
                 sums[r][0] = multiply_add(sums[r][0], inputs, weights[0]);
@@ -140,7 +147,7 @@ static inline __attribute__((always_inline)) void tile(const word *x, long strid
         added[0] = load_some(bias, columns);
         if (right > 0) added[1] = load_some(bias + LANES, right);
     }
-#pragma GCC unroll 14
+    UNROLLED
     for (int r = 0; r < R; r++) {
         store_some(out + r * N, sums[r][0] + added[0], columns);
         if (right > 0) store_some(out + r * N + LANES, sums[r][1] + added[1], right);
