@@ -35,6 +35,11 @@ _FLAGS = (
 _DEFINES = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Where its numbers are, as C takes it; None is C's null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 class CpuKernels:
     """The functions of the C files. The caller sees to it that tensors are contiguous and of the dtype compiled for."""
 
@@ -67,8 +72,7 @@ class CpuKernels:
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """`hidden` `[N, H]` += `delta`, in place; returns its root-mean-square norm times `weight` `[H]`."""
         out = torch.empty_like(hidden)
-        added = None if delta is None else delta.data_ptr()
-        self._add_rms_norm(hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr(), *hidden.shape, eps)
+        self._add_rms_norm(hidden.data_ptr(), address(delta), weight.data_ptr(), out.data_ptr(), *hidden.shape, eps)
         return out
 
     def silu_mul(self, inner: Tensor) -> Tensor:
@@ -140,14 +144,13 @@ class CpuKernels:
         Summed in float32; a row's result does not depend on the other rows. Raises MemoryError.
         """
         out = rows.new_empty(len(rows), len(packed))
-        added = None if bias is None else bias.data_ptr()
-        if self._product(rows.data_ptr(), packed.data_ptr(), added, out.data_ptr(), len(rows), *packed.shape):
+        if self._product(rows.data_ptr(), packed.data_ptr(), address(bias), out.data_ptr(), len(rows), *packed.shape):
             raise MemoryError("matrix product")
         return out
 
 
 def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
-    """The kernels for tensors of `dtype`, bf16 or float32, on a CPU; those of products are for bf16 alone."""
+    """The kernels for tensors of `dtype`, bf16 or float32, on a CPU; None elsewhere and without a C compiler."""
     return _compiled(dtype) if device.type == "cpu" and dtype in _DEFINES else None
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_aligner.engine.cpu_kernels import CpuKernels
+from nemo_aligner.engine.cpu_kernels import CpuKernels, address
 
 
 class LayerWeights(NamedTuple):
@@ -55,7 +55,7 @@ class CpuLayer:
         """Layer number `index`, with `biases` of qkv and fc1; `rotary` and `window` are those of CpuKernels.attend."""
         self._attention, self._feed_forward = kernels.attention_half, kernels.feed_forward_half
         self._tensors = (*weights, *biases, *(rotary or (None, None)))  # held: the layer has their addresses
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
+        addresses = [address(tensor) for tensor in self._tensors]
         (hidden, context), inner = weights.projection.shape, weights.fc2.size(1)
         turned = 0 if rotary is None else rotary[0].size(1)
         sizes = index, hidden, groups, context // (groups * head_dim), head_dim, inner, turned, window
@@ -67,9 +67,8 @@ class CpuLayer:
         `places` and `positions` are those of CpuKernels.attend. Raises MemoryError.
         """
         out = torch.empty_like(hidden)
-        added = None if delta is None else delta.data_ptr()
         where = places.data_ptr(), positions.data_ptr()
-        if self._attention(self._layer, hidden.data_ptr(), added, *where, out.data_ptr(), len(hidden)):
+        if self._attention(self._layer, hidden.data_ptr(), address(delta), *where, out.data_ptr(), len(hidden)):
             raise MemoryError("attention of a layer")
         return out
 
@@ -79,7 +78,6 @@ class CpuLayer:
         Raises MemoryError.
         """
         out = torch.empty_like(hidden)
-        added = None if delta is None else delta.data_ptr()
-        if self._feed_forward(self._layer, hidden.data_ptr(), added, out.data_ptr(), len(hidden)):
+        if self._feed_forward(self._layer, hidden.data_ptr(), address(delta), out.data_ptr(), len(hidden)):
             raise MemoryError("feed-forward part of a layer")
         return out
