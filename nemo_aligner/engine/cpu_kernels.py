@@ -163,6 +163,10 @@ def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | Non
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
+            from nemo_aligner.engine.sharded import (
+                fsync,
+            )  # loads Megatron's checkpoints, which only compiling may wait for
+
             cache.mkdir(parents=True, exist_ok=True)
             # a private name first: several processes may compile at once
             with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -176,6 +180,7 @@ def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | Non
                     "-lm",
                 ]
                 subprocess.run(command, check=True, capture_output=True, text=True)
+                fsync(made)  # half a library, which a power cut could leave, would crash every later run
                 made.replace(library)
         return CpuKernels(ctypes.CDLL(str(library)))
     except subprocess.CalledProcessError as fault:
