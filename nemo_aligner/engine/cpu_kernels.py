@@ -163,9 +163,8 @@ def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | Non
     library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
-            from nemo_aligner.engine.sharded import (
-                fsync,
-            )  # loads Megatron's checkpoints, which only compiling may wait for
+            # here, as it brings Megatron's checkpoints with it
+            from nemo_aligner.engine.sharded import fsync
 
             cache.mkdir(parents=True, exist_ok=True)
             # a private name first: several processes may compile at once
