@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_aligner.data.jsonl import Row, dump_row, write_atomically
+from nemo_aligner.data.jsonl import Row, dump_row
 from nemo_aligner.errors import OutputError
+from nemo_aligner.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.errors import DataError, OutputError
+from nemo_aligner.errors import DataError
+from nemo_aligner.files import write_atomically
 
 Row = dict[str, Any]
 
@@ -129,24 +129,6 @@ def dump_row(row: Mapping[str, Any]) -> str:
     except ValueError:
         finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
         return json.dumps(finite, ensure_ascii=False)
-
-
-def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
-    """Write text so that the file appears whole or not at all. Raises OutputError."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as fault:
-        raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
-    finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written has nothing to remove either
-            partial.unlink()
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.data.jsonl import write_atomically
+from nemo_aligner.files import write_atomically
 
 _PACKAGES = ("nemo-aligner", "torch", "megatron-core", "tokenizers", "datasets")
 

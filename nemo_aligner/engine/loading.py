@@ -11,11 +11,11 @@ from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine import nemo_archive
-from nemo_aligner.engine.launch import launch_local_ranks
-from nemo_aligner.engine.model import RunOptions, build_model, parse_precision
-from nemo_aligner.engine.parallel import MegatronCluster, fit_parallel_sizes, start_cluster
-from nemo_aligner.engine.tokenizer import ArchiveTokenizer, load_tokenizer
+from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
+from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
+from nemo_aligner.engine.processes.cluster import MegatronCluster, fit_parallel_sizes, start_cluster
+from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.decode import CachedForward
-from nemo_aligner.engine.forward import forward_outputs
-from nemo_aligner.engine.generation import Generator
+from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.scheduler import Generator
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Response
-from nemo_aligner.engine.kept_weights import KeptWeights
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
-from nemo_aligner.engine.parallel import MegatronCluster
-from nemo_aligner.engine.trainable import MegatronTrainable
+from nemo_aligner.engine.model.forward import forward_outputs
+from nemo_aligner.engine.model.kept_weights import KeptWeights
+from nemo_aligner.engine.processes.cluster import MegatronCluster
+from nemo_aligner.engine.training.trainable import MegatronTrainable
 
 
 class MegatronPolicy(MegatronTrainable):

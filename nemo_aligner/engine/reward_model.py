@@ -7,11 +7,11 @@ from pathlib import Path
 
 from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.forward import forward_outputs
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.engine.loading import LoadedModel, load_for_inference, load_for_training
-from nemo_aligner.engine.parallel import MegatronCluster
-from nemo_aligner.engine.trainable import MegatronTrainable
+from nemo_aligner.engine.model.forward import forward_outputs
+from nemo_aligner.engine.processes.cluster import MegatronCluster
+from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
+from nemo_aligner.engine.checkpoints.training_state import latest, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
-from nemo_aligner.engine.train_checkpoint import latest, read_state
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)

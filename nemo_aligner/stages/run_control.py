@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from nemo_aligner.engine.interfaces import Cluster
-from nemo_aligner.engine.launch import signal_siblings
+from nemo_aligner.engine.processes.launch import signal_siblings
 from nemo_aligner.errors import ConfigError
 
 _FORM = re.compile(r"^(?:(\d+):)?(\d+):(\d+):(\d+)$")

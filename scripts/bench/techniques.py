@@ -22,18 +22,24 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.decode import CachedForward
+from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.interfaces import GenerationRequest
-from nemo_aligner.engine.kv_cache import CachedPrompt, KVCache
-from nemo_aligner.engine.packed_weights import layout_for
+from nemo_aligner.engine.kernels.packed_weights import layout_for
 
 OFF = {
-    "packed weights": ("nemo_aligner.engine.packed_weights.layout_for", lambda *_: None),
-    "our own layout": ("nemo_aligner.engine.packed_weights.layout_for", lambda weight, _: layout_for(weight, None)),
-    "shared prompts": ("nemo_aligner.engine.decode.KVCache", lambda *sizes, **_: KVCache(*sizes, shares_prompts=False)),
-    "layers in two calls": ("nemo_aligner.engine.decode.CachedForward._whole_layer", lambda *_: None),
-    "C kernels": ("nemo_aligner.engine.decode.cpu_kernels", lambda *_: None),
-    "drawing in C": ("nemo_aligner.engine.cpu_kernels.CpuKernels.draw", lambda _, *args: drawn_by_torch(*args)),
+    "packed weights": ("nemo_aligner.engine.kernels.packed_weights.layout_for", lambda *_: None),
+    "our own layout": (
+        "nemo_aligner.engine.kernels.packed_weights.layout_for",
+        lambda weight, _: layout_for(weight, None),
+    ),
+    "shared prompts": (
+        "nemo_aligner.engine.generation.decode.KVCache",
+        lambda *sizes, **_: KVCache(*sizes, shares_prompts=False),
+    ),
+    "layers in two calls": ("nemo_aligner.engine.generation.decode.CachedForward._whole_layer", lambda *_: None),
+    "C kernels": ("nemo_aligner.engine.generation.decode.cpu_kernels", lambda *_: None),
+    "drawing in C": ("nemo_aligner.engine.kernels.library.CpuKernels.draw", lambda _, *args: drawn_by_torch(*args)),
 }
 
 

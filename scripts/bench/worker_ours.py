@@ -15,9 +15,9 @@ import workload
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.decode import CachedForward
+from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.kv_cache import KVCache
 from nemo_aligner.engine.interfaces import GenerationRequest
-from nemo_aligner.engine.kv_cache import KVCache
 
 
 class Watch:

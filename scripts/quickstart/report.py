@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.entry import one_line_errors
-from nemo_aligner.data.jsonl import load_rows, write_atomically
+from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.errors import DataError
+from nemo_aligner.files import write_atomically
 
 STAGES = ("sample", "label", "train")
 PHASES = ("generate", "init_logprobs", "critic_wait", "train_time")

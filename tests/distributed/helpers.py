@@ -20,7 +20,7 @@ def _rank(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    from nemo_aligner.engine.parallel import start_cluster
+    from nemo_aligner.engine.processes.cluster import start_cluster
 
     trainer = TrainerConfig(devices=world, accelerator="cpu")
     with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], seed=7) as cluster:

@@ -17,7 +17,7 @@ from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfi
 from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import GenerationRequest
 from tests.distributed.helpers import run_ranks
-from tests.unit.engine.test_generation import ARCH
+from tests.tiny import ARCH
 
 ROWS = [[5, 9, 77, 30, 2], [8, 8], [100, 3, 40, 41, 42, 43, 44], [1, 2, 3]]
 EXAMPLES = [Example((row,), ([0] + [1] * (len(row) - 1),)) for row in ROWS]
@@ -28,19 +28,17 @@ def write_archives(cluster: Any, folder: Path) -> None:
     """A policy and a reward model, by whatever ranks there are."""
     import torch
 
-    from nemo_aligner.engine import nemo_archive
-    from nemo_aligner.engine.model import RunOptions, build_model
-    from nemo_aligner.engine.tokenizer import FastTokenizer
-    from scripts.import_hf import byte_tokenizer
-    from tests.unit.engine.test_nemo_archive import SETTINGS
+    from nemo_aligner.engine.checkpoints import nemo_archive
+    from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
+    from nemo_aligner.engine.model.build import RunOptions, build_model
 
     bf16 = {"init_method_std": 0.1, "kv_channels": 16}  # far from saturation, and heads that the C kernels take
     for name, kind, more in (("policy", None, {}), ("reward", "binary_ranking", {}), ("bf16 policy", None, bf16)):
-        arch = replace(ARCH, vocab_size=259, tokenizer=SETTINGS, reward_model_type=kind, **more)
+        arch = replace(ARCH, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind, **more)
         torch.manual_seed(3)
         model = build_model(arch, RunOptions(tp=cluster.tp, pp=cluster.pp))
         nemo_archive.save_archive(
-            folder / f"{name}.nemo", model, arch, FastTokenizer(byte_tokenizer(), SETTINGS), cluster
+            folder / f"{name}.nemo", model, arch, FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER), cluster
         )
 
 
@@ -49,8 +47,8 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     from nemo_aligner.engine.policy import load_policy, load_policy_for_training
     from nemo_aligner.engine.reward_model import load_reward_model
     from nemo_aligner.stages.batches import microbatches
-    from nemo_aligner.stages.reinforce import reinforce_objective
-    from nemo_aligner.stages.supervised import sft_objective
+    from nemo_aligner.stages.reinforce.loop import reinforce_objective
+    from nemo_aligner.stages.supervised.loop import sft_objective
 
     policy = load_policy(folder / "policy.nemo", cluster, precision="32")
     found: dict[str, Any] = {"logprobs": [row.tolist() for row in policy.logprobs(ROWS, 2)]}
@@ -110,7 +108,7 @@ def resume(cluster: Any, folder: Path, checkpoint: str, name: str) -> None:
     """Go on from a checkpoint, on whatever cut this is."""
     from nemo_aligner.engine.policy import load_policy_for_training
     from nemo_aligner.stages.batches import microbatches
-    from nemo_aligner.stages.supervised import sft_objective
+    from nemo_aligner.stages.supervised.loop import sft_objective
 
     overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"))
     model = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)

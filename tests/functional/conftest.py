@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +27,15 @@ def run(*command: str, cwd: Path = ROOT, check: bool = True, **extra: str) -> su
     done = subprocess.run(command, cwd=cwd, env={**ENV, **extra}, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def free_port() -> int:
+    """One that no connection is given meanwhile: below the range that systems hand out by themselves."""
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("no free port")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.functional.conftest import ENV, ROOT, Workshop, run
+from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
 
 DOCUMENT = ROOT / "tests" / "data" / "mission" / "reinforce.rst"
 SERVER, ACTOR, HETJOB = range(3)
@@ -43,15 +41,6 @@ def block(index: int) -> str:
     for pattern, small in SIZES.items():
         text = re.sub(pattern, small, text)
     return text
-
-
-def free_port() -> int:
-    """One that no connection is given meanwhile: below the range that systems hand out by themselves."""
-    for port in random.SystemRandom().sample(range(10_000, 20_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise AssertionError("no free port")
 
 
 def variables(shop: Workshop, folder: Path, port: int) -> dict[str, str]:

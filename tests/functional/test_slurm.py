@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.conftest import Workshop, run
-from tests.functional.test_reinforce import free_port
+from tests.functional.conftest import Workshop, free_port, run
 
 CLUSTER = "scripts/slurm/local_cluster.sh"
 

@@ -15,7 +15,7 @@ from nemo_aligner.config.serving import ServerConfig
 @script("inference_rm", Path(__file__).resolve().parent / "conf", SERVING)
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, ServerConfig, SERVING)
-    from nemo_aligner.stages.reward_serving import run
+    from nemo_aligner.stages.serving.rewards import run
 
     run(config)
 

@@ -14,7 +14,7 @@ from nemo_aligner.config.supervised import SFTConfig
 @script("gpt_sft", Path(__file__).resolve().parent / "conf")
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, SFTConfig)
-    from nemo_aligner.stages.sft import run
+    from nemo_aligner.stages.supervised.sft import run
 
     run(config)
 

@@ -14,7 +14,7 @@ from nemo_aligner.config.supervised import RMConfig
 @script("training_rm", Path(__file__).resolve().parent / "conf")
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, RMConfig)
-    from nemo_aligner.stages.reward_training import run
+    from nemo_aligner.stages.supervised.reward_training import run
 
     run(config)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.data.jsonl import dump_row, load_rows, write_atomically, write_jsonl
+from nemo_aligner.data.jsonl import dump_row, load_rows, write_jsonl
 from nemo_aligner.errors import DataError, OutputError
 
 REQUIRED = {"input": "data.input_key"}
@@ -58,20 +58,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_nan_is_written_as_null() -> None:
     assert json.loads(dump_row({"reward": float("nan"), "input": "é"})) == {"reward": None, "input": "é"}
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    write_jsonl(path, [{"a": 1}])
-
-    def broken():  # type: ignore[no-untyped-def]
-        yield "half"
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match="No space left"):
-        write_atomically(path, broken())
-    assert path.read_text() == '{"a": 1}\n'
-    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_a_folder_that_is_a_file_is_one_clear_fault(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nemo_aligner.config.load import load_config
 @script("evaluate_policy", Path(__file__).resolve().parent / "conf")
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, EvaluationConfig)
-    from nemo_aligner.stages.evaluation import run
+    from nemo_aligner.stages.offline.evaluation import run
 
     run(config)
 

@@ -14,7 +14,7 @@ from nemo_aligner.config.offline import SamplerConfig
 @script("megatron_random_sampler", Path(__file__).resolve().parent / "conf")
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, SamplerConfig)
-    from nemo_aligner.stages.random_sampler import run
+    from nemo_aligner.stages.offline.random_sampler import run
 
     run(config)
 

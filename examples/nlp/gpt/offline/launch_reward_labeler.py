@@ -14,7 +14,7 @@ from nemo_aligner.config.offline import LabelerConfig
 @script("megatron_reward_labeler", Path(__file__).resolve().parent / "conf")
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, LabelerConfig)
-    from nemo_aligner.stages.reward_labeler import run
+    from nemo_aligner.stages.offline.reward_labeler import run
 
     run(config)
 

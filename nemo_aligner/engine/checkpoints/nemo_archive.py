@@ -1,0 +1,231 @@
+"""The .nemo archive: an uncompressed tar of `model_config.yaml`, `model_weights/` and the tokenizer's files.
+
+    model_config.yaml         shape and provenance, NeMo's key names
+    model_weights/            megatron torch_dist shards, keys with NeMo's prefix `model.`; any TP/PP reads them
+    tokenizer.json | *.model  the tokenizer
+
+An extracted folder is accepted wherever a file is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.files import fsync
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer
+    from nemo_aligner.engine.interfaces import Cluster
+
+log = logging.getLogger(__name__)
+
+CONFIG = "model_config.yaml"
+WEIGHTS = "model_weights"
+PREFIX = "model."
+
+
+def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
+    """The shape an archive (file or extracted folder) declares; cheap: no weights are read.
+
+    `key` is the config key that named the archive, for messages. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = path / CONFIG
+        if not config.is_file():
+            raise CheckpointError(f"{key}={path}: the folder has no {CONFIG}, so it is not an extracted .nemo archive")
+        text = config.read_bytes()
+    else:
+        with _open_tar(path, key) as tar:
+            text = _read_member(tar, CONFIG, path, key)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise CheckpointError(f"{key}={path}: {CONFIG} is not valid YAML: {' '.join(str(fault).split())}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{key}={path}: {CONFIG} is not a mapping")
+    try:
+        return Architecture.from_nemo(content)
+    except (CheckpointError, TypeError) as fault:
+        raise CheckpointError(f"{key}={path}: {fault}") from None
+
+
+@contextmanager
+def _open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
+    if not path.exists():
+        raise CheckpointError(f"{key}={path}: no such file")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield tar
+    except (tarfile.TarError, EOFError) as fault:
+        raise CheckpointError(f"{key}={path}: not a .nemo archive, or truncated or corrupt ({fault})") from None
+    except PermissionError:
+        raise CheckpointError(f"{key}={path}: no permission to read it") from None
+
+
+def _read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
+    for candidate in (name, f"./{name}"):  # NeMo's own writer puts ./ in front
+        try:
+            stream = tar.extractfile(candidate)
+        except KeyError:
+            continue
+        if stream is not None:
+            return stream.read()
+    raise CheckpointError(f"{key}={path}: the archive has no {name}, so it is not a .nemo archive")
+
+
+@contextmanager
+def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") -> Iterator[Path]:
+    """The archive's folder: itself when already extracted, else a temporary one that is removed afterwards.
+
+    One rank per node extracts. Raises CheckpointError for truncated archives and members that leave the folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        yield path
+        return
+    extracts = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    # the same name on every rank of a node, whoever makes it; another on every node, as two may share a machine
+    token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
+    node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
+    folder = Path(tempfile.gettempdir()) / f"nemo_{token}_{node}"
+    fault: CheckpointError | None = None
+    try:
+        if extracts:
+            folder.mkdir(mode=0o700)
+            try:
+                _extract(path, folder, key)
+            except CheckpointError as found:
+                fault = found
+        failed = cluster.any(fault is not None)
+        if fault is not None:
+            raise fault
+        if failed:
+            raise CheckpointError(f"{key}={path}: could not be extracted on another node")
+        yield folder
+        cluster.barrier()  # nobody may still be reading when the folder goes
+    finally:
+        if extracts:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract(path: Path, folder: Path, key: str) -> None:
+    with _open_tar(path, key) as tar:
+        for member in tar:
+            if not (member.isfile() or member.isdir()):
+                raise CheckpointError(f"{key}={path}: member {member.name!r} is a link or device; archives hold files")
+            if member.name.startswith("/") or ".." in Path(member.name).parts:
+                raise CheckpointError(f"{key}={path}: member {member.name!r} would leave the archive's folder")
+            try:
+                tar.extract(member, folder, filter="data")
+            except tarfile.FilterError as fault:
+                raise CheckpointError(f"{key}={path}: refused, {fault}") from None
+            except OSError as fault:
+                if isinstance(fault, tarfile.ReadError):
+                    raise
+                raise CheckpointError(f"{key}={path}: cannot be extracted to {folder}: {fault}") from None
+    if not (folder / WEIGHTS).is_dir():
+        found = "model_weights.ckpt" if (folder / "model_weights.ckpt").exists() else "nothing"
+        raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
+
+
+def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
+    """Read an opened archive's weights into `model`, whatever TP and PP wrote them.
+
+    `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
+    """
+    from nemo_aligner.engine.checkpoints.sharded import load_sharded, without_extra_state
+
+    state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
+    if new_head:
+        state = {name: value for name, value in state.items() if ".rm_head." not in name}
+    loaded = load_sharded(state, folder / WEIGHTS)
+    weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected:
+        raise CheckpointError(f"the archive's weights do not fit the model: {', '.join(unexpected[:4])}")
+    cluster.barrier()
+
+
+def save_archive(
+    path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
+) -> None:
+    """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
+    from nemo_aligner.engine.checkpoints.sharded import save_sharded, without_extra_state
+
+    path = Path(path)
+    staging, partial = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.partial")
+    fault: OutputError | None = None
+    if cluster.is_main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
+            (staging / WEIGHTS).mkdir(parents=True)
+        except OSError as error:
+            fault = OutputError(f"cannot write {path}: {error.strerror or error}")
+    _raise_everywhere(fault, path, cluster)
+    try:
+        save_sharded(without_extra_state(model.sharded_state_dict(prefix=PREFIX)), staging / WEIGHTS)
+        if cluster.is_main:
+            try:
+                (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
+                for name, content in tokenizer.files.items():
+                    (staging / name).write_bytes(content)
+                _pack(staging, partial)
+                os.replace(partial, path)
+                fsync(path.parent)
+            except OSError as error:
+                fault = OutputError(f"cannot write {path}: {error.strerror or error}")
+        _raise_everywhere(fault, path, cluster)
+    finally:
+        if cluster.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            partial.unlink(missing_ok=True)
+    if cluster.is_main:
+        log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+
+
+def _raise_everywhere(fault: OutputError | None, path: Path, cluster: Cluster) -> None:
+    failed = cluster.any(fault is not None)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise OutputError(f"cannot write {path}: rank 0 could not")
+
+
+def _pack(folder: Path, target: Path) -> None:
+    with target.open("wb") as stream:
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
+                tar.add(folder / name, arcname=name)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def archive_hash(path: str | Path) -> str:
+    """sha256 over every byte of an archive file, or over names and contents of an extracted folder, in name order."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(str(entry.relative_to(path)).encode())
+        with entry.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Sharded state on disk: megatron-core's torch_dist format, written from any cut of a model, read into any other."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from nemo_aligner.errors import CheckpointError, OutputError
+
+_SAFE_MODULES = ("torch.distributed.checkpoint.", "collections", "pathlib")
+_SAFE_GLOBALS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("io", "BytesIO"),
+    ("builtins", "set"),
+    ("builtins", "slice"),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    *(("torch", name) for name in ("memory_format", "contiguous_format", "strided", "device")),
+    ("torch.serialization", "_get_dtype"),
+}
+
+
+class _AllowList(pickle.Unpickler):
+    """Reads a pickle, resolving the names that checkpoint metadata is made of and refusing all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SAFE_GLOBALS or (f"{module}.".startswith(_SAFE_MODULES) and "." not in name):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
+
+
+def check_metadata(folder: Path) -> None:
+    """Refuse a `.metadata` pickle that could run code, before torch reads it. Raises CheckpointError."""
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a torch_dist checkpoint (.metadata is missing)")
+    try:
+        with path.open("rb") as stream:
+            _AllowList(stream).load()
+    except Exception as fault:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path}: not accepted as checkpoint metadata: {fault}") from None
+
+
+def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
+    """Leave out Transformer Engine's `_extra_state` placeholders: they hold nothing here, and peers differ in them."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def save_sharded(state: ShardedStateDict, folder: Path) -> None:
+    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no."""
+    # Megatron would spawn a manager process (which imports torch again, seconds) to pass results between processes
+    # of an asynchronous save; ours is synchronous, so a queue inside this process serves
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except OSError as fault:
+        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+    except RuntimeError as fault:
+        if "No space left" in str(fault):
+            raise OutputError(f"cannot write {folder}: no space left on device") from fault
+        raise
+
+
+def load_sharded(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+    """Read into the places `state` describes; collective. Raises CheckpointError naming keys that are missing."""
+    check_metadata(folder)
+    try:
+        # Megatron calls "unexpected" what was asked for and is not in the checkpoint
+        loaded, _, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+    except (OSError, ValueError, RuntimeError, EOFError, dist_checkpointing.core.CheckpointingException) as fault:
+        raise CheckpointError(f"{folder.name} cannot be read: {' '.join(str(fault).split())[:300]}") from fault
+    if missing:
+        some = ", ".join(sorted(missing)[:4])
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} of the model's tensors, among them {some}")
+    return loaded

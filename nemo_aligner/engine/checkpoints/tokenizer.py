@@ -1,0 +1,118 @@
+"""The tokenizer inside an archive: a Hugging Face fast tokenizer or a SentencePiece model.
+
+Read through `tokenizers` and `sentencepiece` themselves, which start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.errors import CheckpointError
+
+HF_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class ArchiveTokenizer(Protocol):
+    """interfaces.Tokenizer, plus the files that make it up, so that an archive can carry it on."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    chat_template: str | None
+    files: dict[str, bytes]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class FastTokenizer:
+    """A `tokenizer.json`; special tokens are named by the archive's `tokenizer` block."""
+
+    def __init__(self, content: bytes, settings: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(content.decode())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.files = {HF_FILE: content}
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.chat_template: str | None = settings.get("chat_template")
+        eos = self._id(settings.get("eos_token"))
+        if eos is None:
+            raise CheckpointError(f"tokenizer.eos_token {settings.get('eos_token')!r} is not in the tokenizer")
+        self.eos_id = eos
+        self.bos_id = self._id(settings.get("bos_token"))
+        pad = self._id(settings.get("pad_token"))
+        self.pad_id = eos if pad is None else pad
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model`; it knows its own special tokens."""
+
+    def __init__(self, content: bytes, settings: dict[str, Any]) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.files = {SENTENCEPIECE_FILE: content}
+        self.vocab_size = self._processor.vocab_size()
+        self.chat_template: str | None = settings.get("chat_template")
+        self.eos_id = self._processor.eos_id()
+        bos, pad = self._processor.bos_id(), self._processor.pad_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.pad_id = pad if pad >= 0 else self.eos_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [i for i in ids if not self._processor.is_control(i)]
+        return self._processor.decode(kept)
+
+
+BYTE_TOKENIZER = {"library": "huggingface", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+"""The archive's `tokenizer` block for `byte_tokenizer`."""
+
+
+def byte_tokenizer() -> bytes:
+    """A `tokenizer.json` of one token per byte and three special ones; ids never change. For tests and tiny models."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(BYTE_TOKENIZER[f"{name}_token"], special=True) for name in ("bos", "eos", "pad")]
+    tokenizer.add_special_tokens(special)
+    return tokenizer.to_str().encode()
+
+
+def load_tokenizer(folder: Path, arch: Architecture) -> ArchiveTokenizer:
+    """The tokenizer of an opened archive. Raises CheckpointError naming what was looked for."""
+    settings = arch.tokenizer
+    named = str(settings.get("model") or settings.get("tokenizer_model") or "").removeprefix("nemo:")
+    fast, piece = folder / HF_FILE, folder / (named or SENTENCEPIECE_FILE)
+    try:
+        if fast.is_file():
+            return FastTokenizer(fast.read_bytes(), settings)
+        if piece.is_file():
+            return SentencePieceTokenizer(piece.read_bytes(), settings)
+    except CheckpointError:
+        raise
+    except Exception as fault:  # both libraries raise bare Exceptions for a damaged file
+        raise CheckpointError(f"the archive's tokenizer cannot be read: {fault}") from None
+    raise CheckpointError(f"the archive holds no tokenizer: neither {HF_FILE} nor {piece.name}")

@@ -1,0 +1,193 @@
+"""Training checkpoints: a folder that appears whole or not at all.
+
+<folder>/shards/        model and optimizer, torch_dist; any TP, PP, DP reads them
+<folder>/rng_<rank>.pt  random number generators of each rank
+<folder>/state.json     step, consumed samples and whatever the caller adds; sizes of the other files
+
+While it is written the folder is called <folder>.partial, which no reader looks at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state
+from nemo_aligner.engine.interfaces import Cluster
+from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
+from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.files import fsync, fsync_tree
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE = "state.json"
+PARTIAL = ".partial"
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
+    weights = without_extra_state(model.sharded_state_dict(prefix="model."))
+    if optimizer is None:
+        return weights
+    with cuda_type_names():
+        optimizer_state = optimizer.sharded_state_dict(
+            model.sharded_state_dict(prefix="model."), is_loading=loading, metadata=_RESHARDABLE
+        )
+    return {**weights, "optimizer": optimizer_state}
+
+
+def save(
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, state: dict[str, Any], cluster: Cluster
+) -> None:
+    """Write a checkpoint in place of any of that name; collective.
+
+    What killed saves left in the same folder is removed first. Raises OutputError on every rank when one cannot write,
+    and then leaves nothing behind.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        with _on_every_rank(folder, cluster):
+            if cluster.is_main:
+                for leftover in folder.parent.glob(f"*{PARTIAL}/"):
+                    shutil.rmtree(leftover)
+                (partial / "shards").mkdir(parents=True)
+        save_sharded(_sharded(model, optimizer, loading=False), partial / "shards")
+        with _on_every_rank(folder, cluster):
+            # torch writing to a file says "unexpected pos" of a full disk; a plain write says what it is
+            buffer = io.BytesIO()
+            torch.save(_rng_state(), buffer)
+            (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
+        with _on_every_rank(folder, cluster):
+            if cluster.is_main:
+                _publish(partial, folder, state)
+    except OutputError:
+        if cluster.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
+    """The block succeeds on all ranks, or every rank raises OutputError."""
+    fault: str | None = None
+    try:
+        yield
+    except OSError as error:
+        fault = f"cannot write {folder}: {error.strerror or error}"
+    if cluster.any(fault is not None):
+        raise OutputError(fault or f"cannot write {folder}: another rank could not")
+
+
+def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
+    """Complete `partial` with its state file, make it durable, and give it its name."""
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    (partial / STATE).write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
+    fsync_tree(partial)
+    replaced = folder.with_name(f"{folder.name}.replaced{PARTIAL}")
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    fsync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, cluster: Cluster) -> dict[str, Any]:
+    """Read a checkpoint into model and optimizer; returns the caller's state. Collective."""
+    state = read_state(folder)
+    _check_files(folder, state.pop("files", {}))
+    loaded = load_sharded(_sharded(model, optimizer, loading=True), folder / "shards")
+    optimizer_state = loaded.pop("optimizer", None)
+    weights = {name.removeprefix("model."): value for name, value in loaded.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(optimizer_state)
+    own = folder / f"rng_{cluster.rank}.pt"
+    if own.is_file():
+        try:
+            _restore_rng(torch.load(own, weights_only=True))
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as fault:
+            raise CheckpointError(f"{own}: not a saved random state ({' '.join(str(fault).split())[:200]})") from None
+    else:
+        log.warning("%s has no random state for rank %d: the run has more ranks than before", folder, cluster.rank)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state file of a checkpoint. Raises CheckpointError when there is none or it is not ours."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: checkpoint format {state['format']} is not {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({fault})") from None
+    return state
+
+
+def _check_files(folder: Path, sizes: dict[str, int]) -> None:
+    """Raise CheckpointError where a file of the checkpoint is missing or has another size than was written."""
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            told = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{path}: not as it was saved: it {told}, {size} bytes were written")
+
+
+def latest(root: Path) -> Path | None:
+    """The complete checkpoint below `root` with the most steps by its state file; others are logged."""
+    best: tuple[int, Path] | None = None
+    for path in sorted(root.glob("*/")) if root.is_dir() else []:
+        if path.name.endswith(PARTIAL):
+            log.info("%s: passed over, its save was interrupted", path)
+            continue
+        try:
+            state = read_state(path)
+            _check_files(path, state.get("files", {}))
+            step = int(state["step"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as fault:
+            log.info("passed over: %s", fault if isinstance(fault, CheckpointError) else f"{path} has no step")
+            continue
+        if best is None or step >= best[0]:
+            best = step, path
+    return best[1] if best else None
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+        state["megatron"] = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,76 @@
+"""From a Hugging Face folder, a GGUF file or a bare shape to a .nemo archive, and back to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from torch import Tensor
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
+from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
+from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture, save_archive
+from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
+from nemo_aligner.engine.loading import load_for_inference, start_for_archive
+from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size, parse_precision
+from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.engine.processes.launch import launch_local_ranks
+from nemo_aligner.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an archive is made of: the shape, whole tensors under Hugging Face names, and a tokenizer.json."""
+
+    arch: Architecture
+    tensors: dict[str, Tensor] | None  # None: random weights
+    tokenizer_json: bytes
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A Hugging Face folder or a GGUF file. Raises CheckpointError."""
+    if not path.exists():
+        raise CheckpointError(f"--input {path}: no such file or folder")
+    return Checkpoint(*(read_hf_folder(path) if path.is_dir() else read_gguf(path)))
+
+
+def random_checkpoint(shape: Path) -> Checkpoint:
+    """Random weights in the shape of a YAML such as those of conf/model, with the byte tokenizer."""
+    arch = Architecture.from_nemo({**yaml.safe_load(shape.read_text()), "tokenizer": BYTE_TOKENIZER})
+    return Checkpoint(arch, None, byte_tokenizer())
+
+
+def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """The first `count` layers alone: a small backbone for a reward model out of a pretrained policy."""
+    if not 1 <= count <= checkpoint.arch.num_layers:
+        raise CheckpointError(f"--num-layers {count}: the model has {checkpoint.arch.num_layers} layers")
+    return replace(checkpoint, arch=replace(checkpoint.arch, num_layers=count))
+
+
+def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
+    """Build the model in this one process, fill it, and save the archive. `precision` is bf16 or 32."""
+    arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu")
+    launch_local_ranks(trainer)
+    with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
+        tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
+        model = build_model(arch, RunOptions(dtype=parse_precision(precision)))
+        if checkpoint.tensors is not None:
+            weights = to_megatron(arch, checkpoint.tensors, padded_vocab_size(arch, 1))
+            _, unexpected = model.load_state_dict(weights, strict=False)
+            assert not unexpected, unexpected
+        save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster)
+
+
+def export_hf(source: Path, target: Path) -> None:
+    """A policy's archive as a folder that transformers loads. Raises CheckpointError for reward models."""
+    arch = read_architecture(source, key="--input")
+    if arch.reward_model_type is not None:
+        raise CheckpointError(f"--input {source}: a reward model, whose head has no Hugging Face form; give a policy")
+    with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
+        loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input")
+        tensors = {name: value for name, value in loaded.module.state_dict().items() if hasattr(value, "shape")}
+        write_hf_folder(target, arch, tensors, loaded.tokenizer.files)

@@ -1,0 +1,273 @@
+"""Incremental forward passes over the live Megatron model: prefill a prompt once, then one token per step.
+
+Reads the model's own weight tensors (so any TP and PP, and no second copy), with keys and values kept in a cache; the
+modules around the weights are for training and cost more than the products of a single token.
+Notation: B rows, N tokens fed (one per row in a step, whole prompts in a prefill), G key/value heads of this rank, R
+query heads per key/value head, D head dimension, T cached positions, V vocabulary. Hidden states are `[N, H]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.engine.generation.cached_attention import (
+    BlockAttention,
+    CachedAttention,
+    KernelAttention,
+    PromptAttention,
+    Rotary,
+)
+from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache, place_of
+from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
+from nemo_aligner.engine.kernels.library import cpu_kernels
+from nemo_aligner.engine.kernels.packed_weights import PackedWeights
+
+
+class Linear(NamedTuple):
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+
+class Layer:
+    """What the forward pass reads of a decoder layer, found once: to look up a module's parts takes longer than a small
+    product."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attention, layer.mlp
+        self.qkv, self.projection, self.fc1, self.fc2 = (
+            Linear(linear.weight, linear.bias)
+            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+        )
+        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
+        self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
+        self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
+
+
+class Norm:
+    """A norm, and the weight that makes it a root-mean-square norm, if it is one."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.rms_weight = module.weight if isinstance(module, torch.nn.RMSNorm) else None
+
+
+class CachedForward:
+    """The forward passes of generation, for this rank's part of the model."""
+
+    def __init__(self, model: GPTModel, arch: Architecture) -> None:
+        self.model = model
+        self.arch = arch
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.layers = [Layer(layer) for layer in model.decoder.layers]
+        self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        self._tp = parallel_state.get_tensor_model_parallel_world_size()
+        self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
+        self._rotary = self._rotary_tables()
+        self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
+        self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
+        embedding = model.embedding.word_embeddings.weight if self._first else None
+        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding)
+        self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
+
+    def product_weights(self) -> list[torch.nn.Parameter]:
+        """The weights `[out, in]` that a step multiplies with, in their order."""
+        linears = itertools.chain.from_iterable((x.qkv, x.projection, x.fc1, x.fc2) for x in self.layers)
+        weights = [linear.weight for linear in linears]
+        return [*weights, self._output_weight()] if self._last else weights
+
+    def _output_weight(self) -> torch.nn.Parameter:
+        """That of the logits, on the last stage."""
+        if self.model.share_embeddings_and_output_weights:
+            return self.model.shared_embedding_or_output_weight()
+        return self.model.output_layer.weight
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """To be entered around prefill and steps: the weights are then in the layout that is fastest to read."""
+        with self._weights.packed():
+            self._whole_layers = [self._whole_layer(index, layer) for index, layer in enumerate(self.layers)]
+            try:
+                yield
+            finally:
+                self._whole_layers = [None] * len(self.layers)
+
+    def _whole_layer(self, index: int, layer: Layer) -> CpuLayer | None:
+        """The layer for KernelAttention in two calls of the kernels, if it is of the kind they know."""
+        known = self._attends and layer.gated and layer.activation is F.silu and not layer.norms_heads
+        panels = self._weights.panels
+        weights = [
+            *(layer.input_norm.rms_weight, panels(layer.qkv.weight), panels(layer.projection.weight)),
+            *(layer.mlp_norm.rms_weight, panels(layer.fc1.weight), panels(layer.fc2.weight)),
+        ]
+        found = [weight for weight in weights if weight is not None]
+        if self.kernels is None or not known or len(found) < len(weights):
+            return None
+        return CpuLayer(
+            self.kernels,
+            LayerWeights(*found),
+            (layer.qkv.bias, layer.fc1.bias),
+            self._rotary,
+            index=index,
+            groups=self._groups,
+            head_dim=self.arch.head_dim,
+            window=self.arch.window_size or 0,
+            eps=self.arch.layernorm_epsilon,
+        )
+
+    def new_cache(self, slots: int) -> KVCache:
+        """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
+        grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
+        if self._attends:
+            grain, block_rows = 32, 4
+        return KVCache(slots, grain, block_rows, shares_prompts=self._attends)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
+        """Run whole prompts, one after another in a single row of tokens: nothing is padded. One CachedPrompt each."""
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        shape = (len(self.layers), 2, self._groups)
+        keys_values = [
+            torch.empty(*shape, length, self.arch.head_dim, dtype=self.dtype, device=self.device) for length in lengths
+        ]
+        attend: CachedAttention
+        if self._attends:
+            # every token's own row is its prompt's, as far as it goes
+            places = np.repeat([(*[0] * 5, *place_of(one)) for one in keys_values], lengths, axis=0)
+            attend = self._kernel_attention(torch.from_numpy(places), positions)
+        else:
+            attend = PromptAttention(self._rotary, positions, keys_values, self.arch.window_size)
+        hidden = self._layers(tokens, positions, attend)
+        # only the last position of each prompt is needed for the first response token
+        logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
+        found = itertools.repeat(None) if logits is None else logits
+        return [CachedPrompt(one, its_logits) for one, its_logits in zip(keys_values, found, strict=False)]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
+        """Feed one token per row: `tokens` and their `positions`, both `[B]` int64, in the order of `cache.slots`.
+
+        The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
+        """
+        attend: CachedAttention
+        if self._attends:
+            attend = self._kernel_attention(cache.places(), positions)
+        else:
+            attend = BlockAttention(self._rotary, positions, cache, self.arch.window_size)
+        return self._logits(self._layers(tokens, positions, attend))
+
+    def _kernel_attention(self, places: Tensor, positions: Tensor) -> KernelAttention:
+        assert self.kernels is not None
+        return KernelAttention(self.kernels, self._rotary, places, positions, self.arch.window_size)
+
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
+        """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.
+
+        `tokens` and `positions` are `[N]`.
+        """
+        hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
+        delta: Tensor | None = None  # what is yet to be added to `hidden`: the next norm does it in passing
+        for index, layer in enumerate(self.layers):
+            whole = self._whole_layers[index]
+            if whole is not None and isinstance(attend, KernelAttention):
+                delta = self._summed(whole.attention(hidden, delta, attend.places, attend.positions), layer.projection)
+                delta = self._summed(whole.feed_forward(hidden, delta), layer.fc2)
+            else:
+                mixed = self._mixed_heads(layer, self._add_and_norm(layer.input_norm, hidden, delta))
+                delta = self._row_parallel(layer.projection, attend(index, mixed))
+                delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
+        if delta is not None:
+            hidden += delta
+        if not self._last:
+            torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return hidden
+
+    def _add_and_norm(self, norm: Norm, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """`hidden` += `delta`, in place; returns its norm."""
+        if self.kernels is not None and norm.rms_weight is not None:
+            return self.kernels.add_rms_norm(hidden, delta, norm.rms_weight, self.arch.layernorm_epsilon)
+        if delta is not None:
+            hidden += delta
+        return norm.module(hidden)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        table = self.model.embedding.word_embeddings
+        if self._tp == 1:
+            hidden = self._weights.rows(tokens, table.weight)
+        else:  # each rank holds some rows of the table
+            mine = (tokens >= table.vocab_start_index) & (tokens < table.vocab_end_index)
+            found = self._weights.rows((tokens - table.vocab_start_index).where(mine, 0), table.weight)
+            hidden = reduce_from_tensor_model_parallel_region(found * mine[:, None])
+        if self.arch.position_embedding_type == "learned_absolute":
+            hidden = hidden + self.model.embedding.position_embeddings(positions)
+        return hidden
+
+    def _mixed_heads(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """`[N, G, R + 2, D]`: group by group, as the fused weight holds them, R query heads, a key and a value."""
+        mixed = self._weights.product(hidden, *layer.qkv).view(len(hidden), self._groups, -1, self.arch.head_dim)
+        if layer.norms_heads:
+            query, key = layer.query_norm(mixed[:, :, :-2]), layer.key_norm(mixed[:, :, -2:-1])
+            mixed = torch.cat((query, key, mixed[:, :, -1:]), dim=2)
+        return mixed
+
+    def _feed_forward(self, layer: Layer, hidden: Tensor) -> Tensor:
+        inner = self._weights.product(hidden, *layer.fc1)
+        if not layer.gated:
+            inner = layer.activation(inner)
+        elif self.kernels is not None and layer.activation is F.silu:
+            inner = self.kernels.silu_mul(inner)
+        else:
+            gate, value = inner.chunk(2, dim=-1)
+            inner = layer.activation(gate).mul_(value)
+        return self._row_parallel(layer.fc2, inner)
+
+    def _row_parallel(self, linear: Linear, hidden: Tensor) -> Tensor:
+        """A product whose inner dimension is cut over TP ranks."""
+        return self._summed(self._weights.product(hidden, linear.weight), linear)
+
+    def _summed(self, output: Tensor, linear: Linear) -> Tensor:
+        """What is still to be done to such a product: the sum over TP ranks, and the bias."""
+        if self._tp > 1:
+            output = reduce_from_tensor_model_parallel_region(output)
+        return output if linear.bias is None else output + linear.bias
+
+    def _logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits `[B, V]` of hidden states `[B, H]`, in the model's dtype; None off the last stage."""
+        if not self._last:
+            return None
+        logits = self._weights.product(self.model.decoder.final_layernorm(hidden), self._output_weight())
+        if self._tp > 1:
+            logits = gather_from_tensor_model_parallel_region(logits)
+        return logits[:, : self.arch.vocab_size]
+
+    def _receive(self, count: int) -> Tensor:
+        hidden = torch.empty(count, self.arch.hidden_size, dtype=self.dtype, device=self.device)
+        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return hidden
+
+    def _rotary_tables(self) -> Rotary | None:
+        """None where positions are not rotary."""
+        if self.arch.position_embedding_type != "rope":
+            return None
+        cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return Rotary(cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))

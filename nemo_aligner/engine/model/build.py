@@ -1,0 +1,250 @@
+"""From a shape (Architecture) to a Megatron model: this rank's stage of a GPTModel, or of a reward model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.engine.model.attention import SdpaCoreAttention
+from nemo_aligner.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run, as opposed to what it is: precision, cut over processes, recomputation, dropout."""
+
+    dtype: torch.dtype = torch.float32
+    tp: int = 1
+    pp: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    activations_checkpoint_granularity: str | None = None
+    activations_checkpoint_method: str | None = None
+    activations_checkpoint_num_layers: int | None = None
+    hidden_dropout: float | None = None  # None: as the archive says
+    attention_dropout: float | None = None
+
+    @classmethod
+    def for_inference(cls, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> RunOptions:
+        return cls(dtype=dtype, tp=tp, pp=pp, hidden_dropout=0.0, attention_dropout=0.0)
+
+
+def parse_precision(value: str | int) -> torch.dtype:
+    """`trainer.precision` (one of config.schema.PRECISIONS) → the dtype of weights and matrix products.
+
+    bf16 and bf16-mixed are the same here: bf16 weights, fp32 master weights in the optimizer.
+    """
+    return torch.float32 if str(value).startswith("32") else torch.bfloat16
+
+
+def padded_vocab_size(arch: Architecture, tp: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of make_vocab_size_divisible_by × tp."""
+    multiple = arch.make_vocab_size_divisible_by * tp
+    return -(-arch.vocab_size // multiple) * multiple
+
+
+def _activation(arch: Architecture) -> dict[str, Any]:
+    known: dict[str, dict[str, Any]] = {
+        "fast-swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
+        "swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
+        "gelu": {"activation_func": F.gelu},
+        "relu": {"activation_func": F.relu},
+        "squared-relu": {"activation_func": _squared_relu},
+    }
+    if arch.activation not in known:
+        raise CheckpointError(f"activation {arch.activation!r} of the archive is not one of {', '.join(known)}")
+    return known[arch.activation]
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _recomputation(run: RunOptions) -> dict[str, Any]:
+    """`model.activations_checkpoint_*`: selective = attention only (method not used), full = whole layers."""
+    granularity, method = run.activations_checkpoint_granularity, run.activations_checkpoint_method
+    if granularity is None:
+        return {}
+    if granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if granularity != "full":
+        raise ConfigError(
+            f"{granularity!r} is not one of selective, full, null", "model.activations_checkpoint_granularity"
+        )
+    if method not in ("uniform", "block"):
+        raise ConfigError(
+            f"{method!r} is not one of uniform, block (granularity full needs one)",
+            "model.activations_checkpoint_method",
+        )
+    layers = run.activations_checkpoint_num_layers or 1
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+
+
+def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig:
+    """Megatron's config of this shape run this way."""
+    if run.context > 1:
+        raise ConfigError("context parallelism is not supported; use 1", "model.context_parallel_size")
+    if arch.num_attention_heads % run.tp or arch.num_layers % run.pp:
+        raise ConfigError(
+            f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
+            "model.tensor_model_parallel_size",
+        )
+    on_cpu = not torch.cuda.is_available()
+    init = functools.partial(nn.init.normal_, std=arch.init_method_std)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.query_groups,
+        kv_channels=arch.head_dim,
+        hidden_dropout=arch.hidden_dropout if run.hidden_dropout is None else run.hidden_dropout,
+        attention_dropout=arch.attention_dropout if run.attention_dropout is None else run.attention_dropout,
+        normalization="RMSNorm" if arch.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=arch.layernorm_epsilon,
+        add_bias_linear=arch.bias,
+        add_qkv_bias=arch.bias or arch.qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
+        window_size=None if arch.window_size is None else (arch.window_size - 1, 0),
+        init_method=init,
+        output_layer_init_method=init,
+        params_dtype=run.dtype,
+        bf16=run.dtype == torch.bfloat16,
+        pipeline_dtype=run.dtype,
+        tensor_model_parallel_size=run.tp,
+        pipeline_model_parallel_size=run.pp,
+        sequence_parallel=run.sequence_parallel and run.tp > 1,
+        use_cpu_initialization=on_cpu,
+        variable_seq_lengths=True,  # micro-batches are padded to their own longest row only
+        moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron checks it against the line above
+        calculate_per_token_loss=True,  # gradient = Σ loss / Σ count over the global batch
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_activation(arch),
+        **_recomputation(run),
+    )
+
+
+class _Norm:
+    """RMSNorm or LayerNorm of torch; its gradient is summed over TP ranks when sequence parallelism cuts its input."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:  # type: ignore[misc]
+        kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+def _layer_spec(arch: Architecture) -> ModuleSpec:
+    """Megatron's own layer with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = _Norm
+    spec.submodules.pre_mlp_layernorm = _Norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if arch.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = _Norm
+    return spec
+
+
+class PolicyGPTModel(GPTModel):
+    """A GPTModel that computes logits only where they are asked for: most of a batch is prompt, and V is large.
+
+    With `wanted` `[B, S]` bool it returns logits `[1, N, V/TP]` of the N true entries, else `[B, S, V/TP]`.
+    """
+
+    wanted: Tensor | None = None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process and self.wanted is not None:
+            hidden_states = hidden_states.transpose(0, 1)[self.wanted].unsqueeze(1)
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+
+class RewardGPTModel(GPTModel):
+    """A GPTModel with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
+
+    post_process: bool
+
+    def __init__(self, *args: Any, attributes: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            del self.output_layer
+            self.rm_head = nn.Linear(self.config.hidden_size, attributes)
+            nn.init.normal_(self.rm_head.weight, std=self.config.hidden_size**-0.5)
+            nn.init.zeros_(self.rm_head.bias)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        # float32 arithmetic over weights of the model's dtype: Megatron's optimizer wants one dtype
+        head = self.rm_head
+        return nn.functional.linear(hidden_states.float(), head.weight.float(), head.bias.float()).transpose(0, 1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # on the last stage GPTModel looks for the output layer's weight, which this model does not have
+        post_process, self.post_process = self.post_process, False
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.post_process = post_process
+
+
+def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
+    """This rank's pipeline stage, with random weights, in `run.dtype`."""
+    is_reward_model = arch.reward_model_type is not None
+    if arch.position_embedding_type not in ("rope", "learned_absolute"):
+        raise CheckpointError(
+            f"position_embedding_type {arch.position_embedding_type!r} is not rope or learned_absolute"
+        )
+    scaling = arch.rope_scaling
+    kind = RewardGPTModel if is_reward_model else PolicyGPTModel
+    model = kind(
+        config=transformer_config(arch, run),
+        transformer_layer_spec=_layer_spec(arch),
+        vocab_size=padded_vocab_size(arch, run.tp),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights and not is_reward_model,
+        position_embedding_type=arch.position_embedding_type,
+        rotary_percent=arch.rotary_percentage,
+        rotary_base=arch.rotary_base,
+        seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
+    )
+    if model.post_process:
+        # Megatron builds the last norm from its own defaults; ours has the same parameters
+        model.decoder.final_layernorm = _Norm(model.config, arch.hidden_size, arch.layernorm_epsilon)
+    if scaling is not None and scaling.rope_type == "llama3":
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    model.to(run.dtype)
+    if torch.cuda.is_available():
+        model.cuda()
+    return model

@@ -1,0 +1,112 @@
+"""A Megatron model with what training needs: optimizer steps, checkpoints, and the archive at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from nemo_aligner.config.schema import OptimConfig
+from nemo_aligner.engine.checkpoints import nemo_archive, training_state
+from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics
+from nemo_aligner.engine.loading import LoadedModel
+from nemo_aligner.engine.model.forward import run_objective
+from nemo_aligner.engine.processes.cluster import MegatronCluster
+from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
+from nemo_aligner.engine.training.optimizer import build_optimizer
+from nemo_aligner.engine.training.schedules import make_schedule
+from nemo_aligner.errors import TrainingError
+
+
+class MegatronTrainable:
+    """Implements interfaces.TrainableModel; an optimizer is there after `add_optimizer`."""
+
+    def __init__(self, loaded: LoadedModel, cluster: MegatronCluster) -> None:
+        self.cluster = cluster
+        self.module, self.arch, self.tokenizer = loaded.module, loaded.arch, loaded.tokenizer
+        self.max_sequence_length, self.vocab_size = loaded.arch.encoder_seq_length, loaded.arch.vocab_size
+        self._dtype, self._source = loaded.run.dtype, loaded.source
+        self._wrapped: DistributedDataParallel | None = None
+        self._optimizer: MegatronOptimizer | None = None
+        self._schedule: Callable[[int], float] = lambda step: 0.0
+        self._steps_done = 0
+
+    def add_optimizer(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
+        """Make it trainable for `max_steps` optimizer steps."""
+        self._schedule = make_schedule(optim.lr, optim.sched, max_steps)
+        self._wrapped, self._optimizer = build_optimizer(self.module, optim, self._dtype, clip_grad=clip_grad)
+        self.module.train()
+
+    def train_step(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches; see interfaces.TrainableModel."""
+        assert self._wrapped is not None, "add_optimizer comes first"
+        assert self._optimizer is not None
+        self._wrapped.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        sums = run_objective(self._wrapped, microbatches, objective, self.arch.vocab_size, forward_only=False)
+        averages = self._averages(sums)
+        if self.cluster.any(not (math.isfinite(averages["loss"]) and self._gradient_is_finite())):
+            raise TrainingError(
+                f"loss {averages['loss']} or its gradient is not finite at optimizer step {self._steps_done + 1}; "
+                "weights were left as they were; a lower model.optim.lr may help"
+            )
+        lr = self._schedule(self._steps_done)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        with cuda_type_names():
+            _, grad_norm, _ = self._optimizer.step()
+        self._steps_done += 1
+        return StepMetrics(averages.pop("loss"), float(grad_norm or 0.0), lr, averages)
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether the norm of this rank's gradient is a float32, also when squared and summed over all ranks."""
+        assert self._wrapped is not None
+        norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in self._wrapped.buffers]
+        square = sum(float(norm) ** 2 for norm in norms)
+        return square * self.cluster.world_size < torch.finfo(torch.float32).max  # False for inf and nan
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> StepMetrics:
+        """The same averages without gradient or update."""
+        model = self._wrapped or self.module
+        model.eval()
+        sums = run_objective(model, microbatches, objective, self.arch.vocab_size, forward_only=True)
+        if self._wrapped is not None:
+            model.train()
+        averages = self._averages(sums)
+        return StepMetrics(averages.pop("loss"), 0.0, 0.0, averages)
+
+    def _averages(self, sums: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Σ value / Σ count over micro-batches and data-parallel ranks."""
+        parts = [part for rank in self.cluster.gather(list(sums)) for part in rank]
+        count = sum(part["count"] for part in parts)
+        if count == 0:
+            raise TrainingError("the batch has nothing to train on: every row is masked")
+        return {name: sum(part[name] for part in parts) / count for name in parts[0] if name != "count"}
+
+    def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
+        """Weights, optimizer, RNG and `state` into `folder`; appears whole or not at all."""
+        full = {**state, "optimizer_steps": self._steps_done}
+        training_state.save(folder, self.module, self._optimizer, full, self.cluster)
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        """Restore what `save_training_state` wrote; returns `state`."""
+        with cuda_type_names():
+            state = training_state.load(folder, self.module, self._optimizer, self.cluster)
+        self._steps_done = state["optimizer_steps"]
+        return state
+
+    def save_nemo(self, path: Path, config_updates: dict[str, Any] | None = None) -> None:
+        """Write the .nemo archive; appears whole or not at all."""
+        stored = {torch.float32: "32", torch.bfloat16: "bf16"}[self._dtype]
+        arch = dataclasses.replace(self.arch, precision=stored, **(config_updates or {}))
+        nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
+
+    def archive_hash(self) -> str:
+        return nemo_archive.archive_hash(self._source)

@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all, and stay after a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_aligner.errors import OutputError
+
+
+def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
+    """Write text so that the file appears whole or not at all. Raises OutputError."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(pieces)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        fsync(path.parent)
+    except OSError as fault:
+        raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
+    finally:
+        with contextlib.suppress(OSError):  # a folder that cannot be written has nothing to remove either
+            partial.unlink()
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every file below `folder` durable."""
+    for path in [folder, *folder.rglob("*")]:
+        fsync(path)

@@ -1,0 +1,157 @@
+"""How good policies are: plain samples on held-out prompts, their rewards, and the KL to the policy they began as.
+
+The models are loaded one after another: each policy (generate, logprobs), the initial policy, the reward model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.reinforce import sequence_kl
+from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
+from nemo_aligner.files import write_atomically
+from nemo_aligner.metrics import Progress
+from nemo_aligner.stages.offline.data import check_output, check_template, filled, open_rows, start_cluster
+from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A response with the token ids of its prompt."""
+
+    prompt_tokens: tuple[int, ...]
+    response: Response
+
+    @property
+    def row(self) -> list[int]:
+        return [*self.prompt_tokens, *self.response.tokens]
+
+
+def run(cfg: EvaluationConfig) -> None:
+    """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
+    check_output(cfg)
+    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
+
+    from nemo_aligner.engine.policy import load_policy
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
+    with start_cluster(cfg) as cluster:
+        found: list[tuple[list[Drawn], list[Tensor]]] = []
+        for path in cfg.policy_files:
+            policy = load_policy(path, cluster, precision=precision, key="policy_files")
+            drawn = draw(cfg, rows, policy, cluster)
+            own = [] if cfg.initial_policy_file is None else policy.logprobs(tokens_of(drawn), batch, starts_of(drawn))
+            found.append((drawn, own))
+            del policy  # one model at a time
+        kls: list[list[float] | None] = [None] * len(found)
+        if cfg.initial_policy_file is not None:
+            initial = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
+            for i, (drawn, own) in enumerate(found):
+                starts = starts_of(drawn)
+                first = initial.logprobs(tokens_of(drawn), batch, starts)
+                kls[i] = [
+                    sequence_kl(a[start:], b[start:], "k1", "sum")
+                    for start, a, b in zip(starts, own, first, strict=True)
+                ]
+            del initial
+        judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
+        figures = [
+            report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+            for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
+        ]
+        if cluster.is_main:
+            write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+
+
+def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
+    return [d.row for d in drawn]
+
+
+def starts_of(drawn: Sequence[Drawn]) -> list[int]:
+    return [len(d.prompt_tokens) for d in drawn]
+
+
+def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -> list[Drawn]:
+    """`data.n` samples of each of this replica's prompts, in prompt order."""
+    prompts = Prompts(cfg, rows, policy)
+    requests = [
+        GenerationRequest(p, s, prompts.tokens(p))
+        for p in range(cluster.dp_rank, len(rows), cluster.dp_size)
+        for s in range(cfg.data.n)
+    ]
+    slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
+    progress = Progress("evaluating", len(requests), show=cluster.is_main)
+    tokens = {request.prompt_index: request.prompt_tokens for request in requests}
+    drawn = []
+    for response in policy.generate(requests, sampling_params(cfg.inference, cfg.seed), slots):
+        drawn.append(Drawn(tokens[response.prompt_index], response))
+        progress.advance(1, len(response.tokens))
+    progress.close()
+    return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
+
+
+def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
+    """Rewards of template(prompt) + response text."""
+    data, texts = cfg.data, []
+    for d in drawn:
+        prompt = filled(data.prompt_template, data.input_key, rows[d.response.prompt_index][data.input_key])
+        ids = judge.tokenizer.encode(prompt + d.response.text)[: judge.max_sequence_length - 1]
+        texts.append([*ids, judge.tokenizer.eos_id] if judge.append_eod or not ids else ids)
+    return [reward[0] for reward in judge.score(texts, data.micro_batch_size)]
+
+
+def report(
+    cfg: EvaluationConfig,
+    policy_file: str,
+    rows: Blend,
+    drawn: Sequence[Drawn],
+    rewards: Sequence[float],
+    kl: Sequence[float] | None,
+    cluster: Cluster,
+) -> dict[str, Any]:
+    """One policy's figures over all replicas; its samples are written beside the output file."""
+    own = [
+        {
+            **rows[d.response.prompt_index],
+            cfg.data.output_key: d.response.text,
+            cfg.data.reward_key: reward,
+            "kl": None if kl is None else kl[i],
+            "num_tokens": len(d.response.tokens),
+            "finish_reason": d.response.finish_reason,
+            "prompt_index": d.response.prompt_index,
+        }
+        for i, (d, reward) in enumerate(zip(drawn, rewards, strict=True))
+    ]
+    samples: list[dict[str, Any]] = sorted(
+        (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
+    )
+    mean, std = mean_and_std([sample[cfg.data.reward_key] for sample in samples])
+    figures = {
+        "policy": policy_file,
+        "reward_mean": mean,
+        "reward_std": std,
+        "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
+        "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
+        "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
+        "samples": len(samples),
+    }
+    if cluster.is_main:
+        write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
+        told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
+        log.info("%s: %s", policy_file, ", ".join(told))
+    return figures

@@ -1,0 +1,185 @@
+"""The random sampler: prompts.jsonl ─▶ n responses per prompt ─▶ generated.jsonl.
+
+    rows of the blend ─▶ chunk (sample_split_*) ─▶ template, tokens ─▶ generate ─▶ journal ─▶ merged in prompt order
+
+Every response has a place of its own in the output, prompt position × n + sample index; the journal knows which places
+are taken, so an interrupted run goes on with the missing ones, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.offline import SamplerConfig
+from nemo_aligner.config.schema import InferenceConfig
+from nemo_aligner.data.blending import Blend, split_chunk
+from nemo_aligner.data.journal import Journal
+from nemo_aligner.data.jsonl import Row, write_jsonl
+from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
+from nemo_aligner.errors import DataError, StoppedEarly
+from nemo_aligner.metrics import Progress
+from nemo_aligner.stages.offline.data import (
+    check_output,
+    check_template,
+    data_fingerprint,
+    filled,
+    open_rows,
+    start_cluster,
+)
+from nemo_aligner.stages.run_control import RunControl
+
+log = logging.getLogger(__name__)
+
+_FLUSH_EVERY_S = 15.0
+"""Where `checkpoint_interval` does not say when, a kill loses this much at most."""
+
+
+def run(cfg: SamplerConfig) -> None:
+    """Sample `cfg.data.n` responses for each prompt of the chunk into `cfg.output_file`."""
+    check_output(cfg)
+    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
+
+    from nemo_aligner.engine.policy import load_policy
+
+    with start_cluster(cfg) as cluster:
+        sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+
+
+def sampling_params(inference: InferenceConfig, seed: int) -> SamplingParams:
+    """`inference.*` as the engine takes it."""
+    return SamplingParams(
+        greedy=inference.greedy,
+        temperature=inference.temperature,
+        top_k=inference.top_k,
+        top_p=inference.top_p,
+        repetition_penalty=inference.repetition_penalty,
+        min_tokens=inference.min_tokens_to_generate,
+        max_tokens=inference.tokens_to_generate,
+        end_strings=tuple(inference.end_strings),
+        seed=seed,
+    )
+
+
+def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) -> None:
+    """Draw what the journal lacks, then merge. Raises StoppedEarly at the time limit or SIGTERM, with all rows kept."""
+    chunk = split_chunk(len(rows), cfg.data.sample_split_size, cfg.data.sample_split_iter)
+    archive = cluster.broadcast(policy.archive_hash() if cluster.is_main else "")
+    journal = Journal(cfg.output_file, fingerprint(cfg, archive), cluster)
+    prompts = Prompts(cfg, rows, policy)
+    wanted = [
+        GenerationRequest(position, s, prompts.tokens(position))
+        for place, position in enumerate(chunk)
+        if place % cluster.dp_size == cluster.dp_rank
+        for s in range(cfg.data.n)
+        if (position - chunk.start) * cfg.data.n + s not in journal.done
+    ]
+    prompts.report()
+    slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
+    interval = cfg.checkpoint_interval and cfg.checkpoint_interval * cfg.data.micro_batch_size * cfg.data.n
+    total = sum(cluster.gather(len(wanted)))
+    progress = Progress("sampling", total, show=cluster.is_main)
+    reason, flushed = None, time.monotonic()
+    with RunControl(cfg.max_time_per_run, cluster) as control:
+        responses = policy.generate(wanted, sampling_params(cfg.inference, cfg.seed), slots)
+        for count, response in enumerate(responses, 1):
+            place = (response.prompt_index - chunk.start) * cfg.data.n + response.sample_index
+            journal.add(place, output_row(cfg, rows[response.prompt_index % len(rows)], response))
+            progress.advance(cluster.dp_size, cluster.dp_size * len(response.tokens))
+            if count % interval == 0 if interval else time.monotonic() - flushed >= _FLUSH_EVERY_S:
+                journal.flush()
+                flushed = time.monotonic()
+            # the ranks of a replica walk in step and leave together; replicas leave by themselves
+            reason = control.replica_reason()
+            if reason:
+                break
+        journal.flush()
+        progress.close()
+    if cluster.any(reason is not None):
+        raise StoppedEarly(f"{reason or 'another rank was told to stop'}; progress is in {journal.folder}")
+    if cluster.is_main:
+        finish(cfg, journal, len(chunk), archive)
+    cluster.barrier()
+
+
+class Prompts:
+    """Prompt positions as token ids: template, BOS, and the head of prompts longer than `data.max_seq_length`."""
+
+    def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
+        self._cfg, self._rows, self._policy = cfg, rows, policy
+        self._cut = 0
+
+    def tokens(self, position: int) -> tuple[int, ...]:
+        """Raises DataError when the prompt leaves the model no room for a response."""
+        data, tokenizer = self._cfg.data, self._policy.tokenizer
+        index = position % len(self._rows)
+        ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
+        if (data.add_bos or self._cfg.inference.add_BOS) and tokenizer.bos_id is not None:
+            ids = [tokenizer.bos_id, *ids]
+        if len(ids) > data.max_seq_length:
+            self._cut += 1
+            ids = ids[: data.max_seq_length]
+        if not ids:
+            raise DataError(
+                f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index)
+            )
+        if len(ids) >= self._policy.max_sequence_length:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens and the model's context is {self._policy.max_sequence_length}; "
+                "set data.max_seq_length below it to cut prompts",
+                *self._rows.where(index),
+            )
+        return tuple(ids)
+
+    def report(self) -> None:
+        if self._cut:
+            log.warning("%d prompts were cut to data.max_seq_length=%d", self._cut, self._cfg.data.max_seq_length)
+
+
+def output_row(cfg: SamplerConfig, row: Row, response: Response) -> Row:
+    """The prompt's own fields, the response, and what `data.export_metadata` adds."""
+    metadata = {
+        "sample_index": response.sample_index,
+        "finish_reason": response.finish_reason,
+        "num_tokens": len(response.tokens),
+        "logprob": sum(response.logprobs),
+    }
+    return {**row, cfg.data.output_key: response.text, **(metadata if cfg.data.export_metadata else {})}
+
+
+def fingerprint(cfg: SamplerConfig, archive: str) -> dict[str, Any]:
+    """What decides the rows; batch size, slots, devices and intervals do not."""
+    inference = dataclasses.asdict(cfg.inference)
+    inference.pop("max_batch_slots")
+    return {
+        "gpt_model_file": archive,
+        "seed": cfg.seed,
+        "trainer.precision": cfg.trainer.precision,
+        "data.n": cfg.data.n,
+        "data.output_key": cfg.data.output_key,
+        "data.export_metadata": cfg.data.export_metadata,
+        **{f"inference.{name}": value for name, value in inference.items()},
+        **data_fingerprint(cfg.data),
+    }
+
+
+def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> None:
+    """Merge the journal into the output file, n responses of a prompt after one another, in prompt order."""
+    places: list[int] = []
+
+    def in_order() -> Iterator[Row]:
+        for place, row in journal.merged():
+            places.append(place)
+            yield row
+
+    write_jsonl(cfg.output_file, in_order())
+    assert places == list(range(prompts * cfg.data.n)), "every place of the output is taken once"
+    counts = {"prompts": prompts, "samples": len(places)}
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
+    log.info("wrote %d samples of %d prompts to %s", len(places), prompts, cfg.output_file)

@@ -1,0 +1,175 @@
+"""The reward labeler: generated.jsonl ─▶ rewards ─▶ processor (rs, rest, dt or null) ─▶ filtered.jsonl.
+
+The journal holds raw rewards, so a rerun with another processor, threshold or standardisation scores nothing again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from nemo_aligner.algorithms.processors import apply_processor, check_processor
+from nemo_aligner.algorithms.statistics import mean_and_std, standardised
+from nemo_aligner.config.offline import LabelerConfig
+from nemo_aligner.data.blending import Blend, split_chunk
+from nemo_aligner.data.journal import Journal
+from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.interfaces import Cluster, RewardModel
+from nemo_aligner.errors import StoppedEarly
+from nemo_aligner.metrics import Progress
+from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.stages.offline.data import (
+    check_output,
+    check_template,
+    data_fingerprint,
+    filled,
+    open_rows,
+    start_cluster,
+)
+from nemo_aligner.stages.run_control import RunControl
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 16
+"""Micro-batches scored between two looks at the clock; rows are sorted by length within a window."""
+
+
+def run(cfg: LabelerConfig) -> None:
+    """Score the rows of `cfg.data.file_names` and write what the processor makes of them to `cfg.output_file`."""
+    keys = keys_of(cfg)
+    check_output(cfg)
+    check_processor(cfg.processor, cfg.reward_template, keys)
+    cfg.reward_standardization.validate("reward_standardization")
+    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
+
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    with start_cluster(cfg) as cluster:
+        label(cfg, rows, load_reward_model(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+
+
+def keys_of(cfg: LabelerConfig) -> Keys:
+    return Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
+
+
+def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster) -> None:
+    """Score what the journal lacks, then process. Raises StoppedEarly at the time limit or SIGTERM, rewards kept."""
+    chunk = split_chunk(len(rows), cfg.data.sample_split_size, cfg.data.sample_split_iter)
+    archive = cluster.broadcast(model.archive_hash() if cluster.is_main else "")
+    journal = Journal(cfg.output_file, fingerprint(cfg, model, archive), cluster)
+    mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
+    encoder = TextEncoder(cfg, model)
+    batch = cfg.data.micro_batch_size
+    window = batch * (cfg.checkpoint_interval or _WINDOW)
+    progress = Progress("labeling", sum(cluster.gather(len(mine))), show=cluster.is_main)
+    with RunControl(cfg.max_time_per_run, cluster) as control:
+        for start in range(0, max(cluster.gather(len(mine))), window):
+            places = mine[start : start + window]
+            tokens = [encoder.tokens(rows[p % len(rows)]) for p in places]
+            for place, reward in zip(places, model.score(tokens, batch) if tokens else [], strict=True):
+                journal.add(place - chunk.start, {"reward": reward[0]})
+            progress.advance(cluster.dp_size * len(places), cluster.dp_size * sum(map(len, tokens)))
+            # a window is seconds of work, the most that a kill may lose
+            journal.flush()
+            reason = control.stop_reason()
+            if reason is not None:
+                raise StoppedEarly(f"{reason}; progress is in {journal.folder}")
+        progress.close()
+    encoder.report()
+    cluster.barrier()
+    if cluster.is_main:
+        finish(cfg, rows, chunk, journal, model.stored_standardization, archive)
+    cluster.barrier()
+
+
+class TextEncoder:
+    """Rows as the reward model was trained to see them: template(prompt) + response, EOS as its archive says."""
+
+    def __init__(self, cfg: LabelerConfig, model: RewardModel) -> None:
+        self._cfg, self._tokenizer = cfg, model.tokenizer
+        self._limit = min(cfg.data.max_seq_length, model.max_sequence_length)
+        self._eos = model.append_eod if cfg.data.add_eos is None else cfg.data.add_eos
+        self._cut = self._empty = 0
+
+    def tokens(self, row: dict[str, Any]) -> list[int]:
+        """Token ids of one row, at most the limit; EOS stays at the end of a text that was cut."""
+        data = self._cfg.data
+        if not row[data.output_key]:
+            self._empty += 1
+        text = filled(data.prompt_template, data.input_key, row[data.input_key]) + row[data.output_key]
+        ids = self._tokenizer.encode(text)
+        if data.add_bos and self._tokenizer.bos_id is not None:
+            ids = [self._tokenizer.bos_id, *ids]
+        room = self._limit - int(self._eos)
+        if len(ids) > room:
+            self._cut += 1
+            ids = ids[:room]
+        if self._eos or not ids:
+            ids = [*ids, self._tokenizer.eos_id]
+        return ids
+
+    def report(self) -> None:
+        if self._cut:
+            log.warning("%d texts were cut to %d tokens before scoring", self._cut, self._limit)
+        if self._empty:
+            log.warning("%d responses are empty; they were scored as they are", self._empty)
+
+
+def fingerprint(cfg: LabelerConfig, model: RewardModel, archive: str) -> dict[str, Any]:
+    """What decides the raw rewards."""
+    return {
+        "gpt_model_file": archive,
+        "trainer.precision": cfg.trainer.precision,
+        "data.output_key": cfg.data.output_key,
+        "data.add_eos": model.append_eod if cfg.data.add_eos is None else cfg.data.add_eos,
+        **data_fingerprint(cfg.data),
+    }
+
+
+def finish(
+    cfg: LabelerConfig, rows: Blend, chunk: range, journal: Journal, stored: tuple[float, float] | None, archive: str
+) -> None:
+    """Rewards → standardised → processed → output file, rows in the order of the input."""
+    keys = keys_of(cfg)
+    rewards = [math.nan if row["reward"] is None else float(row["reward"]) for _, row in journal.merged()]
+    assert len(rewards) == len(chunk), "every row is scored once"
+    for position, reward in zip(chunk, rewards, strict=True):
+        if math.isnan(reward):
+            path, line = rows.where(position % len(rows))
+            log.warning("%s:%d: the reward is NaN", path, line)
+    mean, std = mean_and_std(rewards)
+    if cfg.print_reward_info:
+        log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(rewards))
+    samples = [
+        scored(rows[position % len(rows)], reward, keys)
+        for position, reward in zip(chunk, standardize(cfg, rewards, stored), strict=True)
+    ]
+    kept = apply_processor(
+        cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
+    )
+    export = cfg.export_reward or cfg.processor is None
+    write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
+    counts = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
+    log.info("wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor)
+
+
+def scored(row: dict[str, Any], reward: float, keys: Keys) -> ScoredSample:
+    """A row with its reward; the user's other fields travel along."""
+    extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
+    return ScoredSample(row[keys.input], row[keys.output], extra, reward)
+
+
+def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, float] | None) -> list[float]:
+    """`reward_standardization`: explicit mean and std, else the archive's own, else those of the whole file."""
+    given = cfg.reward_standardization
+    if not given.enable:
+        return rewards
+    known = given.known(stored)
+    mean, std = known or mean_and_std(rewards)
+    source = "as given" if given.mean is not None else "as stored in the reward model" if known else "of these rows"
+    log.info("standardising rewards with mean %.4f and std %.4f, %s", mean, std, source)
+    return standardised(rewards, mean, std)

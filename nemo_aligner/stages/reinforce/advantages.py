@@ -1,0 +1,84 @@
+"""From rollouts to what is trained on: KL-penalised rewards, advantages, examples, and the figures that are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.algorithms.reinforce import baselines
+from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.config.reinforce import ReinforceLoopConfig
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.errors import TrainingError
+from nemo_aligner.stages.reinforce.rollout import Rollout, token_count
+
+
+@dataclass
+class Scored:
+    """The rollouts of one step with their advantages; without those where nothing is trained (validation)."""
+
+    rollouts: list[Rollout]
+    with_kl: Tensor  # R, [B] float64
+    counted: Tensor  # [B] bool: trained on
+    advantages: Tensor | None  # [B] float64
+
+
+def score(
+    rollouts: list[Rollout], loop: ReinforceLoopConfig, greedy: Tensor | None, *, validation: bool = False
+) -> Scored:
+    """R = r − β·KL, A = R − b. `greedy` `[B]` are the rewards ReMax compares with; they carry no KL."""
+    penalised = [r.reward - loop.initial_policy_kl_penalty * (r.kl or 0.0) for r in rollouts]
+    with_kl = torch.tensor(penalised, dtype=torch.float64)
+    counted = torch.tensor([r.finished or loop.unfinished == "keep" for r in rollouts])
+    if validation:
+        return Scored(rollouts, with_kl, counted, None)
+    groups = torch.tensor([r.group for r in rollouts])
+    return Scored(rollouts, with_kl, counted, with_kl - baselines(loop.baseline, with_kl, groups, greedy, counted))
+
+
+def examples_of(scored: Scored) -> list[Example]:
+    """What is trained on: the counted responses, the token that ended each included, weighted by their advantages."""
+    assert scored.advantages is not None
+    return [
+        Example((r.row,), ([0] * len(r.prompt.tokens) + [1] * len(r.tokens),), weight=float(advantage))
+        for r, advantage, counted in zip(scored.rollouts, scored.advantages, scored.counted, strict=True)
+        if counted
+    ]
+
+
+def rollout_metrics(scored: Scored) -> dict[str, float]:
+    """The figures of one step's rollouts, under the names that NeMo-Aligner gives them where it has them."""
+    rollouts, count = scored.rollouts, len(scored.rollouts)
+    tokens = token_count(rollouts)
+    mean, std = mean_and_std([r.reward for r in rollouts])
+    found = {
+        "rollout_size": count,
+        "prompt_lengths": sum(len(r.prompt.tokens) for r in rollouts) / count,
+        "response_lengths": sum(len(r.row) for r in rollouts) / count,  # with the prompt, as in NeMo-Aligner
+        "generation_length": tokens / count,
+        "rewards": mean,
+        "rewards_std": 0.0 if count == 1 else std,
+        "fraction_of_samples_properly_ended": sum(r.finished for r in rollouts) / count,
+        "entropy": -sum(sum(r.logprobs) for r in rollouts) / tokens,  # per token, estimated from what was drawn
+    }
+    if all(r.kl is not None for r in rollouts):
+        found["init_policy_kl"] = sum(r.kl or 0.0 for r in rollouts) / count
+        found["rewards_with_kl"] = float(scored.with_kl.mean())
+    if scored.advantages is not None:
+        found["advantage_mean"] = float(scored.advantages.mean())
+        found["advantage_std"] = float(scored.advantages.std(correction=0))
+    return found
+
+
+def check_finite(rollouts: Sequence[Rollout]) -> None:
+    """Raises TrainingError for a reward that is no number, before it can reach the weights."""
+    for rollout in rollouts:
+        if not math.isfinite(rollout.reward):
+            raise TrainingError(
+                f"the reward model gave {rollout.reward} for the response {rollout.text[:80]!r} "
+                f"to the prompt {rollout.prompt.text[:80]!r}"
+            )

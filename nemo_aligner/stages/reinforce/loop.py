@@ -1,0 +1,306 @@
+"""REINFORCE: prompts ─▶ rollouts ─▶ KL-penalised rewards ─▶ baseline ─▶ advantages ─▶ optimizer steps, and again.
+
+One update with three baselines (RLOO, ReMax, none). What a step does is a function of (seed, step) and the weights, so
+a run that was killed goes on from its newest checkpoint with the numbers it would have had.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nemo_aligner.algorithms.reinforce import reinforce_loss
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.prompts import PromptRow, encode_prompts, open_prompts
+from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
+from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly
+from nemo_aligner.metrics import MetricsLogger, Progress, Timers
+from nemo_aligner.stages.batches import BatchPlan, microbatches
+from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.reinforce.advantages import Scored, check_finite, examples_of, rollout_metrics, score
+from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
+from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.supervised.loop import open_logger
+
+log = logging.getLogger(__name__)
+
+_MONITORS = {"val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", "global_step", "step", "consumed_samples"}
+_PREFIX = "model.data.data_prefix"
+
+
+def run(cfg: ReinforceConfig) -> None:
+    """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
+    if cfg.model.data.data_impl not in ("json", "jsonl"):
+        raise ConfigError(f"{cfg.model.data.data_impl!r} is not jsonl", "model.data.data_impl")
+    rows = {s: open_prompts(cfg.model.data.data_prefix, s, f"{_PREFIX}.{s}") for s in ("train", "validation")}
+    if rows["train"] is None:
+        raise ConfigError("required, but not given", f"{_PREFIX}.train")
+
+    from nemo_aligner.engine.loading import start_for_training
+    from nemo_aligner.engine.policy import load_policy_for_training
+    from nemo_aligner.servers.reward_client import RewardClient
+
+    key = "pretrained_checkpoint.restore_from_path"
+    with start_for_training(cfg.trainer, cfg.model, key=key) as cluster:
+        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=key)
+        prompts = {split: None if found is None else encode(cfg, policy, found) for split, found in rows.items()}
+        if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+            policy.keep_initial_weights()
+        assert prompts["train"] is not None
+        actor = Actor(cfg, policy, cluster, prompts["train"], prompts["validation"] or [])
+        policy.add_optimizer(
+            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
+        )
+        client = RewardClient(cfg.remote_critic_rm)
+        try:
+            client.wait_until_ready()
+            actor.train(client)
+        finally:
+            client.close()
+
+
+def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
+    """Prompts that leave room for a response."""
+    tokenizer = policy.tokenizer
+    return encode_prompts(
+        rows,
+        tokenizer.encode,
+        bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
+        limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
+        key=_PREFIX,
+    )
+
+
+def context_of(cfg: ReinforceConfig, policy: Policy) -> int:
+    """Tokens of prompt and response together, at most."""
+    return min(cfg.trainer.ppo.rollout_batch_seq_length or policy.max_sequence_length, policy.max_sequence_length)
+
+
+def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
+    return reinforce_loss(logprobs, microbatch.fields["loss_mask"], microbatch.fields["weights"])
+
+
+class Actor:
+    """One REINFORCE run."""
+
+    def __init__(
+        self,
+        cfg: ReinforceConfig,
+        policy: Policy,
+        cluster: Cluster,
+        train: Sequence[PromptRow],
+        validation: Sequence[PromptRow],
+    ) -> None:
+        self.cfg, self.policy, self.cluster, self.prompts = cfg, policy, cluster, train
+        self.loop, self.settings = cfg.trainer.ppo, cfg.model.ppo
+        self.validation = validation[: self.settings.num_val_samples]
+        self.plan = BatchPlan(len(train), self.settings.num_rollout_samples, cfg.model.seed, cfg.model.data.shuffle)
+        total = self.plan.steps_per_epoch * self.loop.max_epochs
+        self.steps = total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
+        self.timers = Timers()
+        self.logger: MetricsLogger | None = None
+        self.updates = 0  # optimizer steps done
+        self.values: dict[str, float] = {}  # newest value of everything a monitor may name
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        n, size = self.settings.num_rollout_per_prompt, self.cfg.model.global_batch_size
+        return sum(math.ceil(len(self.plan.indices(step)) * n / size) for step in range(self.steps))
+
+    def train(self, rewards: Rewards) -> None:
+        """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
+        exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
+        checkpoints = Checkpoints(exp, cluster, metrics=_MONITORS, validates=bool(self.validation))
+        step, logged = self.resume(checkpoints)
+        self.announce()
+        self.logger = open_logger(exp, logged) if cluster.is_main else None
+        kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
+        worker = RolloutWorker(
+            self.policy,
+            cluster,
+            rewards,
+            forward_batch=self.settings.forward_micro_batch_size,
+            kl=kl,
+            timers=self.timers,
+        )
+        progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step, unit="step")
+        if step == 0:
+            self.validate(0, worker)
+        with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
+            while step < self.steps:
+                scored = self.step(step, worker)
+                step += 1
+                at_end = step == self.steps
+                if at_end or step % loop.val_check_interval == 0:
+                    self.validate(step, worker)
+                self.log_timers(step)
+                progress.advance(1, token_count(scored.rollouts), reward=self.values["rewards"])
+                reason = None if at_end else control.stop_reason()
+                due = loop.save_interval and (at_end or step % loop.save_interval == 0)
+                if exp.create_checkpoint_callback and (due or reason):
+                    checkpoints.save(self.policy, self.state(step), self.values | {"global_step": step, "step": step})
+                if reason:
+                    raise StoppedEarly(f"{reason} at step {step} of {self.steps}; checkpoint in {checkpoints.root}")
+        progress.close()
+        if self.logger is not None:
+            self.logger.close()
+        if exp.checkpoint_callback_params.save_nemo_on_train_end:
+            self.policy.save_nemo(checkpoints.archive)
+
+    def announce(self) -> None:
+        """Say once what was chosen, where the choice changes what the numbers mean."""
+        loop = self.loop
+        log.info(
+            "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
+            loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
+        )  # fmt: skip
+        if self.sampling().changes_distribution:
+            log.warning(
+                "model.ppo.sampling_params draw from another distribution than the policy's own; "
+                "gradient and KL are those of the policy itself, as if it had drawn the responses"
+            )
+
+    def sampling(self, *, greedy: bool = False, seed_offset: int = 0) -> SamplingParams:
+        """`model.ppo.sampling_params` and `length_params` as the engine takes them."""
+        given, lengths = self.settings.sampling_params, self.settings.length_params
+        context = context_of(self.cfg, self.policy)
+        return SamplingParams(
+            greedy=greedy,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            repetition_penalty=given.repetition_penalty,
+            min_tokens=lengths.min_length,
+            max_tokens=min(lengths.max_length or context // 2, context - 1),
+            end_strings=tuple(given.end_strings),
+            seed=self.cfg.model.seed + seed_offset,
+        )
+
+    def step(self, step: int, worker: RolloutWorker) -> Scored:
+        """One rollout step: rollouts, advantages, and as many optimizer steps as the responses fill."""
+        n = self.settings.num_rollout_per_prompt
+        # the number of a prompt in the run: no two steps share noise
+        first = step * self.settings.num_rollout_samples
+        prompts = [(first + j, self.prompts[i]) for j, i in enumerate(self.plan.indices(step))]
+        slots = self.settings.rollout_micro_batch_size * n
+        with self.timers.phase("rollout_time"):
+            rollouts = worker.run(prompts, n, self.sampling(), slots)
+            check_finite(rollouts)
+            greedy = None
+            if self.loop.baseline == "ReMax":
+                best = worker.run(prompts, 1, self.sampling(greedy=True), slots)
+                check_finite(best)
+                of_group = {rollout.group: rollout.reward for rollout in best}
+                greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts])
+        scored = score(rollouts, self.loop, greedy)
+        self.log_rollouts(step + 1, "train_rollouts", scored)
+        with self.timers.phase("train_time"):
+            self.update(scored)
+        return scored
+
+    def update(self, scored: Scored) -> None:
+        """Optimizer steps over the counted responses, in prompt order, `global_batch_size` at a time."""
+        examples = examples_of(scored)
+        if not examples:
+            log.warning("no response of this step ended by itself: nothing is learned from it")
+        size = self.cfg.model.global_batch_size
+        for start in range(0, len(examples), size):
+            batch = microbatches(
+                examples,
+                range(start, min(len(examples), start + size)),
+                size=self.cfg.model.micro_batch_size,
+                dp_rank=self.cluster.dp_rank,
+                dp_size=self.cluster.dp_size,
+                pad_id=self.policy.tokenizer.pad_id,
+            )
+            metrics = self.policy.train_step(batch, reinforce_objective)
+            self.updates += 1
+            if self.logger is not None:
+                found = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
+                self.logger.log(self.updates, "train_optim", found)
+
+    def validate(self, step: int, worker: RolloutWorker) -> None:
+        """One response to each validation prompt, always drawn with the same noise; no update.
+
+        The responses are written to `<log dir>/validation/step_<step>.jsonl`.
+        """
+        if not self.validation:
+            return
+        with self.timers.phase("validation_time"):
+            prompts = list(enumerate(self.validation))
+            slots = self.settings.val_rollout_micro_batch_size
+            rollouts = worker.run(prompts, 1, self.sampling(seed_offset=1), slots)
+        self.log_rollouts(step, "val_rollouts", score(rollouts, self.loop, None, validation=True))
+        if self.cluster.is_main:
+            rows = [{"input": r.prompt.text, "output": r.text, "reward": r.reward, "kl": r.kl} for r in rollouts]
+            write_jsonl(log_dir(self.cfg.exp_manager) / "validation" / f"step_{step}.jsonl", rows)
+            shown = rollouts[0]
+            log.info(
+                "step %d: validation reward %.4f; %r ─▶ %r (%.3f)",
+                step, self.values["val_rewards"], shown.prompt.text[-60:], shown.text[:120], shown.reward,
+            )  # fmt: skip
+
+    def log_rollouts(self, step: int, name: str, scored: Scored) -> None:
+        found = rollout_metrics(scored)
+        if name == "train_rollouts":
+            found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
+        prefix = "val_" if name == "val_rollouts" else ""
+        self.values |= {f"{prefix}{key}": value for key, value in found.items()}
+        if self.logger is not None:
+            self.logger.log(step, name, found)
+
+    def log_timers(self, step: int) -> None:
+        """Seconds of each phase since the last call."""
+        if self.logger is not None:
+            self.logger.log(step, "timers", self.timers.seconds)
+        self.timers.seconds.clear()
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        values = {name: value for name, value in self.values.items() if math.isfinite(value)}
+        return {
+            "step": step,
+            "consumed_samples": self.plan.consumed(step),
+            "updates": self.updates,
+            "metrics_bytes": 0 if self.logger is None else self.logger.position,
+            "values": values,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which prompts and which noise a step uses."""
+        model = self.cfg.model
+        return {
+            "model.seed": model.seed,
+            "model.data.shuffle": model.data.shuffle,
+            "model.ppo.num_rollout_samples": self.settings.num_rollout_samples,
+            "model.ppo.num_rollout_per_prompt": self.settings.num_rollout_per_prompt,
+            "number of training prompts": len(self.prompts),
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> tuple[int, int | None]:
+        """Steps already done and metrics already logged, from the newest checkpoint.
+
+        Raises CheckpointError where it belongs to another run.
+        """
+        newest = checkpoints.newest()
+        if newest is None:
+            return 0, checkpoints.logged_before_any
+        state = self.policy.load_training_state(newest)
+        for name, value in self.fingerprint().items():
+            if state["fingerprint"].get(name) != value:
+                raise CheckpointError(
+                    f"{newest} was made with {name} = {state['fingerprint'].get(name)}, this run has {value}; "
+                    "choose another exp_manager.explicit_log_dir, or set exp_manager.resume_if_exists=False"
+                )
+        self.updates, self.values = state["updates"], state["values"]
+        log.info("resuming at step %d from %s", state["step"], newest)
+        return int(state["step"]), state["metrics_bytes"]

@@ -1,0 +1,75 @@
+"""Reward-model training: a policy's backbone with a new head learns which of two texts people prefer."""
+
+from __future__ import annotations
+
+from nemo_aligner.config.supervised import RMConfig
+from nemo_aligner.data.blending import blend, prefix_files
+from nemo_aligner.data.jsonl import Row, load_rows
+from nemo_aligner.data.supervised import pairs_of, preference_examples
+from nemo_aligner.engine.interfaces import TrainableModel
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.supervised.loop import (
+    RANKING_METRICS,
+    Task,
+    check_not_empty,
+    ranking_objective,
+    ranking_task_notes,
+    train,
+)
+
+Pairs = list[tuple[Row, Row]]
+
+
+def run(cfg: RMConfig) -> None:
+    """Train on `model.data.data_prefix.train`; the archive carries mean and std of the validation rewards."""
+    if cfg.model.reward_model_type != "binary_ranking":
+        raise ConfigError(f"{cfg.model.reward_model_type!r} is not binary_ranking", "model.reward_model_type")
+    pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
+    if not pairs["train"]:
+        raise ConfigError("required, but not given", "model.data.data_prefix.train")
+
+    from nemo_aligner.engine.loading import start_for_training
+    from nemo_aligner.engine.reward_model import load_reward_model_for_training
+
+    with start_for_training(cfg.trainer, cfg.model, key="pretrained_checkpoint.restore_from_path") as cluster:
+        model = load_reward_model_for_training(
+            cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
+        )
+        task = make_task(cfg, model, pairs)
+        model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
+        train(task, model, cfg.exp_manager)
+
+
+def open_pairs(cfg: RMConfig, split: str) -> Pairs:
+    """Pairs of one split of `model.data.data_prefix`: [file] or the blend [weight, file, weight, file, ...]."""
+    key = f"model.data.data_prefix.{split}"
+    names, weights = prefix_files(cfg.model.data.data_prefix, split, key)
+    if not names:
+        return []
+    files = [load_rows(name, required={"text": key}) for name in names]
+    if len(files) == 1:
+        return pairs_of(files[0])
+    paired = [pairs_of(file) for file in files]
+    order = blend(files, weights, sum(map(len, paired)), key=key)
+    return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
+
+
+def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
+    data = cfg.model.data
+    limit = min(data.seq_length, model.max_sequence_length)
+    splits = {
+        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit)
+        for split, rows in pairs.items()
+    }
+    check_not_empty(splits["train"], "model.data.data_prefix.train")
+    return Task(
+        train=splits["train"],
+        validation=splits["validation"],
+        objective=ranking_objective,
+        plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
+        micro_batch_size=cfg.model.micro_batch_size,
+        loop=cfg.trainer.rm,
+        metric_names=RANKING_METRICS,
+        archive_notes=ranking_task_notes(data.append_eod, cfg.model.reward_model_type),
+    )

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning: the policy learns the answers of a JSONL file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
+from nemo_aligner.data.jsonl import Rows, load_rows
+from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
+from nemo_aligner.engine.interfaces import TrainableModel
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective, train
+
+_TRAIN, _VALIDATION = "model.data.train_ds", "model.data.validation_ds"
+
+
+def run(cfg: SFTConfig) -> None:
+    """Train `model.restore_from_path` on `model.data.train_ds`; see stages.supervised for the loop."""
+    rows = open_rows(cfg, cfg.model.data.train_ds, _TRAIN)
+    validation = cfg.model.data.validation_ds
+    held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
+
+    from nemo_aligner.engine.loading import start_for_training
+    from nemo_aligner.engine.policy import load_policy_for_training
+
+    with start_for_training(cfg.trainer, cfg.model, key="model.restore_from_path") as cluster:
+        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
+        task = make_task(cfg, policy, rows, held_out)
+        policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
+        train(task, policy, cfg.exp_manager)
+
+
+def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
+    """The rows of one data set, checked. Raises ConfigError without a file, DataError for bad rows."""
+    if not config.file_path:
+        raise ConfigError("required, but not given", f"{key}.file_path")
+    required: Mapping[str, str] = {}
+    if not cfg.model.data.chat:
+        required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
+    return load_rows(
+        config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
+    )
+
+
+def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
+    train_ds, data = cfg.model.data.train_ds, cfg.model.data
+    examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
+    check_not_empty(examples, str(rows.path))
+    validation = []
+    if held_out is not None and data.validation_ds is not None:
+        validation = make_examples(cfg, data.validation_ds, policy, held_out, _VALIDATION)
+    return Task(
+        train=examples,
+        validation=validation,
+        objective=sft_objective,
+        plan=BatchPlan(len(examples), train_ds.global_batch_size, cfg.model.seed, train_ds.shuffle, train_ds.drop_last),
+        micro_batch_size=train_ds.micro_batch_size,
+        loop=cfg.trainer.sft,
+    )
+
+
+def make_examples(
+    cfg: SFTConfig, config: SFTDatasetConfig, policy: TrainableModel, rows: Rows, key: str
+) -> list[Example]:
+    data, answer_only = cfg.model.data, cfg.model.answer_only_loss
+    if not data.chat:
+        return sft_examples(
+            rows, config, policy.tokenizer, answer_only=answer_only, max_length=policy.max_sequence_length, key=key
+        )
+    template = data.chat_template or policy.tokenizer.chat_template
+    if template is None:
+        raise ConfigError("the archive's tokenizer has no chat template; give one", "model.data.chat_template")
+    limit = min(config.max_seq_length, policy.max_sequence_length)
+    return chat_examples(rows, template, policy.tokenizer, answer_only=answer_only, limit=limit)

@@ -1,0 +1,98 @@
+"""Converted checkpoints give the logits that transformers gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints.hf_weights import (
+    architecture_of,
+    fuse_qkv,
+    split_qkv,
+    to_hf,
+    to_hf_config,
+    to_megatron,
+)
+from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.errors import CheckpointError
+
+SHAPE = {
+    "vocab_size": 130, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied, no GQA": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama 3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def hugging_face(family: str, extra: dict[str, Any]) -> torch.nn.Module:
+    torch.manual_seed(2)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **extra})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in model.parameters():  # biases and norms are 0 and 1 at first: every weight must matter
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers_and_the_way_back_is_exact(case: str) -> None:
+    model = hugging_face(*CASES[case])
+    config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
+    arch = architecture_of(config)
+    ours = build_model(arch, RunOptions()).eval()
+    tensors = dict(model.state_dict())
+    converted = to_megatron(arch, tensors, padded_vocab_size(arch, 1))
+    missing, unexpected = ours.load_state_dict(converted, strict=False)
+    assert not unexpected
+    assert all("_extra_state" in name for name in missing if not name.startswith("output_layer"))
+    tokens = torch.randint(0, arch.vocab_size, (3, 20))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = ours(tokens, torch.arange(20).expand(3, 20), None)[..., : arch.vocab_size]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    back = to_hf(arch, converted)
+    for name, tensor in back.items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert architecture_of(to_hf_config(arch, "float32")) == replace(arch, kv_channels=arch.head_dim)
+
+
+def test_qkv_split_undoes_fuse() -> None:
+    arch = architecture_of({**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5})
+    parts = torch.randn(32, 32), torch.randn(16, 32), torch.randn(16, 32)
+    for part, again in zip(parts, split_qkv(arch, fuse_qkv(arch, *parts)), strict=True):
+        assert torch.equal(part, again)
+
+
+def test_other_architectures_are_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match="architecture GPT2LMHeadModel is not one of LlamaForCausalLM"):
+        architecture_of({"architectures": ["GPT2LMHeadModel"]})
+
+
+def test_missing_tensors_are_named() -> None:
+    arch = architecture_of({**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5})
+    with pytest.raises(CheckpointError, match=r"no tensor model\.embed_tokens\.weight"):
+        to_megatron(arch, {}, 256)

@@ -1,0 +1,148 @@
+"""Training checkpoints: whole or not at all, found when whole, refused when damaged, and never run as code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints import training_state
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.engine.training.trainable import MegatronTrainable
+from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.stages.supervised.loop import sft_objective
+from tests.tiny import rows, trainable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def model(cluster: MegatronCluster) -> MegatronTrainable:
+    model = trainable(cluster)
+    model.train_step([rows()], sft_objective)
+    return model
+
+
+def weights(model: MegatronTrainable) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.module.parameters()]
+
+
+def killed(*_: Any) -> None:
+    raise SystemExit(137)
+
+
+def disk_full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("moment", ["save_sharded", "_rng_state", "fsync_tree"])
+def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_next(
+    moment: str, cluster: MegatronCluster, model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_training_state(tmp_path / "first", {"step": 1})
+    at_first = weights(model)
+    model.train_step([rows(seed=1)], sft_objective)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_state, moment, killed)
+        with pytest.raises(SystemExit):
+            model.save_training_state(tmp_path / "second", {"step": 2})
+    assert training_state.latest(tmp_path) == tmp_path / "first"
+    other = trainable(cluster)
+    assert other.load_training_state(tmp_path / "first")["step"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(at_first, weights(other), strict=True))
+    model.save_training_state(tmp_path / "third", {"step": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "third"]
+
+
+@pytest.mark.parametrize("moment", ["save_sharded", "_rng_state", "fsync_tree"])
+def test_a_full_disk_is_said_and_leaves_nothing_behind(
+    moment: str, model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if moment == "save_sharded":
+        monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", disk_full)
+    else:
+        monkeypatch.setattr(training_state, moment, disk_full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        model.save_training_state(tmp_path / "full", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_under_a_name_in_use_replaces_what_was_there(model: MegatronTrainable, tmp_path: Path) -> None:
+    model.save_training_state(tmp_path / "same", {"step": 1})
+    model.train_step([rows(seed=1)], sft_objective)
+    model.save_training_state(tmp_path / "same", {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
+    now = weights(model)
+    model.train_step([rows(seed=2)], sft_objective)
+    assert model.load_training_state(tmp_path / "same")["step"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(now, weights(model), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["shortened", "missing"])
+@pytest.mark.parametrize("pattern", ["shards/*.distcp", "shards/.metadata", "rng_0.pt"])
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_file_name(
+    damage: str, pattern: str, model: MegatronTrainable, tmp_path: Path
+) -> None:
+    model.save_training_state(tmp_path / "sound", {"step": 1})
+    model.save_training_state(tmp_path / "damaged", {"step": 2})
+    victim = next(iter(sorted((tmp_path / "damaged").glob(pattern))))
+    if damage == "missing":
+        victim.unlink()
+    else:
+        os.truncate(victim, victim.stat().st_size - 1)
+    assert training_state.latest(tmp_path) == tmp_path / "sound"
+    with pytest.raises(CheckpointError, match=victim.name):
+        model.load_training_state(tmp_path / "damaged")
+
+
+def test_random_numbers_go_on_where_the_save_left_them(model: MegatronTrainable, tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.normal()), float(torch.randn(()))
+
+    model.save_training_state(tmp_path / "a", {"step": 1})
+    expected = draw()
+    draw()
+    model.load_training_state(tmp_path / "a")
+    assert draw() == expected
+
+
+class Planted:
+    """Unpickled the usual way, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["shards/.metadata", "rng_0.pt"])
+def test_code_hidden_in_a_checkpoint_is_not_run(name: str, model: MegatronTrainable, tmp_path: Path) -> None:
+    folder, trace = tmp_path / "a", tmp_path / "trace"
+    model.save_training_state(folder, {"step": 1})
+    if name.endswith(".pt"):
+        torch.save(Planted(trace), folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Planted(trace)))
+    state = json.loads((folder / "state.json").read_text())
+    state["files"][name] = (folder / name).stat().st_size  # as one who plants it would
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError):
+        model.load_training_state(folder)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Planted(trace)))
+    assert trace.exists(), "the planted code works where it is run"

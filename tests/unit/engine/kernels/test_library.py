@@ -1,0 +1,191 @@
+"""The C kernels of the decode step against the same formulas in torch, float32."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_aligner.algorithms.sampling import _at
+from nemo_aligner.engine.generation.cached_attention import Rotary, turned_heads
+from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
+from nemo_aligner.engine.kernels import library
+from nemo_aligner.engine.kernels.library import CpuKernels
+
+
+def kinds() -> list[tuple[torch.dtype, str]]:
+    """What to compile for: this processor, and lesser ones of its kind, which it can stand in for."""
+    processors, flags = ["native"], set()
+    if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        lesser = {
+            "x86-64": set(),
+            "x86-64-v3": {"avx2", "fma", "bmi2"},
+            "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"},
+        }
+        processors += [name for name, needed in lesser.items() if needed <= flags]
+    return list(itertools.product((torch.bfloat16, torch.float32), processors))
+
+
+@pytest.fixture(scope="module", params=kinds(), ids=str)
+def kind(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
+    found: tuple[torch.dtype, str] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def dtype(kind: tuple[torch.dtype, str]) -> torch.dtype:
+    return kind[0]
+
+
+@pytest.fixture(scope="module")
+def kernels(kind: tuple[torch.dtype, str]) -> CpuKernels:
+    found = library._compiled(*kind)
+    assert found is not None, "a C compiler is needed for these tests"
+    return found
+
+
+def normal(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(dtype)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Within one rounding to the dtype of `found`."""
+    rtol, atol = (2**-7, 1e-3) if found.dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_add_rms_norm_adds_in_place_and_normalises(kernels: CpuKernels, dtype: torch.dtype, rows: int) -> None:
+    hidden, delta, weight = normal(dtype, rows, 200), normal(dtype, rows, 200, scale=0.5), normal(dtype, 200)
+    summed = hidden + delta
+    found = kernels.add_rms_norm(hidden, delta, weight, 1e-5)
+    assert torch.equal(hidden, summed)
+    assert_close(found, F.rms_norm(summed.float(), (200,), weight.float(), 1e-5))
+    assert_close(kernels.add_rms_norm(hidden, None, weight, 1e-5), found)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_silu_mul_gates_the_second_half_by_the_first(kernels: CpuKernels, dtype: torch.dtype, rows: int) -> None:
+    inner = normal(dtype, rows, 2 * 160, scale=8.0)
+    gate, value = inner.float().chunk(2, dim=-1)
+    assert_close(kernels.silu_mul(inner), F.silu(gate).to(dtype).float() * value)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("turned_part", [0.0, 0.5, 1.0])
+def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
+    kernels: CpuKernels, dtype: torch.dtype, heads: int, width: int, window: int, turned_part: float
+) -> None:
+    groups, layers, lengths = 2, 2, [3, 40, 70]
+    cache = KVCache(3, grain=32, block_rows=2, shares_prompts=True)
+    prompts = [normal(dtype, layers, 2, groups, length, width) for length in lengths]
+    for slot, prompt in enumerate(prompts):  # the last half of each is the row's own
+        shared = lengths[slot] // 2
+        cache.add(slot, CachedPrompt(prompt[..., :shared, :].contiguous(), None))
+        cache.ensure(np.array([slot]), np.array([lengths[slot] + 1]))
+        cache._home[slot].row(slot)[..., : lengths[slot] - shared, :] = prompt[..., shared:, :]
+    order = cache.slots
+    mixed = normal(dtype, len(order), groups, heads + 2, width)
+    positions = torch.tensor([lengths[slot] for slot in order])
+    turned = int(width * turned_part)
+    rotary = Rotary(normal(dtype, 80, turned), normal(dtype, 80, turned)) if turned else None
+    turn = rotary and rotary.at(positions)
+    found = kernels.attend(mixed, rotary, cache.places(), positions, layer=1, window=window, scale=width**-0.5).view(
+        len(order), groups, heads, width
+    )
+    query, key, value = turned_heads(mixed, turn)
+    query = query.view(len(order), groups, heads, width)
+    stored = [cache._home[slot].row(slot)[1] for slot in order]  # of layer 1, [2, G, T, D]
+    added = [lengths[slot] - lengths[slot] // 2 for slot in order]
+    for row, slot in enumerate(order):
+        keys, values = (
+            torch.cat((prompts[slot][1, part], new[row][:, None]), 1).float() for part, new in ((0, key), (1, value))
+        )
+        begin = max(0, lengths[slot] + 1 - window) if window else 0
+        scores = query[row].float() @ keys[:, begin:].transpose(1, 2) * width**-0.5
+        rtol, atol = (2**-6, 3e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+        torch.testing.assert_close(found[row].float(), scores.softmax(-1) @ values[:, begin:], rtol=rtol, atol=atol)
+        stored_key, stored_value = stored[row][:, :, added[row]]
+        torch.testing.assert_close(stored_key, key[row], rtol=rtol, atol=atol / 3)
+        assert torch.equal(stored_value, value[row])
+
+
+def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert library._compiled.__wrapped__(torch.bfloat16) is None
+    assert [record.message for record in caplog.records if "cannot compile" in record.message]
+
+
+@pytest.mark.parametrize("outputs", [32, 100, 7])
+def test_packed_weights_give_their_rows_and_come_back(kernels: CpuKernels, dtype: torch.dtype, outputs: int) -> None:
+    weight, ids = normal(dtype, outputs, 48), torch.tensor([outputs - 1, 0, outputs // 2])
+    packed = weight.clone()
+    kernels.pack(packed)
+    assert torch.equal(kernels.rows_of(packed, ids), weight[ids])
+    assert not torch.equal(packed, weight)
+    kernels.pack(packed, back=True)
+    assert torch.equal(packed, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 13, 29, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (100, 66), (7, 64), (32, 1024)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_is_that_of_float64_rounded_and_of_every_row_by_itself(
+    kernels: CpuKernels, dtype: torch.dtype, rows: int, outputs: int, inputs: int, with_bias: bool
+) -> None:
+    if not kernels.has_products:
+        pytest.skip("torch has faster ones there")
+    x, weight, bias = (
+        normal(dtype, rows, inputs),
+        normal(dtype, outputs, inputs),
+        normal(dtype, outputs) if with_bias else None,
+    )
+    packed = weight.clone()
+    kernels.pack(packed)
+    found = kernels.product(x, packed, bias)
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    rtol, atol = (2**-8, 1e-4) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=atol * inputs**0.5)
+    for row in range(0, rows, 7):
+        assert torch.equal(kernels.product(x[row : row + 1], packed, bias)[0], found[row])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("vocabulary", [5, 256, 1000])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_draw_inverts_the_cumulative_distribution(
+    kernels: CpuKernels, dtype: torch.dtype, temperature: float, vocabulary: int, forbid: bool
+) -> None:
+    rows = 200
+    logits = normal(dtype, rows, vocabulary + 3, scale=3.0)[:, :vocabulary]
+    ids = torch.tensor([vocabulary // 2, 1])
+    logits[:50, 1] = 100.0  # what cannot be drawn may have almost all of the probability
+    uniform = torch.linspace(0, 1, rows + 2, dtype=torch.float64)[1:-1]
+    forbidden = (torch.arange(rows) % 2 == 0, ids) if forbid else None
+    found = kernels.draw(logits, temperature, uniform, forbidden)
+    allowed = logits.double() / temperature
+    if forbid:
+        allowed[::2, ids] = -torch.inf
+    cumulative = allowed.softmax(-1).cumsum(-1)
+    upper = _at(cumulative, found.tokens)
+    lower = upper - _at(allowed.softmax(-1), found.tokens)
+    assert ((lower - 1e-6 <= uniform) & (uniform <= upper + 1e-6)).all()
+    torch.testing.assert_close(
+        found.logprobs.double(), _at(logits.double().log_softmax(-1), found.tokens), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        found.sampling_logprobs.double(), _at(allowed.log_softmax(-1), found.tokens), atol=1e-5, rtol=1e-5
+    )

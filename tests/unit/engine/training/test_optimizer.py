@@ -1,0 +1,83 @@
+"""What the optimizer does to weights: clipping and master weights against plain torch, faults before any change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_aligner.algorithms.terms import LossTerms
+from nemo_aligner.config.schema import OptimConfig, TrainerConfig
+from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.loading import LoadedModel
+from nemo_aligner.engine.model.build import RunOptions, build_model
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.engine.training.trainable import MegatronTrainable
+from nemo_aligner.errors import ConfigError, TrainingError
+from nemo_aligner.stages.supervised.loop import sft_objective
+from tests.fakes import ByteTokenizer
+from tests.tiny import ARCH, plain_sft_loss, rows, trainable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def without_optimizer(cluster: MegatronCluster, dtype: torch.dtype = torch.float32) -> MegatronTrainable:
+    torch.manual_seed(5)
+    run = RunOptions(dtype=dtype)
+    return MegatronTrainable(LoadedModel(build_model(ARCH, run), ARCH, ByteTokenizer(), run, Path("none")), cluster)  # type: ignore[arg-type]
+
+
+def test_clipping_is_by_the_norm_over_all_parameters(cluster: MegatronCluster) -> None:
+    # eps far above the gradient makes Adam's first step proportional to it, so that a missing clip is seen
+    optim = OptimConfig(name="adamw", lr=1.0, weight_decay=0.0, eps=10.0)
+    model, reference = without_optimizer(cluster), without_optimizer(cluster).module
+    parameters = list(reference.parameters())
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(plain_sft_loss(reference, rows()), parameters), strict=True
+    ):
+        parameter.grad = gradient
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+    assert norm > 0.2, "the gradient is one that clipping changes"
+    torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.98), eps=10.0, weight_decay=0.0).step()
+    model.add_optimizer(optim, clip_grad=0.1, max_steps=1)
+    assert model.train_step([rows()], sft_objective).grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    for ours, theirs in zip(model.module.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_weights_move_by_steps_smaller_than_their_resolution(cluster: MegatronCluster) -> None:
+    model = without_optimizer(cluster, torch.bfloat16)
+    model.add_optimizer(OptimConfig(name="adamw", lr=1e-4, weight_decay=0.0), clip_grad=0.0, max_steps=40)
+    matrix = dict(model.module.named_parameters())["decoder.layers.0.mlp.linear_fc1.weight"]
+    before = matrix.detach().clone()
+    coarse = before.abs() > 0.5  # neighbours 2^-8 apart: a step of 1e-4 is rounded away
+    model.train_step([rows()], sft_objective)
+    assert torch.equal(matrix[coarse], before[coarse])
+    for _ in range(39):
+        model.train_step([rows()], sft_objective)
+    assert (matrix[coarse] != before[coarse]).float().mean() > 0.25
+
+
+def test_a_gradient_whose_norm_overflows_changes_no_weight(cluster: MegatronCluster) -> None:
+    model = trainable(cluster)
+    before = [p.clone() for p in model.module.parameters()]
+
+    def steep(logprobs: torch.Tensor, batch: Microbatch) -> LossTerms:
+        terms = sft_objective(logprobs, batch)
+        return replace(terms, loss_sum=terms.loss_sum * 1e25)
+
+    with pytest.raises(TrainingError, match="not finite"):
+        model.train_step([rows()], steep)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones(cluster: MegatronCluster) -> None:
+    with pytest.raises(ConfigError, match=r"model\.optim\.name: 'lion' is not one of .*adamw"):
+        without_optimizer(cluster).add_optimizer(OptimConfig(name="lion"), clip_grad=0.0, max_steps=1)

@@ -1,0 +1,134 @@
+"""Learning-rate schedules: end points, continuity, and the runs that are shorter than their schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from nemo_aligner.engine.training.schedules import make_schedule
+from nemo_aligner.errors import ConfigError
+
+
+def rates(sched: dict | None, steps: int, lr: float = 1.0) -> list[float]:
+    schedule = make_schedule(lr, sched, steps)
+    return [schedule(t) for t in range(steps)]
+
+
+def test_no_schedule_is_constant() -> None:
+    assert rates(None, 5, 0.3) == [0.3] * 5
+
+
+def test_cosine_warms_up_from_above_zero_decays_and_stays_at_the_minimum() -> None:
+    found = rates({"name": "CosineAnnealing", "warmup_steps": 3, "constant_steps": 2, "min_lr": 0.1}, 15)
+    assert found[:3] == [0.25, 0.5, 0.75]
+    decay = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * p / 10)) for p in range(10)]
+    assert found[3:13] == pytest.approx(decay)
+    assert found[13:] == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 200, 1005])
+def test_a_run_shorter_than_its_schedule_neither_starts_at_zero_nor_jumps(steps: int) -> None:
+    found = rates({"name": "CosineAnnealing", "warmup_steps": 10, "constant_steps": 1000, "min_lr": 1e-3}, steps)
+    assert found[0] > 0
+    longest = max((abs(a - b) for a, b in itertools.pairwise(found)), default=0.0)
+    assert longest <= (0.6 if steps < 20 else 0.15)
+
+
+def test_the_guides_reinforce_schedule_is_constant_after_the_first_step() -> None:
+    sched = {"name": "CosineAnnealing", "warmup_steps": 0, "constant_steps": 312, "min_lr": 1e-6}
+    found = rates(sched, 313, 1.001e-6)
+    assert found[0] == pytest.approx(1.001e-6)
+    assert found[1:] == pytest.approx([1e-6] * 312)
+
+
+@pytest.mark.parametrize(
+    ("sched", "formula"),
+    [
+        ({"name": "SquareAnnealing"}, lambda t: (1 - t / 10) ** 2),
+        ({"name": "PolynomialDecayAnnealing", "power": 3}, lambda t: (1 - t / 10) ** 3),
+        ({"name": "WarmupAnnealing"}, lambda t: 1 - t / 10),
+        ({"name": "WarmupPolicy"}, lambda t: 1.0),
+        ({"name": "InverseSquareRootAnnealing"}, lambda t: 1 / math.sqrt(t + 1)),
+        ({"name": "StepLR", "step_size": 4, "gamma": 0.5}, lambda t: 0.5 ** (t // 4)),
+        ({"name": "ExponentialLR", "gamma": 0.9}, lambda t: 0.9**t),
+        ({"name": "NoamAnnealing", "d_model": 4, "warmup_steps": 3},
+         lambda t: 0.5 * min((t + 1) ** -0.5, (t + 1) * 3**-1.5)),
+    ],
+)  # fmt: skip
+def test_the_other_schedules_follow_their_formulas(sched: dict, formula) -> None:  # type: ignore[no-untyped-def]
+    assert rates(sched, 10) == pytest.approx([formula(t) for t in range(10)])
+
+
+def test_unknown_names_and_arguments_are_refused_with_their_key() -> None:
+    with pytest.raises(ConfigError, match=r"model\.optim\.sched\.name: 'Cosine' is not one of CosineAnnealing"):
+        make_schedule(1.0, {"name": "Cosine"}, 10)
+    with pytest.raises(ConfigError, match=r"model\.optim\.sched\.warmup: CosineAnnealing has no such argument"):
+        make_schedule(1.0, {"name": "CosineAnnealing", "warmup": 3}, 10)
+
+
+@pytest.mark.parametrize(
+    "sched",
+    [
+        {"name": "CosineAnnealing"},
+        {"name": "WarmupHoldPolicy", "hold_steps": 3},
+        {"name": "PolynomialHoldDecayAnnealing", "hold_steps": 3},
+        {"name": "InverseSquareRootAnnealing"},
+        {"name": "NoamHoldAnnealing", "hold_steps": 3},
+    ],
+)
+def test_the_warm_up_is_linear_and_ends_at_the_peak(sched: dict) -> None:
+    found = rates({**sched, "warmup_steps": 3}, 40)
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert max(found) == pytest.approx(1.0)
+
+
+def test_hold_keeps_the_peak_before_a_linear_decay() -> None:
+    found = rates({"name": "PolynomialHoldDecayAnnealing", "warmup_steps": 1, "hold_steps": 4}, 10)
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_noam_hold_falls_by_the_power_of_warm_ups_passed() -> None:
+    found = rates({"name": "NoamHoldAnnealing", "warmup_steps": 4, "hold_steps": 10, "decay_rate": 1.0}, 31)
+    assert found[4:15] == pytest.approx([1.0] * 11)
+    assert found[18] == pytest.approx(1 / 2)
+    assert found[30] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("part", ["warmup", "constant"])
+def test_a_ratio_is_that_part_of_the_run(part: str) -> None:
+    sched = {"name": "CosineAnnealing", "min_lr": 0.1}
+    assert rates({**sched, f"{part}_ratio": 0.25}, 40) == rates({**sched, f"{part}_steps": 10}, 40)
+
+
+def test_max_steps_of_the_schedule_wins_over_the_run() -> None:
+    sched = {"name": "WarmupAnnealing", "min_lr": 0.1}
+    found = rates({**sched, "max_steps": 5}, 10)
+    assert found[:5] == rates(sched, 5)
+    assert found[5:] == pytest.approx([0.1] * 5)
+
+
+def test_keys_of_nemo_that_mean_nothing_here_are_accepted() -> None:
+    sched = {"name": "CosineAnnealing", "warmup_steps": 2}
+    extra = {"monitor": "val_loss", "reduce_on_plateau": False, "last_epoch": -1, "constant_ratio": None}
+    assert rates({**sched, **extra}, 10) == rates(sched, 10)
+
+
+@pytest.mark.parametrize(
+    ("sched", "key", "told"),
+    [
+        ({"name": "WarmupPolicy", "constant_steps": 3}, "constant_steps", "warmup_steps"),
+        ({"name": "CosineAnnealing", "min_lr": "low"}, "min_lr", "not a number"),
+        ({"name": "CosineAnnealing", "warmup_steps": -1}, "warmup_steps", "0 or more"),
+        ({"name": "StepLR", "step_size": 0}, "step_size", "above 0"),
+        ({"name": "StepLR"}, "step_size", "needs it"),
+        ({"name": "NoamAnnealing"}, "d_model", "needs it"),
+        ({"name": "NoamHoldAnnealing"}, "warmup_steps", "at least 1"),
+        ({"name": "CosineAnnealing", "warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps", "not both"),
+    ],
+)
+def test_wrong_values_are_refused_by_their_key(sched: dict, key: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as raised:
+        make_schedule(1.0, sched, 10)
+    assert raised.value.key == f"model.optim.sched.{key}"

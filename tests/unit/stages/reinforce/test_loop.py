@@ -1,0 +1,198 @@
+"""The REINFORCE loop over a small real model, with a stand-in for the reward server."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.config.schema import OptimConfig, TrainerConfig
+from nemo_aligner.data.prompts import PromptRow
+from nemo_aligner.engine.loading import LoadedModel
+from nemo_aligner.engine.model.build import RunOptions, build_model
+from nemo_aligner.engine.policy import MegatronPolicy
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.errors import CheckpointError, ServerError, TrainingError
+from nemo_aligner.stages.reinforce.loop import Actor
+from tests.fakes import ByteTokenizer
+from tests.tiny import ARCH
+
+PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("ab", "the film", "ab", "so long a prompt", "x")]
+
+
+class Judge:
+    """Rewards texts by a function of theirs; may fail."""
+
+    def __init__(self, reward: Callable[[str], float], fault: Exception | None = None) -> None:
+        self.reward, self.fault = reward, fault
+        self.asked: list[str] = []
+
+    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+        self.asked += texts
+        answer: Future[list[float]] = Future()
+        if self.fault is not None:
+            answer.set_exception(self.fault)
+        else:
+            answer.set_result([self.reward(text) for text in texts])
+        return answer
+
+
+def plain_letters(text: str) -> float:
+    """What part of a text is lower-case ASCII: something a model of random bytes can learn."""
+    return sum(c.islower() and c.isascii() for c in text) / max(1, len(text))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def config(folder: Path, **ppo: Any) -> ReinforceConfig:
+    cfg = ReinforceConfig()
+    cfg.exp_manager.explicit_log_dir, cfg.exp_manager.name = str(folder), "actor"
+    cfg.exp_manager.create_tensorboard_logger = False
+    cfg.exp_manager.checkpoint_callback_params.monitor = "rewards"
+    cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end = False
+    cfg.model.optim = OptimConfig(name="adamw", lr=1e-2)
+    cfg.model.micro_batch_size, cfg.model.global_batch_size = 4, 8
+    rollout = cfg.model.ppo
+    rollout.num_rollout_samples, rollout.num_rollout_per_prompt = 2, 4
+    rollout.length_params.max_length = 5
+    cfg.trainer.ppo.save_interval = 0
+    for name, value in ppo.items():
+        setattr(cfg.trainer.ppo, name, value)
+    return cfg
+
+
+def actor(cluster: MegatronCluster, cfg: ReinforceConfig, prompts: Sequence[PromptRow] = PROMPTS) -> Actor:
+    torch.manual_seed(5)
+    run = RunOptions()
+    loaded = LoadedModel(build_model(ARCH, run), ARCH, ByteTokenizer(), run, Path("none"))  # type: ignore[arg-type]
+    policy = MegatronPolicy(loaded, cluster)
+    if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+        policy.keep_initial_weights()
+    made = Actor(cfg, policy, cluster, prompts, [])
+    policy.add_optimizer(cfg.model.optim, clip_grad=1.0, max_steps=made.optimizer_steps)
+    return made
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if any(key.startswith(f"{name}/") for key in row)]
+
+
+@pytest.mark.parametrize("baseline", ["RLOO", "ReMax", "none"])
+def test_rewards_rise_with_every_baseline(cluster: MegatronCluster, tmp_path: Path, baseline: str) -> None:
+    cfg = config(tmp_path, baseline=baseline, max_epochs=12)
+    cfg.model.ppo.num_rollout_samples, cfg.model.global_batch_size = 5, 20
+    actor(cluster, cfg).train(Judge(plain_letters))
+    rewards = [row["train_rollouts/rewards"] for row in metrics(tmp_path, "train_rollouts")]
+    assert len(rewards) == 12
+    # without a baseline the update is the noisiest
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + (0.1 if baseline == "none" else 0.3)
+
+
+def test_an_odd_number_of_prompts_is_used_to_the_last_in_every_epoch(cluster: MegatronCluster, tmp_path: Path) -> None:
+    judge = Judge(plain_letters)
+    made = actor(cluster, config(tmp_path, max_epochs=2))
+    made.train(judge)
+    assert made.steps == 6
+    assert [row["train_rollouts/rollout_size"] for row in metrics(tmp_path, "train_rollouts")] == [8, 8, 4] * 2
+    asked = [sum(text.startswith(prompt.text) for text in judge.asked) for prompt in PROMPTS]
+    assert asked == [16, 8, 16, 8, 8]  # "ab" stands in the file twice
+
+
+def test_no_penalty_needs_no_initial_policy(cluster: MegatronCluster, tmp_path: Path) -> None:
+    made = actor(cluster, config(tmp_path, initial_policy_kl_penalty=0.0))
+    made.policy.initial_logprobs = None  # type: ignore[assignment, method-assign]
+    made.train(Judge(plain_letters))
+    assert "train_rollouts/init_policy_kl" not in metrics(tmp_path, "train_rollouts")[0]
+
+
+def test_the_policy_begins_at_kl_zero_and_the_penalty_is_taken_off_the_reward(
+    cluster: MegatronCluster, tmp_path: Path
+) -> None:
+    actor(cluster, config(tmp_path, initial_policy_kl_penalty=0.5)).train(Judge(plain_letters))
+    rows = metrics(tmp_path, "train_rollouts")
+    kls = [row["train_rollouts/init_policy_kl"] for row in rows]
+    assert kls[0] == pytest.approx(0.0, abs=1e-5)
+    assert all(abs(kl) > 1e-4 for kl in kls[1:])
+    for row, kl in zip(rows, kls, strict=True):
+        taken = row["train_rollouts/rewards"] - row["train_rollouts/rewards_with_kl"]
+        assert taken == pytest.approx(0.5 * kl, abs=1e-5)
+
+
+def test_remax_compares_with_the_reward_of_the_greedy_response(cluster: MegatronCluster, tmp_path: Path) -> None:
+    made = actor(cluster, config(tmp_path, baseline="ReMax", max_steps=1, initial_policy_kl_penalty=0.0))
+    judge = Judge(plain_letters)
+    made.train(judge)
+    row = metrics(tmp_path, "train_rollouts")[0]
+    drawn, greedy = judge.asked[:8], judge.asked[8:]
+    assert len(greedy) == 2
+    mean = sum(map(plain_letters, drawn)) / 8 - sum(map(plain_letters, greedy)) / 2
+    assert row["train_rollouts/advantage_mean"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_masked_unfinished_responses_teach_nothing(cluster: MegatronCluster, tmp_path: Path) -> None:
+    made = actor(cluster, config(tmp_path, unfinished="mask", max_steps=2))
+    before = [p.clone() for p in made.policy.module.parameters()]  # type: ignore[attr-defined]
+    made.train(Judge(plain_letters))
+    shares = [r["train_rollouts/fraction_of_samples_properly_ended"] for r in metrics(tmp_path, "train_rollouts")]
+    assert shares == [0.0, 0.0], "random bytes within five tokens: none is EOS with this seed"
+    after = made.policy.module.parameters()  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("judge", "fault", "said"),
+    [
+        (Judge(lambda text: math.nan), TrainingError, "the reward model gave nan for the response"),
+        (Judge(plain_letters, ServerError("no answer from the reward server")), ServerError, "no answer"),
+    ],
+)
+def test_a_reward_that_is_no_number_or_does_not_come_leaves_the_weights_alone(
+    cluster: MegatronCluster, tmp_path: Path, judge: Judge, fault: type[Exception], said: str
+) -> None:
+    made = actor(cluster, config(tmp_path))
+    before = [p.clone() for p in made.policy.module.parameters()]  # type: ignore[attr-defined]
+    with pytest.raises(fault, match=said):
+        made.train(judge)
+    after = made.policy.module.parameters()  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(cluster: MegatronCluster, tmp_path: Path) -> None:
+    actor(cluster, config(tmp_path, max_steps=1, save_interval=1)).train(Judge(plain_letters))
+    other = config(tmp_path, max_steps=2)
+    other.model.ppo.num_rollout_per_prompt = 2
+    with pytest.raises(CheckpointError, match="num_rollout_per_prompt = 4, this run has 2"):
+        actor(cluster, other).train(Judge(plain_letters))
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(cluster: MegatronCluster, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    actor(cluster, config(whole, max_epochs=2)).train(Judge(plain_letters))
+    first = actor(cluster, config(parts, max_epochs=2, save_interval=2))
+    original = first.step
+
+    def dies_in_step_3(step: int, worker: Any) -> Any:
+        scored = original(step, worker)  # it is logged, but no checkpoint has it
+        if step == 2:
+            raise KeyboardInterrupt
+        return scored
+
+    first.step = dies_in_step_3  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train(Judge(plain_letters))
+    assert len(metrics(parts, "train_rollouts")) == 3
+    actor(cluster, config(parts, max_epochs=2)).train(Judge(plain_letters))
+    for name in ("train_rollouts", "train_optim"):
+        assert metrics(parts, name) == metrics(whole, name)

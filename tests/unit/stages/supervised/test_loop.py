@@ -1,0 +1,132 @@
+"""The training loop with a fake model: which examples it sees, when it saves, how it stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig
+from nemo_aligner.config.supervised import LoopConfig
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.interfaces import Microbatch, StepMetrics
+from nemo_aligner.errors import ConfigError, StoppedEarly
+from nemo_aligner.stages.batches import BatchPlan, microbatches
+from nemo_aligner.stages.supervised.loop import Task, sft_objective, train
+from tests.fakes import ByteTokenizer, OneProcess
+
+EXAMPLES = [Example(([100 + i, *range(i % 4), 7],), ([0] + [1] * (i % 4 + 1),)) for i in range(11)]
+
+
+class Recorder:
+    """A model that remembers the first token of every real row it was trained on."""
+
+    max_sequence_length = 64
+
+    def __init__(self) -> None:
+        self.cluster, self.tokenizer = OneProcess(), ByteTokenizer()
+        self.seen: list[list[int]] = []
+
+    def train_step(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
+        real = [m for m in microbatches if m.fields["weights"].any()]
+        self.seen.append(sorted(int(row[0]) for m in real for row in m.tokens))
+        return StepMetrics(1.0 / len(self.seen), 1.0, 0.1)
+
+    def evaluate(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
+        return StepMetrics(float(-len(self.seen)), 0.0, 0.0)
+
+    def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        return json.loads((folder / "state.json").read_text())
+
+    def save_nemo(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("archive")
+
+
+def task(**loop: Any) -> Task:
+    plan = BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=True)
+    return Task(EXAMPLES, EXAMPLES[:2], sft_objective, plan, 2, LoopConfig(**{"skip_validation": True, **loop}))
+
+
+def experiment(folder: Path, **more: Any) -> ExpManagerConfig:
+    params = CheckpointCallbackParams(monitor="global_step", mode="max", save_top_k=1)
+    options = {"explicit_log_dir": str(folder), "name": "m", "create_tensorboard_logger": False}
+    return ExpManagerConfig(**{"checkpoint_callback_params": params, **options, **more})
+
+
+def test_each_epoch_trains_every_example_once_the_last_small_batch_too(tmp_path: Path) -> None:
+    model = Recorder()
+    train(task(max_epochs=2), model, experiment(tmp_path))
+    assert [len(batch) for batch in model.seen] == [4, 4, 3, 4, 4, 3]
+    for epoch in (model.seen[:3], model.seen[3:]):
+        assert sorted(i for batch in epoch for i in batch) == [100 + i for i in range(11)]
+    assert model.seen[:3] != model.seen[3:], "epochs are shuffled differently"
+    assert (tmp_path / "checkpoints" / "m.nemo").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_resumed_run_sees_the_batches_it_had_not_seen(tmp_path: Path, stop: int) -> None:
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    train(task(max_epochs=2), whole, experiment(tmp_path / "whole"))
+
+    def stopping(*args: Any) -> StepMetrics:
+        metrics = Recorder.train_step(first, *args)
+        first.cluster.any = lambda flag: len(first.seen) >= stop  # type: ignore[method-assign]
+        return metrics
+
+    first.train_step = stopping  # type: ignore[method-assign]
+    with pytest.raises(StoppedEarly, match=f"step {stop} of 6"):
+        train(task(max_epochs=2), first, experiment(tmp_path / "parts"))
+    train(task(max_epochs=2), second, experiment(tmp_path / "parts"))
+    assert first.seen + second.seen == whole.seen
+
+
+@pytest.mark.parametrize(
+    ("loop", "steps"),
+    [
+        ({"max_steps": 2}, 2),
+        ({"max_steps": 99}, 3),
+        ({"limit_train_batches": 1}, 1),
+        ({"limit_train_batches": 0.5}, 2),
+        ({"max_epochs": 3, "max_steps": -1}, 9),
+    ],
+)
+def test_the_number_of_steps_is_the_smallest_of_the_limits(loop: dict[str, Any], steps: int) -> None:
+    assert task(**loop).steps == steps
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, -1])
+def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path: Path, top_k: int) -> None:
+    params = CheckpointCallbackParams(monitor="loss", mode="max", save_top_k=top_k)
+    train(task(max_epochs=2, save_interval=1), Recorder(), experiment(tmp_path, checkpoint_callback_params=params))
+    steps = sorted(json.loads(p.read_text())["step"] for p in (tmp_path / "checkpoints").glob("*/state.json"))
+    # the loss is 1/step, so the earliest are the best by `max`
+    expected = {0: [6], 1: [1, 6], 2: [1, 2, 6], -1: [1, 2, 3, 4, 5, 6]}[top_k]
+    assert steps == expected
+    assert len(list((tmp_path / "checkpoints").glob("*-last"))) == 1
+
+
+def test_a_monitor_that_is_never_logged_is_refused_with_the_names_that_are(tmp_path: Path) -> None:
+    params = CheckpointCallbackParams(monitor="validation_loss")
+    with pytest.raises(ConfigError, match=r"monitor: 'validation_loss' is not logged; one of .*val_loss"):
+        train(task(), Recorder(), experiment(tmp_path, checkpoint_callback_params=params))
+
+
+def test_every_rank_has_as_many_micro_batches_and_together_every_example_once() -> None:
+    for indices in (range(11), range(5), range(1)):
+        parts = [microbatches(EXAMPLES, indices, size=2, dp_rank=r, dp_size=3, pad_id=0) for r in range(3)]
+        assert len({len(part) for part in parts}) == 1
+        real = [m for part in parts for m in part if m.fields["weights"].all()]
+        assert sorted(int(row[0]) for m in real for row in m.tokens) == [100 + i for i in indices]
+
+
+def test_masks_follow_their_rows_and_nothing_is_predicted_at_the_first_place() -> None:
+    [batch] = microbatches([Example(([5, 6, 7],), ([1, 0, 1],))], [0], size=1, dp_rank=0, dp_size=1, pad_id=0)
+    assert torch.equal(batch.fields["loss_mask"], torch.tensor([[0.0, 0.0, 1.0]]))
