@@ -19,6 +19,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def piece(self, token: int) -> str:
+        return {EOS: "<eos>", END_OF_TURN: "<turn>"}.get(token) or chr(token)
+
 
 class OneProcess:
     """A cluster of one; `dp_rank` and `dp_size` may pretend to be one of several."""

@@ -30,6 +30,7 @@ class SamplingParams:
     max_tokens: int = 30  # response tokens at most, of each sample by itself
     end_strings: tuple[str, ...] = ()  # the response ends before the first of these; "<|endoftext|>" means EOS
     seed: int = 1234
+    top_logprobs: int = 0  # the likeliest tokens that are reported with each one drawn
 
     @property
     def filters(self) -> bool:
@@ -80,14 +81,18 @@ def top_p_filtered(logits: Tensor, p: float) -> Tensor:
     return logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
 
 
-def uniform_noise(seed: int, prompts: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def uniform_noise(
+    seeds: int | np.ndarray, prompts: np.ndarray, samples: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
     """One number in (0, 1) per row, a function of (seed, prompt index, sample index, token position) alone.
+
+    `seeds` is one for all rows or one for each.
 
     So a sample is the same whatever shares its batch, whichever rank draws it, and after any interruption.
     Chained SplitMix64 finalisers (Steele, Lea, Flood 2014), float64 `[B]` from int64 `[B]` arrays.
     """
     with np.errstate(over="ignore"):  # the mixing is arithmetic modulo 2^64
-        state: np.ndarray = np.full(len(prompts), seed, dtype=np.int64).astype(np.uint64)
+        state: np.ndarray = np.full(len(prompts), seeds, dtype=np.int64).astype(np.uint64)
         for part in (prompts, samples, positions):
             state = _splitmix64(state + np.uint64(0x9E3779B97F4A7C15)) ^ part.astype(np.int64).astype(np.uint64)
         state = _splitmix64(_splitmix64(state))
@@ -138,6 +143,12 @@ def _first_above(weights: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     weight = weights.gather(-1, index)
     into = ((target - (cumulative.gather(-1, index) - weight)) / weight).clamp(0.0, 1.0)
     return index.squeeze(-1), into.squeeze(-1)
+
+
+def likeliest(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Of each row of `logprobs` `[N, V]` the `count` likeliest tokens with theirs, the likeliest first."""
+    values, tokens = logprobs.topk(min(count, logprobs.size(-1)), dim=-1)
+    return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
 def draw(

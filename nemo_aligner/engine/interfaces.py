@@ -63,6 +63,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
 
+    def piece(self, token: int) -> str:
+        """What the vocabulary calls a token, special ones too."""
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -72,6 +75,22 @@ class GenerationRequest:
     sample_index: int
     prompt_tokens: tuple[int, ...]
     max_tokens: int | None = None  # response tokens at most, where fewer than the sampling parameters allow
+    sampling: SamplingParams | None = None  # how this one is drawn, where not as the others
+    scores_prompt: bool = False  # report the log-probabilities of the prompt's own tokens too
+    streams: bool = False  # a desk wants to know its tokens as they are drawn
+    uid: int = 0  # tells it from others where prompt and sample do not
+
+
+TopLogprobs = list[tuple[int, float]]
+"""The likeliest tokens of a position and their log-probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of a prompt's tokens but the first, each given those before it, and what was likeliest."""
+
+    logprobs: list[float]
+    top: list[TopLogprobs]
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,40 @@ class Response:
     logprobs: list[float]  # the model's own, temperature 1, nothing filtered
     sampling_logprobs: list[float]  # of the distribution the token was really drawn from
     finish_reason: str  # "stop" (EOS or an end string) or "length"
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)  # of each token, where they were asked for
+    prompt_scores: PromptScores | None = None  # where they were asked for
+    uid: int = 0  # that of the request
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A response that is being drawn, as far as it is: all of its tokens, named as in Response."""
+
+    uid: int
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a desk wants of the generation that is under way."""
+
+    new: Sequence[GenerationRequest] = ()
+    dropped: Sequence[int] = ()  # uids of requests that nobody waits for any more
+
+
+class Desk(Protocol):
+    """Where requests come in and responses go out while generation is under way; rank 0 has it."""
+
+    def orders(self, *, idle: bool) -> Orders | None:
+        """What came in since; None when generation should end. Where `idle`, nothing is being drawn: it may wait."""
+
+    def drawn(self, progress: Sequence[Progress]) -> None:
+        """What there is so far of the responses that got one token more and are not done, where requests stream."""
+
+    def finished(self, response: Response) -> None:
+        """A response that is done."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +214,12 @@ class Policy(TrainableModel, Protocol):
         self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
     ) -> Iterator[Response]:
         """Draw every request of this replica, yielding each response as it finishes (any order)."""
+
+    def serve(self, desk: Desk | None, max_slots: int) -> None:
+        """Draw what `desk` orders until it has had enough; a request joins those being drawn at the next step.
+
+        Collective: every rank of the one replica calls it, rank 0 with the desk. Requests bring their own `sampling`.
+        """
 
     def logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None

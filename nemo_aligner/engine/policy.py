@@ -13,7 +13,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.scheduler import Generator
-from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Response
+from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Microbatch, Response
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
 from nemo_aligner.engine.model.forward import forward_outputs
 from nemo_aligner.engine.model.kept_weights import KeptWeights
@@ -50,6 +50,14 @@ class MegatronPolicy(MegatronTrainable):
             yield from generator.run(requests)
         finally:
             self.module.train(was_training)
+
+    def serve(self, desk: Desk | None, max_slots: int) -> None:
+        """Draw what `desk` orders until it has had enough; see interfaces.Policy."""
+        self.module.eval()
+        forward = CachedForward(self.module, self.arch)
+        unbounded = SamplingParams(max_tokens=self.max_sequence_length)
+        generator = Generator(forward, self.tokenizer, unbounded, max_slots, self.max_sequence_length)
+        generator.serve(desk, self.cluster.broadcast)
 
     def logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None

@@ -30,6 +30,8 @@ class ArchiveTokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def piece(self, token: int) -> str: ...
+
 
 class FastTokenizer:
     """A `tokenizer.json`; special tokens are named by the archive's `tokenizer` block."""
@@ -60,6 +62,9 @@ class FastTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece `.model`; it knows its own special tokens."""
@@ -82,6 +87,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         kept = [i for i in ids if not self._processor.is_control(i)]
         return self._processor.decode(kept)
+
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
 
 
 BYTE_TOKENIZER = {"library": "huggingface", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
+from nemo_aligner.algorithms.sampling import likeliest
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.cached_attention import (
     BlockAttention,
@@ -34,9 +35,14 @@ from nemo_aligner.engine.generation.cached_attention import (
     Rotary,
 )
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache, place_of
+from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
 from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.kernels.packed_weights import PackedWeights
+from nemo_aligner.engine.model.forward import from_last_stage
+
+_SCORED_TOGETHER = 256
+"""Positions of a prompt whose logits are held at once."""
 
 
 class Linear(NamedTuple):
@@ -140,8 +146,11 @@ class CachedForward:
         return KVCache(slots, grain, block_rows, shares_prompts=self._attends)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedPrompt]:
-        """Run whole prompts, one after another in a single row of tokens: nothing is padded. One CachedPrompt each."""
+    def prefill(self, prompts: Sequence[Sequence[int]], scored: int | None = None) -> list[CachedPrompt]:
+        """Run whole prompts, one after another in a single row of tokens: nothing is padded. One CachedPrompt each.
+
+        With `scored`, their tokens' log-probabilities too, and the `scored` likeliest tokens at each.
+        """
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
@@ -160,7 +169,28 @@ class CachedForward:
         # only the last position of each prompt is needed for the first response token
         logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
         found = itertools.repeat(None) if logits is None else logits
-        return [CachedPrompt(one, its_logits) for one, its_logits in zip(keys_values, found, strict=False)]
+        scores: Sequence[PromptScores | None] = [None] * len(prompts)
+        if scored is not None:
+            ends = list(itertools.accumulate(lengths))
+            parts = [hidden[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]
+            scores = from_last_stage([self._scores(*pair, scored) for pair in zip(parts, prompts, strict=True)])
+        return [CachedPrompt(*parts) for parts in zip(keys_values, found, scores, strict=False)]
+
+    def _scores(self, hidden: Tensor, prompt: Sequence[int], top: int) -> PromptScores | None:
+        """Of a prompt, from the hidden states `[S - 1, H]` before its last; None off the last stage."""
+        if not self._last:
+            return None
+        logprobs: list[float] = []
+        top_logprobs: list[TopLogprobs] = []
+        targets = torch.tensor(prompt[1:], dtype=torch.int64, device=self.device)
+        for start in range(0, len(targets), _SCORED_TOGETHER):
+            part = slice(start, start + _SCORED_TOGETHER)
+            logits = self._logits(hidden[part])
+            assert logits is not None
+            found = logits.float().log_softmax(dim=-1)
+            logprobs += found.gather(-1, targets[part, None]).squeeze(-1).tolist()
+            top_logprobs += likeliest(found, top)
+        return PromptScores(logprobs, top_logprobs)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:

@@ -20,16 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_aligner.engine.interfaces import PromptScores
+
 
 @dataclass(frozen=True)
 class CachedPrompt:
     """A prefilled prompt: its keys and values `[layers, 2, G, S, D]`, and the logits `[V]` of its next token.
 
-    `keys_values` is contiguous; `logits` is None except on the last pipeline stage.
+    `keys_values` is contiguous; `logits` is None except on the last pipeline stage. `scores` are there where they were
+    asked for.
     """
 
     keys_values: Tensor
     logits: Tensor | None
+    scores: PromptScores | None = None
 
 
 def place_of(keys_values: Tensor) -> tuple[int, int, int, int]:

@@ -9,130 +9,132 @@ Every rank of a replica runs the same bookkeeping; the last pipeline stage draws
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw, uniform_noise
+from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw, likeliest, uniform_noise
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt
-from nemo_aligner.engine.generation.stopping import StopCondition
-from nemo_aligner.engine.interfaces import GenerationRequest, Response, Tokenizer
+from nemo_aligner.engine.generation.slots import Kind, Kinds, Slots
+from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Orders, Response, Tokenizer, TopLogprobs
+from nemo_aligner.engine.model.forward import from_last_stage
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one prefill, at most, unless a prompt alone has more; bounds its activation memory."""
 
-
-class Slots:
-    """Bookkeeping of the responses being drawn, by slot."""
-
-    def __init__(self, capacity: int, max_tokens: int) -> None:
-        self.requests: dict[int, GenerationRequest] = {}
-        self._free = list(range(capacity))[::-1]
-        self.tokens = np.zeros((capacity, max_tokens), dtype=np.int64)
-        self.logprobs = np.zeros((capacity, max_tokens), dtype=np.float32)
-        self.sampling_logprobs = np.zeros((capacity, max_tokens), dtype=np.float32)
-        self.prompt_index = np.zeros(capacity, dtype=np.int64)
-        self.sample_index = np.zeros(capacity, dtype=np.int64)
-        self.prompt_length = np.zeros(capacity, dtype=np.int64)
-        self.count = np.zeros(capacity, dtype=np.int64)  # response tokens drawn so far
-        self.limit = np.zeros(capacity, dtype=np.int64)  # response tokens at most
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def add(self, request: GenerationRequest, limit: int) -> int:
-        slot = self._free.pop()
-        self.requests[slot] = request
-        self.prompt_index[slot], self.sample_index[slot] = request.prompt_index, request.sample_index
-        self.prompt_length[slot], self.count[slot], self.limit[slot] = len(request.prompt_tokens), 0, limit
-        return slot
-
-    def record(self, slots: np.ndarray, drawn: Drawn) -> None:
-        """Append one drawn token to each of `slots`."""
-        at = self.count[slots]
-        self.tokens[slots, at] = drawn.tokens.cpu().numpy()
-        self.logprobs[slots, at] = drawn.logprobs.float().cpu().numpy()
-        self.sampling_logprobs[slots, at] = drawn.sampling_logprobs.float().cpu().numpy()
-        self.count[slots] += 1
-
-    def drop(self, slot: int) -> None:
-        del self.requests[slot]
-        self._free.append(slot)
+Prefilled = dict[tuple[tuple[int, ...], int | None], CachedPrompt]
+"""Prompts by their tokens, and by how many likeliest tokens their scores name; None: they have no scores."""
 
 
 class Generator:
-    """One generation run of one replica."""
+    """One generation run of one replica. `sampling` is for requests that do not bring their own."""
 
     def __init__(
         self, forward: CachedForward, tokenizer: Tokenizer, sampling: SamplingParams, max_slots: int, max_length: int
     ) -> None:
-        self._forward, self._tokenizer, self._sampling = forward, tokenizer, sampling
+        self._forward, self._sampling = forward, sampling
         self._capacity, self._max_length = max_slots, max_length
-        self._stop = StopCondition(tokenizer, sampling.end_strings)
-        self._stop_tokens = np.array(sorted(self._stop.stop_ids))
-        self._stop_ids = torch.from_numpy(self._stop_tokens).to(forward.device)
+        self._kinds = Kinds(tokenizer, forward.device)
+        self._default = self._kinds.of(sampling)  # held, so that it is not made anew for every batch
         self._cache = forward.new_cache(max_slots)
         self._slots = Slots(max_slots, max(1, sampling.max_tokens))
         self._seen: Tensor | None = None  # [slots, V] bool, only with a repetition penalty
+        self._newest: Prefilled = {}  # the newest prompt: its next samples may come first
 
     def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Response]:
         """Draw every request; responses come as they finish. Requests of one prompt should be adjacent."""
+        pending = iter(requests)
         with self._forward.ready():
-            yield from self._run(iter(requests))
+            while True:
+                # admitting in groups keeps the prefill batches from becoming one prompt each
+                if self._slots.free >= max(1, self._capacity // 16) or not self._slots.requests:
+                    batch = list(itertools.islice(pending, self._slots.free))
+                    if batch:
+                        yield from self._finished(self._admit(batch))
+                        continue
+                    if not self._slots.requests:
+                        return
+                yield from self._finished(self._decode())
 
-    def _run(self, pending: Iterator[GenerationRequest]) -> Iterator[Response]:
-        prompt: tuple[int, CachedPrompt] | None = None  # the newest prompt: its next samples may come first
-        while True:
-            # admitting in groups keeps the prefill batches from becoming one prompt each
-            if self._slots.free >= max(1, self._capacity // 16) or not self._slots.requests:
-                batch = list(itertools.islice(pending, self._slots.free))
-                if batch:
-                    slots, prompt = self._admit(batch, prompt)
-                    yield from self._finished(slots)
-                    continue
-                if not self._slots.requests:
+    def serve(self, desk: Desk | None, share: Callable[[Orders | None], Orders | None]) -> None:
+        """Draw what `desk` orders, who has it; `share` gives every rank the orders of the one that has the desk."""
+        waiting: deque[GenerationRequest] = deque()
+        with self._forward.ready():
+            while True:
+                idle = not waiting and not self._slots.requests
+                orders = share(None if desk is None else desk.orders(idle=idle))
+                if orders is None:
                     return
-            yield from self._finished(self._decode())
+                gone = set(orders.dropped)
+                waiting = deque(r for r in (*waiting, *orders.new) if r.uid not in gone)
+                for slot in [slot for slot, request in self._slots.requests.items() if request.uid in gone]:
+                    self._drop(slot)
+                if waiting and self._slots.free:
+                    batch = [waiting.popleft() for _ in range(min(len(waiting), self._slots.free))]
+                    self._report(desk, self._admit(batch))
+                if self._slots.requests:
+                    self._report(desk, self._decode())
 
-    def _admit(
-        self, batch: Sequence[GenerationRequest], newest: tuple[int, CachedPrompt] | None
-    ) -> tuple[np.ndarray, tuple[int, CachedPrompt]]:
-        """Give each request a slot: its prompt's keys and values, and its first token."""
-        prompts = {} if newest is None else {newest[0]: newest[1]}
-        missing = {r.prompt_index: r.prompt_tokens for r in batch if r.prompt_index not in prompts}
-        prompts.update(self._prefill(missing))
-        slots = np.array([self._take_slot(request, prompts[request.prompt_index]) for request in batch])
-        logits = [prompts[r.prompt_index].logits for r in batch]
-        self._draw(slots, torch.stack([x for x in logits if x is not None]) if logits[0] is not None else None)
-        last = batch[-1].prompt_index
-        return slots, (last, prompts[last])
+    def _report(self, desk: Desk | None, slots: np.ndarray) -> None:
+        """Tell the desk which of `slots` are done, and what there is of the others."""
+        done = list(self._finished(slots))
+        if desk is None:
+            return
+        for response in done:
+            desk.finished(response)
+        held = self._slots.requests
+        streams = [slot for slot in slots.tolist() if slot in held and held[slot].streams]
+        desk.drawn([self._slots.progress(slot) for slot in streams])
+
+    def _admit(self, batch: Sequence[GenerationRequest]) -> np.ndarray:
+        """Give each request a slot: its prompt's keys and values, and its first token. Returns the slots."""
+        prompts = self._prefill(batch)
+        mine = [prompts[self._prompt_key(request)] for request in batch]
+        slots = np.array([self._take_slot(request, prompt) for request, prompt in zip(batch, mine, strict=True)])
+        logits = [prompt.logits for prompt in mine if prompt.logits is not None]
+        self._draw(slots, torch.stack(logits) if logits else None)
+        last = self._prompt_key(batch[-1])
+        self._newest = {last: prompts[last]}
+        return slots
+
+    def _prompt_key(self, request: GenerationRequest) -> tuple[tuple[int, ...], int | None]:
+        scored = (request.sampling or self._sampling).top_logprobs if request.scores_prompt else None
+        return request.prompt_tokens, scored
 
     def _take_slot(self, request: GenerationRequest, prompt: CachedPrompt) -> int:
+        params = request.sampling or self._sampling
+        kind = self._default if request.sampling is None else self._kinds.of(params)
         room = self._max_length - len(request.prompt_tokens)
-        asked = self._sampling.max_tokens if request.max_tokens is None else request.max_tokens
-        slot = self._slots.add(request, min(asked, self._sampling.max_tokens, room))
+        asked = params.max_tokens if request.max_tokens is None else request.max_tokens
+        limit = min(asked, params.max_tokens, self._sampling.max_tokens, room)
+        slot = self._slots.add(request, kind, prompt, seed=params.seed, limit=limit)
         self._cache.add(slot, prompt)
-        self._mark_prompt_seen(slot, request.prompt_tokens)
+        if kind.penalises:
+            self._mark_prompt_seen(slot, request.prompt_tokens)
         return slot
 
-    def _prefill(self, prompts: Mapping[int, Sequence[int]]) -> dict[int, CachedPrompt]:
-        """Prefill prompts by index, PREFILL_TOKENS or one prompt at a time."""
-        groups: list[list[int]] = [[]]
-        tokens = 0
-        for index, prompt in prompts.items():
-            if groups[-1] and tokens + len(prompt) > PREFILL_TOKENS:
-                groups.append([])
-                tokens = 0
-            groups[-1].append(index)
-            tokens += len(prompt)
-        done: dict[int, CachedPrompt] = {}
-        for group in filter(None, groups):
-            done.update(zip(group, self._forward.prefill([prompts[index] for index in group]), strict=True))
+    def _prefill(self, batch: Sequence[GenerationRequest]) -> Prefilled:
+        """The prompts of a batch, the newest one before it included; PREFILL_TOKENS or one prompt at a time."""
+        done = dict(self._newest)
+        missing = [key for key in dict.fromkeys(map(self._prompt_key, batch)) if key not in done]
+        for scored, keys in itertools.groupby(sorted(missing, key=_scored), key=_scored):
+            groups: list[list[tuple[int, ...]]] = [[]]
+            tokens = 0
+            for prompt, _ in keys:
+                if groups[-1] and tokens + len(prompt) > PREFILL_TOKENS:
+                    groups.append([])
+                    tokens = 0
+                groups[-1].append(prompt)
+                tokens += len(prompt)
+            top = None if scored < 0 else scored
+            for group in groups:
+                found = self._forward.prefill(group, top)
+                done.update(zip([(prompt, top) for prompt in group], found, strict=True))
         return done
 
     def _decode(self) -> np.ndarray:
@@ -149,29 +151,40 @@ class Generator:
 
     def _draw(self, slots: np.ndarray, logits: Tensor | None) -> None:
         """Draw one token for each of `slots`; `logits` `[slots, V]` is None off the last stage."""
-        state, params, device = self._slots, self._sampling, self._forward.device
-        index = torch.from_numpy(slots).to(device)
+        state = self._slots
+        kinds = list(state.by_kind(slots))
         drawn: Drawn | None = None
+        top: list[TopLogprobs] | None = None
         if logits is not None:
-            too_early = state.count[slots] < params.min_tokens
-            forbidden = (torch.from_numpy(too_early).to(device), self._stop_ids) if too_early.any() else None
-            noise = None
-            if not params.greedy:
-                prompts, samples = state.prompt_index[slots], state.sample_index[slots]
-                noise = torch.from_numpy(uniform_noise(params.seed, prompts, samples, state.count[slots])).to(device)
-            kernels = self._forward.kernels
-            if kernels is not None and noise is not None and not params.filters:
-                drawn = kernels.draw(logits, params.temperature, noise, forbidden)
-            else:
-                drawn = draw(logits, params, noise, None if self._seen is None else self._seen[index], forbidden)
-        drawn = _from_last_stage(drawn, len(slots), device)
+            parts = [self._draw_alike(kind, slots[where], logits[where]) for kind, where in kinds]
+            drawn = _in_order(parts, [where for _, where in kinds], len(slots))
+            top = _likeliest(logits, kinds)
+        drawn = _from_last_stage(drawn, len(slots), self._forward.device)
+        if any(kind.params.top_logprobs for kind, _ in kinds):
+            top = from_last_stage(top)
         if self._seen is not None:
-            self._seen[index, drawn.tokens] = True
-        state.record(slots, drawn)
+            self._seen[torch.from_numpy(slots).to(self._seen.device), drawn.tokens] = True
+        state.record(slots, drawn, top)
+
+    def _draw_alike(self, kind: Kind, slots: np.ndarray, logits: Tensor) -> Drawn:
+        """Draw for slots of one kind."""
+        state, params, device = self._slots, kind.params, self._forward.device
+        too_early = state.count[slots] < params.min_tokens
+        forbidden = (torch.from_numpy(too_early).to(device), kind.stop_ids) if too_early.any() else None
+        noise = None
+        if not params.greedy:
+            numbers = state.seed[slots], state.prompt_index[slots], state.sample_index[slots], state.count[slots]
+            noise = torch.from_numpy(uniform_noise(*numbers)).to(device)
+        kernels = self._forward.kernels
+        if kernels is not None and noise is not None and not params.filters:
+            return kernels.draw(logits, params.temperature, noise, forbidden)
+        seen = None
+        if kind.penalises:
+            assert self._seen is not None
+            seen = self._seen[torch.from_numpy(slots).to(device)]
+        return draw(logits, params, noise, seen, forbidden)
 
     def _mark_prompt_seen(self, slot: int, prompt_tokens: Sequence[int]) -> None:
-        if self._sampling.greedy or self._sampling.repetition_penalty == 1.0:
-            return
         if self._seen is None:
             shape = (self._capacity, self._forward.arch.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._forward.device)
@@ -181,29 +194,46 @@ class Generator:
     def _finished(self, slots: np.ndarray) -> Iterator[Response]:
         """Take out those of `slots` that are done."""
         state = self._slots
-        count = state.count[slots]
-        newest = state.tokens[slots, count - 1]
-        suspects = (count >= state.limit[slots]) | np.isin(newest, self._stop_tokens)
-        suspects |= np.fromiter(map(self._stop.may_end_in, newest.tolist()), dtype=bool, count=len(newest))
+        newest = state.tokens[slots, state.count[slots] - 1]
+        suspects = state.count[slots] >= state.limit[slots]
+        for kind, where in state.by_kind(slots):
+            suspects[where] |= kind.may_end(newest[where])
         for slot in slots[suspects].tolist():
-            tokens = state.tokens[slot, : state.count[slot]].tolist()
-            stopped = len(tokens) >= self._sampling.min_tokens and self._stop.is_stop(tokens)
-            if stopped or len(tokens) >= state.limit[slot]:
-                yield self._response(slot, tokens, "stop" if stopped else "length")
-                self._cache.drop(slot)
-                state.drop(slot)
+            stopped = state.kinds[slot].is_over(state.tokens_of(slot))
+            if stopped or state.count[slot] >= state.limit[slot]:
+                yield state.response(slot, "stop" if stopped else "length")
+                self._drop(slot)
 
-    def _response(self, slot: int, tokens: list[int], reason: str) -> Response:
-        state, count = self._slots, len(tokens)
-        return Response(
-            state.requests[slot].prompt_index,
-            state.requests[slot].sample_index,
-            tokens,
-            self._stop.text_of(tokens),
-            state.logprobs[slot, :count].tolist(),
-            state.sampling_logprobs[slot, :count].tolist(),
-            reason,
-        )
+    def _drop(self, slot: int) -> None:
+        self._cache.drop(slot)
+        self._slots.drop(slot)
+
+
+def _scored(key: tuple[tuple[int, ...], int | None]) -> int:
+    return -1 if key[1] is None else key[1]
+
+
+def _in_order(parts: Sequence[Drawn], places: Sequence[slice | np.ndarray], count: int) -> Drawn:
+    """Draws for parts of `count` rows as one, in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = Drawn(*(part.new_empty(count) for part in parts[0]))
+    for part, where in zip(parts, places, strict=True):
+        for whole, values in zip(joined, part, strict=True):
+            whole[where] = values
+    return joined
+
+
+def _likeliest(logits: Tensor, kinds: Sequence[tuple[Kind, slice | np.ndarray]]) -> list[TopLogprobs]:
+    """The likeliest tokens of each row, where its kind asks for them."""
+    found: list[TopLogprobs] = [[] for _ in range(len(logits))]
+    for kind, where in kinds:
+        if kind.params.top_logprobs:
+            rows = range(len(logits))[where] if isinstance(where, slice) else where.tolist()
+            logprobs = logits[where].float().log_softmax(dim=-1)
+            for row, top in zip(rows, likeliest(logprobs, kind.params.top_logprobs), strict=True):
+                found[row] = top
+    return found
 
 
 def _from_last_stage(drawn: Drawn | None, rows: int, device: torch.device) -> Drawn:

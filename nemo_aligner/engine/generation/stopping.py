@@ -56,9 +56,17 @@ class StopCondition:
             self._may_complete[token] = known
         return known
 
+    def held_back(self, text: str) -> int:
+        """How many characters at the end of `text` may yet turn out to be the beginning of an end string."""
+        beginnings = (end[:n] for end in self._texts for n in range(1, len(end)))
+        return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+
+    def before_end(self, text: str) -> str:
+        """`text` up to the first end string in it."""
+        cuts = [at for at in (text.find(end) for end in self._texts) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
     def text_of(self, response: Sequence[int]) -> str:
         """Decoded response, without its stop token and cut before the first end string in it."""
         kept = response[:-1] if response and response[-1] in self.stop_ids else response
-        text = self._tokenizer.decode(kept)
-        cuts = [at for at in (text.find(end) for end in self._texts) if at >= 0]
-        return text[: min(cuts)] if cuts else text
+        return self.before_end(self._tokenizer.decode(kept))

@@ -1,0 +1,42 @@
+"""The text of a response while it is drawn, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_aligner.engine.generation.stopping import StopCondition
+from nemo_aligner.engine.interfaces import Tokenizer
+
+
+class TextStream:
+    """What is given out is never taken back: all pieces together are the text that StopCondition.text_of gives.
+
+    A token may be part of a character, and a decoder may treat the first token of a text otherwise. So new tokens are
+    decoded together with some that came before, and what they add is taken once it ends in a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, StopCondition(tokenizer, end_strings)
+        self._context = self._decoded = 0  # tokens before these are given out as text; and decoded, too
+        self._text = ""  # decoded so far
+        self._given = 0  # characters given out
+
+    def more(self, tokens: Sequence[int]) -> str:
+        """What the response `tokens`, all so far, adds to the text."""
+        before = self._tokenizer.decode(tokens[self._context : self._decoded])
+        after = self._tokenizer.decode(tokens[self._context :])
+        if len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._text += after[len(before) :]
+            self._context, self._decoded = self._decoded, len(tokens)
+        safe = self._stop.before_end(self._text)
+        return self._give(len(safe) - self._stop.held_back(safe))
+
+    def rest(self, text: str) -> str:
+        """What is left of `text`, that of the finished response."""
+        self._text = text
+        return self._give(len(text))
+
+    def _give(self, end: int) -> str:
+        piece = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
