@@ -158,7 +158,8 @@ class Generator:
         if logits is not None:
             parts = [self._draw_alike(kind, slots[where], logits[where]) for kind, where in kinds]
             drawn = _in_order(parts, [where for _, where in kinds], len(slots))
-            top = _likeliest(logits, kinds)
+            if any(kind.params.top_logprobs for kind, _ in kinds):
+                drawn, top = _likeliest(logits, drawn, kinds)
         drawn = _from_last_stage(drawn, len(slots), self._forward.device)
         if any(kind.params.top_logprobs for kind, _ in kinds):
             top = from_last_stage(top)
@@ -224,16 +225,18 @@ def _in_order(parts: Sequence[Drawn], places: Sequence[slice | np.ndarray], coun
     return joined
 
 
-def _likeliest(logits: Tensor, kinds: Sequence[tuple[Kind, slice | np.ndarray]]) -> list[TopLogprobs]:
-    """The likeliest tokens of each row, where its kind asks for them."""
+def _likeliest(
+    logits: Tensor, drawn: Drawn, kinds: Sequence[tuple[Kind, slice | np.ndarray]]
+) -> tuple[Drawn, list[TopLogprobs]]:
+    """The likeliest tokens of each row, where its kind asks for them; a drawn token among them has the same figure."""
     found: list[TopLogprobs] = [[] for _ in range(len(logits))]
+    logprobs = logits.float().log_softmax(dim=-1)
     for kind, where in kinds:
         if kind.params.top_logprobs:
             rows = range(len(logits))[where] if isinstance(where, slice) else where.tolist()
-            logprobs = logits[where].float().log_softmax(dim=-1)
-            for row, top in zip(rows, likeliest(logprobs, kind.params.top_logprobs), strict=True):
+            for row, top in zip(rows, likeliest(logprobs[where], kind.params.top_logprobs), strict=True):
                 found[row] = top
-    return found
+    return drawn._replace(logprobs=logprobs.gather(-1, drawn.tokens[:, None]).squeeze(-1)), found
 
 
 def _from_last_stage(drawn: Drawn | None, rows: int, device: torch.device) -> Drawn:

@@ -1,0 +1,79 @@
+"""Config of megatron_gpt_eval: responses to a few prompts, and a server that gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_aligner.config.schema import InferenceConfig, ParallelConfig, TrainerConfig
+from nemo_aligner.errors import ConfigError
+
+
+@dataclass
+class EvalInferenceConfig(InferenceConfig):
+    """`inference` of this script."""
+
+    compute_logprob: bool = False  # nothing is generated: the log-probabilities of the prompts themselves
+    all_probs: bool = False
+
+
+@dataclass
+class GenerationConfig(ParallelConfig):
+    gpt_model_file: str = MISSING  # .nemo file or extracted folder
+    prompts: list[str] | None = None
+    prompts_jsonl: str | None = None  # JSONL: a text, or {"input"} or {"text"}, in each line
+    output_file: str | None = None  # JSONL of the responses; null = standard output
+    inference: EvalInferenceConfig = field(default_factory=EvalInferenceConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 1234
+    megatron_amp_O2: bool = False
+
+    server: bool = False
+    host: str = "127.0.0.1"  # 0.0.0.0 = every network of this machine
+    port: int = 5555
+    model_name: str | None = None  # what OpenAI's clients call it; null = the archive's name
+    chat_template: str | None = None  # Jinja; null = the archive's own
+    web_server: bool = False
+    web_port: int = 9889
+    username: str | None = None
+    password: str | None = None
+    share: bool = False
+
+    checkpoint_dir: str | None = None  # NeMo's YAML has these; archives alone are read, and cut anew at every load
+    checkpoint_name: str | None = None
+    hparams_file: str | None = None
+    pipeline_model_parallel_split_rank: int | None = None
+    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+
+    def validate(self) -> None:
+        self.inference.validate()
+        self.trainer.validate()
+        for name in ("checkpoint_dir", "checkpoint_name", "hparams_file"):
+            self._only(name, None, "give the .nemo archive in gpt_model_file")
+        self._only("share", False, "the page is not put on other people's servers; use a tunnel of your own")
+        for name in ("pipeline_model_parallel_split_rank", "expert_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) not in (None, -1, 0, 1):
+                raise ConfigError("not supported; leave it out", name)
+        if self.inference.all_probs:
+            raise ConfigError("not offered; the server's `logprobs` names up to 20 tokens", "inference.all_probs")
+        if not self.server and not self.prompts and self.prompts_jsonl is None:
+            raise ConfigError('nothing to do: give prompts=["..."], prompts_jsonl=file, or server=True', "prompts")
+        self._check_server()
+
+    def _check_server(self) -> None:
+        for name in ("port", "web_port"):
+            if not 0 < getattr(self, name) < 65536:
+                raise ConfigError(f"{getattr(self, name)} is not a port, 1 to 65535", name)
+        if self.web_server and not self.server:
+            raise ConfigError("the page needs the server; add server=True", "web_server")
+        if self.web_server and self.web_port == self.port:
+            raise ConfigError(f"{self.port} is port's too; choose another", "web_port")
+        if self.username is not None and self.password is None:
+            raise ConfigError("a username needs one", "password")
+
+    def _only(self, name: str, value: Any, instead: str) -> None:
+        if getattr(self, name) != value:
+            raise ConfigError(f"not offered; {instead}", name)

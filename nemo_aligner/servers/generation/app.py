@@ -1,0 +1,92 @@
+"""The routes: OpenAI's /v1/models, /v1/completions, /v1/chat/completions, NeMo's PUT /generate, and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from nemo_aligner.servers.generation.answers import Json
+from nemo_aligner.servers.generation.clerk import Clerk, Served
+from nemo_aligner.servers.generation.desk import Closing, FrontDesk
+from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody, RequestFault
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+def make_app(served: Served, desk: FrontDesk) -> FastAPI:
+    """The web application; responses are drawn by whoever serves `desk`."""
+    app = FastAPI(title="NeMo-Aligner", docs_url="/docs", redoc_url=None)
+    clerk = Clerk(served, desk)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE)
+
+    @app.get("/health")
+    async def health() -> Json:
+        return {"status": "ok", "unfinished": desk.unfinished}
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [clerk.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        clerk.check_model(name)
+        return clerk.model()
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Json | StreamingResponse:
+        return await clerk.complete(body, request)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatBody, request: Request) -> Json | StreamingResponse:
+        return await clerk.chat(body, request)
+
+    @app.put("/generate", response_model=None)
+    async def generate(body: GenerateBody, request: Request) -> Json:
+        return await clerk.generate(body, request)
+
+    _answer_faults(app)
+    return app
+
+
+def _answer_faults(app: FastAPI) -> None:
+    """Every fault has the form that OpenAI's clients read."""
+
+    def answer(fault: RequestFault) -> JSONResponse:
+        kind = "invalid_request_error" if fault.status < 500 else "server_error"
+        error = {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}
+        return JSONResponse({"error": error}, status_code=fault.status)
+
+    @app.exception_handler(RequestFault)
+    async def refused(request: Request, fault: RequestFault) -> JSONResponse:
+        return answer(fault)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, fault: RequestValidationError) -> JSONResponse:
+        return answer(_first_fault(fault))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, fault: HTTPException) -> JSONResponse:
+        return answer(RequestFault(f"{request.method} {request.url.path}: {fault.detail}", status=fault.status_code))
+
+    @app.exception_handler(Closing)
+    async def closing(request: Request, fault: Closing) -> JSONResponse:
+        return answer(RequestFault("the server is closing", status=503))
+
+
+def _first_fault(fault: RequestValidationError) -> RequestFault:
+    error = fault.errors()[0]
+    names = [str(part) for part in error["loc"][1:]]
+    param = names[0] if names else None
+    if error["type"] == "json_invalid":
+        return RequestFault(f"the body is not valid JSON: {error['ctx']['error']}")
+    if error["type"] == "extra_forbidden":
+        return RequestFault(f"Unrecognized request argument supplied: {'.'.join(names)}", ".".join(names))
+    said = error["msg"].removeprefix("Value error, ")
+    return RequestFault(f"{'.'.join(names)}: {said}" if names else said, param)

@@ -1,0 +1,200 @@
+"""What clients may ask for: bodies of OpenAI's completions and chat completions, and of NeMo's PUT /generate.
+
+A field that is not known is refused; one that is known and not offered, such as `tools`, is refused unless it has the
+value that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from nemo_aligner.algorithms.sampling import EOS_ALIAS, SamplingParams
+
+Count = Annotated[int, Field(ge=1, le=1024)]
+
+
+class RequestFault(Exception):
+    """A request that is refused, as OpenAI's clients expect it: status, and `error` with these fields."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code, self.status = message, param, code, status
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class _OpenAIBody(_Body):
+    """What both of OpenAI's forms have, and three fields of ours."""
+
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0, le=100)  # 0: the likeliest token
+    top_p: float = Field(1.0, ge=0, le=1)
+    n: Count = 1
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # a name for the client's own books
+
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> _OpenAIBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream=true only")
+        return self
+
+    def sampling(self, *, seed: int, end_strings: Sequence[str], max_tokens: int, top_logprobs: int) -> SamplingParams:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            greedy=self.temperature == 0,
+            temperature=self.temperature or 1.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            max_tokens=max_tokens,
+            end_strings=(*end_strings, *stop),
+            seed=seed if self.seed is None else self.seed,
+            top_logprobs=top_logprobs,
+        )
+
+
+class CompletionBody(_OpenAIBody):
+    """POST /v1/completions."""
+
+    prompt: Any  # a text, texts, token ids, or lists of token ids
+    max_tokens: int = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, value: Any) -> Any:
+        if not _prompts(value):
+            raise ValueError("neither a text nor a list of texts, of token ids, or of lists of token ids")
+        return value
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or echo must be true")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo with logprobs cannot be streamed")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Texts or token ids."""
+        return _prompts(self.prompt)
+
+
+def _prompts(value: Any) -> list[Any]:
+    """One or several; empty where `value` is neither."""
+    if isinstance(value, str) or _are_ids(value):
+        return [value]
+    if isinstance(value, list) and (all(isinstance(one, str) for one in value) or all(map(_are_ids, value))):
+        return value
+    return []
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text, **({} if self.name is None else {"name": self.name})}
+
+
+class ResponseFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatBody(_OpenAIBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none"] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> ChatBody:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one thing; give one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs=true only")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+
+class GenerateBody(_Body):
+    """PUT /generate, with NeMo's names and defaults; `logprob` is another name of `compute_logprob`."""
+
+    sentences: list[str] = Field(min_length=1)
+    tokens_to_generate: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0, le=100)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(0.9, ge=0, le=1)
+    greedy: bool = False
+    add_BOS: bool = False
+    repetition_penalty: float = Field(1.0, gt=0)
+    min_tokens_to_generate: int = Field(0, ge=0)
+    end_strings: list[str] = [EOS_ALIAS]
+    compute_logprob: bool = False
+    logprob: bool = False
+    random_seed: int | None = Field(None, ge=0, lt=2**63)
+    all_probs: Literal[False] = False
+    task_ids: None = None
+    neighbors: None = None
+
+    def sampling(self, *, seed: int) -> SamplingParams:
+        return SamplingParams(
+            greedy=self.greedy,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens_to_generate,
+            max_tokens=self.tokens_to_generate,
+            end_strings=tuple(self.end_strings),
+            seed=seed if self.random_seed is None else self.random_seed,
+        )

@@ -1,0 +1,29 @@
+"""A response while it is drawn, as the pieces of a stream."""
+
+from __future__ import annotations
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.engine.generation.text_stream import TextStream
+from nemo_aligner.engine.interfaces import Progress, Response, Tokenizer
+from nemo_aligner.servers.generation import answers
+from nemo_aligner.servers.generation.answers import Scored
+
+
+class StreamedChoice:
+    """One response of a stream: what of it was given out already."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, sampling: SamplingParams | None) -> None:
+        assert sampling is not None
+        self._index, self._text = index, TextStream(tokenizer, sampling.end_strings)
+        self._tokens = self._characters = 0
+
+    def piece(self, event: Progress | Response) -> tuple[int, str, Scored, str | None, int] | None:
+        """Index, new text, its tokens, why it ended, and where the text begins; None where there is nothing to say."""
+        over = isinstance(event, Response)
+        text = self._text.rest(event.text) if isinstance(event, Response) else self._text.more(event.tokens)
+        if not text and not over:
+            return None
+        scored = answers.scored(event)
+        begins, new = self._characters, scored.after(self._tokens)
+        self._characters, self._tokens = begins + len(text), len(event.tokens)
+        return self._index, text, new, event.finish_reason if isinstance(event, Response) else None, begins

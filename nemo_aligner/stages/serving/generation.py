@@ -1,0 +1,169 @@
+"""megatron_gpt_eval: responses to a few prompts, and a server that draws for all of its clients together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.config.generation import GenerationConfig
+from nemo_aligner.data.jsonl import dump_row, write_jsonl
+from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
+from nemo_aligner.errors import ConfigError, DataError
+from nemo_aligner.stages.offline.random_sampler import sampling_params
+from nemo_aligner.stages.run_control import StopSignal
+
+log = logging.getLogger(__name__)
+
+_SLOTS = 64
+_FIELDS = ("input", "text")
+
+
+def run(cfg: GenerationConfig) -> None:
+    """Answer the prompts of `cfg`, then serve where it says so."""
+    prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
+
+    from nemo_aligner.engine.loading import start_for_archive
+    from nemo_aligner.engine.policy import load_policy
+
+    with start_for_archive(
+        cfg.trainer,
+        cfg.gpt_model_file,
+        key="gpt_model_file",
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    ) as cluster:
+        if cfg.server and cluster.dp_size > 1:
+            raise ConfigError(
+                f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
+                "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
+                "trainer.devices",
+            )
+        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+        if prompts:
+            scores = cfg.inference.compute_logprob
+            rows = score(cfg, prompts, policy) if scores else answer(cfg, prompts, policy, cluster)
+            if cluster.is_main:
+                write(cfg, rows)
+        if cfg.server:
+            serve(cfg, policy, cluster)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise DataError(f"cannot be read: {fault}", path) from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
+        found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
+        texts = [text for text in found if isinstance(text, str)]
+        if not texts:
+            raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
+        prompts.append(texts[0])
+    return prompts
+
+
+def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[tuple[int, ...]]:
+    """Raises ConfigError for a prompt that is empty or leaves the model no room."""
+    tokenizer, found = policy.tokenizer, []
+    bos = [tokenizer.bos_id] if cfg.inference.add_BOS and tokenizer.bos_id is not None else []
+    for number, prompt in enumerate(prompts, 1):
+        tokens = (*bos, *tokenizer.encode(prompt))
+        if not 0 < len(tokens) < policy.max_sequence_length:
+            raise ConfigError(
+                f"prompt {number} has {len(tokens)} tokens; the model takes 1 to {policy.max_sequence_length - 1}",
+                "prompts",
+            )
+        found.append(tokens)
+    return found
+
+
+def answer(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy, cluster: Cluster) -> list[dict[str, Any]]:
+    """One response to each prompt, on all data-parallel ranks, in their order."""
+    mine = [
+        GenerationRequest(i, 0, tokens)
+        for i, tokens in enumerate(encoded(cfg, prompts, policy))
+        if i % cluster.dp_size == cluster.dp_rank
+    ]
+    own = list(policy.generate(mine, sampling_params(cfg.inference, cfg.seed), cfg.inference.max_batch_slots or _SLOTS))
+    responses = sorted((r for part in cluster.gather(own) for r in part), key=lambda response: response.prompt_index)
+    return [
+        {
+            "input": prompts[response.prompt_index],
+            "output": response.text,
+            "finish_reason": response.finish_reason,
+            "num_tokens": len(response.tokens),
+            "logprob": sum(response.logprobs),
+        }
+        for response in responses
+    ]
+
+
+def score(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[dict[str, Any]]:
+    """The log-probability of every token of the prompts but the first, given those before it."""
+    rows = encoded(cfg, prompts, policy)
+    found = policy.logprobs(rows, micro_batch_size=8)
+    return [
+        {
+            "input": prompt,
+            "tokens": [policy.tokenizer.piece(token) for token in tokens],
+            "token_logprobs": logprobs[1:].tolist(),
+            "logprob": float(logprobs.double().sum()),
+        }
+        for prompt, tokens, logprobs in zip(prompts, rows, found, strict=True)
+    ]
+
+
+def write(cfg: GenerationConfig, rows: Sequence[dict[str, Any]]) -> None:
+    if cfg.output_file is None:
+        sys.stdout.writelines(f"{dump_row(row)}\n" for row in rows)
+        sys.stdout.flush()
+    else:
+        write_jsonl(cfg.output_file, rows)
+        log.info("wrote %d responses to %s", len(rows), cfg.output_file)
+
+
+def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster) -> None:
+    """Answer clients until SIGTERM or SIGINT; rank 0 talks to them, every rank draws."""
+    slots = cfg.inference.max_batch_slots or _SLOTS
+    with StopSignal() as stop:
+        if not cluster.is_main:
+            policy.serve(None, slots)
+            return
+
+        from nemo_aligner.servers.generation.app import make_app
+        from nemo_aligner.servers.generation.clerk import Served
+        from nemo_aligner.servers.generation.desk import FrontDesk
+        from nemo_aligner.servers.generation.server import Door, open_doors
+
+        served = Served(
+            name=cfg.model_name or Path(cfg.gpt_model_file).name.removesuffix(".nemo"),
+            tokenizer=policy.tokenizer,
+            max_length=policy.max_sequence_length,
+            vocab_size=policy.vocab_size,
+            chat_template=cfg.chat_template or policy.tokenizer.chat_template,
+            end_strings=tuple(cfg.inference.end_strings),
+            add_bos=cfg.inference.add_BOS,
+            seed=cfg.seed,
+        )
+        doors = [Door(cfg.host, cfg.port, "port")]
+        if cfg.web_server:
+            doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password))
+        desk = FrontDesk(stopped=lambda: stop.name is not None)
+        with open_doors(make_app(served, desk), doors):
+            try:
+                policy.serve(desk, slots)
+            finally:
+                desk.close()

@@ -1,0 +1,69 @@
+"""What handlers ask for reaches the drawing thread, and what they no longer want too."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
+from nemo_aligner.servers.generation.desk import Closing, FrontDesk
+
+REQUESTS = [GenerationRequest(0, sample, (1, 2)) for sample in range(3)]
+
+
+def response(uid: int) -> Response:
+    return Response(0, 0, [5], "x", [-1.0], [-1.0], "length", uid=uid)
+
+
+def test_jobs_become_orders_once_and_what_is_cancelled_is_dropped() -> None:
+    async def story() -> None:
+        desk = FrontDesk(lambda: False)
+        one, two = desk.submit(REQUESTS), desk.submit(REQUESTS[:1])
+        assert len({*one.requests, *two.requests}) == 4
+        orders = desk.orders(idle=True)
+        assert orders is not None
+        assert [request.uid for request in orders.new] == [*one.requests, *two.requests]
+        assert desk.orders(idle=False) == Orders([], [])
+        first, *others = one.requests
+        desk.finished(response(first))
+        await asyncio.sleep(0)
+        desk.cancel(one)
+        desk.cancel(one)
+        assert desk.orders(idle=False) == Orders([], others)
+        assert desk.unfinished == 1
+
+    asyncio.run(story())
+
+
+def test_a_job_hears_of_its_own_requests_alone_and_ends_with_the_last() -> None:
+    async def story() -> None:
+        desk = FrontDesk(lambda: False)
+        mine, others = desk.submit(REQUESTS[:2]), desk.submit(REQUESTS[:1])
+        a, b = mine.requests
+        [c] = others.requests
+        progress = Progress(b, [5], [-1.0], [])
+        desk.drawn([progress])
+        for uid in (c, b, a):
+            desk.finished(response(uid))
+        assert [event async for event in mine] == [progress, response(b), response(a)]
+        assert desk.unfinished == 0
+
+    asyncio.run(story())
+
+
+def test_who_waits_when_the_desk_closes_is_told_and_nobody_comes_after() -> None:
+    async def story() -> None:
+        desk = FrontDesk(lambda: False)
+        job = desk.submit(REQUESTS)
+        desk.close()
+        with pytest.raises(Closing):
+            [event async for event in job]
+        with pytest.raises(Closing):
+            desk.submit(REQUESTS)
+
+    asyncio.run(story())
+
+
+def test_the_desk_orders_an_end_when_it_is_told_to_stop() -> None:
+    assert FrontDesk(lambda: True).orders(idle=True) is None
