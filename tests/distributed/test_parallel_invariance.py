@@ -6,6 +6,7 @@ Cuts: TP 2, PP 2, DP 2 against one process. Not covered: sequence parallelism, v
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.data.supervised import Example
-from nemo_aligner.engine.interfaces import GenerationRequest
+from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
 from tests.distributed.helpers import run_ranks
 from tests.tiny import ARCH
 
@@ -63,6 +64,8 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     ]
     found["samples"] = sorted((r.prompt_index, r.sample_index, r.tokens) for r in drawn)
     found["bf16 gap"] = bf16_gap(cluster, folder)
+    if cluster.dp_size == 1:
+        found["served tokens"], found["served scores"] = served(cluster, policy)
     reward_model = load_reward_model(folder / "reward.nemo", cluster, precision="32")
     found["rewards"] = reward_model.score(ROWS, 3)
 
@@ -87,6 +90,46 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     found["after"] = [row.tolist() for row in trained.logprobs(ROWS, 4)]
     if cluster.is_main:
         (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+class OneBatch:
+    """A desk with a few requests, given out two at a time."""
+
+    def __init__(self) -> None:
+        kinds = [SamplingParams(max_tokens=8, seed=seed, top_logprobs=2 * (seed % 2)) for seed in range(4)]
+        self._new = [
+            GenerationRequest(0, 0, tuple(row), sampling=kind, scores_prompt=True, uid=kind.seed)
+            for row, kind in zip(ROWS, kinds, strict=True)
+        ]
+        self.responses: list[Response] = []
+
+    def orders(self, *, idle: bool) -> Orders | None:
+        new, self._new = self._new[:2], self._new[2:]
+        return Orders(new) if new or len(self.responses) < len(ROWS) else None
+
+    def drawn(self, progress: Sequence[Progress]) -> None:
+        pass
+
+    def finished(self, response: Response) -> None:
+        self.responses.append(response)
+
+
+def served(cluster: Any, policy: Any) -> tuple[list[Any], list[Any]]:
+    """Tokens, and every figure of them, of requests that rank 0 alone knows; empty on the others."""
+    desk = OneBatch() if cluster.is_main else None
+    policy.serve(desk, 3)
+    responses = sorted(desk.responses if desk else [], key=lambda response: response.uid)
+    likeliest = [[r.top_logprobs, r.prompt_scores.top] for r in responses if r.prompt_scores]
+    tokens = [
+        [r.tokens, *([[[t for t, _ in top] for top in tops] for tops in both])]
+        for r, both in zip(responses, likeliest, strict=True)
+    ]
+    figures = [
+        [r.logprobs, r.prompt_scores.logprobs, *([[[v for _, v in top] for top in tops] for tops in both])]
+        for r, both in zip(responses, likeliest, strict=True)
+        if r.prompt_scores
+    ]
+    return tokens, figures
 
 
 def bf16_gap(cluster: Any, folder: Path) -> float:
@@ -145,6 +188,9 @@ def test_every_cut_gives_the_numbers_of_one_process(cut: str, folder: Path) -> N
     one, cut_found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", cut))
     assert cut_found["samples"] == one["samples"]
     assert max(cut_found["bf16 gap"], one["bf16 gap"]) < 2e-2
+    if "served tokens" in cut_found:
+        assert cut_found["served tokens"] == one["served tokens"]
+        close(cut_found["served scores"], one["served scores"], 1e-4)
     for key in ("logprobs", "rewards", "step 0", "step 1"):
         close(cut_found[key], one[key], 1e-4)
     # the weights differ by then by what two Adam steps make of rounding
