@@ -12,6 +12,7 @@ class ByteTokenizer:
     """One token per byte; EOS and one more special token."""
 
     vocab_size, bos_id, eos_id, pad_id, chat_template = 258, None, EOS, EOS, None
+    stop_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
         return [END_OF_TURN] if text == "<turn>" else list(text.encode())

@@ -7,6 +7,23 @@ from typing import Any
 
 from nemo_aligner.errors import CheckpointError
 
+# settings of NeMo's models that change what is computed, and are known here by these values alone
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_type": ("multihead",),
+    "embedding_multiplier": (None, 1.0),
+    "headscale": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "moe_router_topk": (None, 1, 2),  # of experts, which the next line refuses
+    "num_moe_experts": (None, 0, 1),
+    "normalize_attention_scores": (True,),
+    "peft": (None, {"peft_scheme": None}, {"peft_scheme": "none"}),
+    "rotary_interleaved": (False,),
+    "seq_len_interpolation_factor": (None, 1, 1.0),
+    "transformer_block_type": ("pre_ln",),
+}
+_NORMALIZATIONS = ("rmsnorm", "layernorm")
+
 
 @dataclass
 class RopeScaling:
@@ -38,11 +55,15 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     normalization: str = "rmsnorm"  # rmsnorm or layernorm
     layernorm_epsilon: float = 1e-5
-    activation: str = "fast-swiglu"  # fast-swiglu or swiglu (the same), gelu, relu, squared-relu
+    rope_freq_factors: list[float] | None = None  # divisors of the rotary frequencies, half a head's (GGUF)
+    activation: str = "fast-swiglu"  # gated: [fast-]swiglu, geglu, geglu-tanh, reglu, squared-reglu; gelu, relu, ...
     bias: bool = False  # bias on every linear layer
-    qkv_bias: bool = False  # bias on the QKV projection alone (Qwen2)
+    qkv_bias: bool = False  # bias on the QKV projection, without `bias` (Qwen2)
+    proj_bias: bool | None = None  # on the attention's output; null = as `bias`
+    mlp_bias: bool | None = None  # in the feed-forward; null = as `bias`
     qk_layernorm: bool = False  # RMSNorm on each head's q and k (Qwen3)
     window_size: int | None = None  # sliding-window attention (Mistral)
+    window_layers: list[int] | None = None  # layers, from 0, that have the window; null = all
     share_embeddings_and_output_weights: bool = False
     make_vocab_size_divisible_by: int = 128
     hidden_dropout: float = 0.0
@@ -61,7 +82,10 @@ class Architecture:
 
     @classmethod
     def from_nemo(cls, config: dict[str, Any]) -> Architecture:
-        """From the mapping of `model_config.yaml`. Raises CheckpointError naming the missing keys."""
+        """From the mapping of `model_config.yaml`.
+
+        Raises CheckpointError naming the missing keys, or one whose value means another model than is built here.
+        """
         known = {f.name for f in fields(cls)} - {"other"}
         required = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
         missing = sorted(required - config.keys())
@@ -70,6 +94,14 @@ class Architecture:
         values = {k: v for k, v in config.items() if k in known}
         if isinstance(values.get("rope_scaling"), dict):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        elif config.get("scale_positional_embedding"):  # NeMo's name for the scaling of Llama 3.1
+            values["rope_scaling"] = RopeScaling(factor=float(config.get("scale_factor", 8.0)))
+        for key, known_values in _ONLY.items():
+            if key in config and config[key] not in known_values:
+                raise CheckpointError(f"model_config.yaml: {key}={config[key]} is not supported")
+        if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
+            wanted = " or ".join(_NORMALIZATIONS)
+            raise CheckpointError(f"model_config.yaml: normalization={values['normalization']} is not {wanted}")
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
         return cls(**values, other={k: v for k, v in config.items() if k not in known})
 
@@ -77,6 +109,18 @@ class Architecture:
         """The mapping to write as `model_config.yaml`."""
         own = {k: v for k, v in asdict(self).items() if k != "other"}
         return {**self.other, **own}
+
+    @property
+    def has_proj_bias(self) -> bool:
+        return self.bias if self.proj_bias is None else self.proj_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.bias if self.mlp_bias is None else self.mlp_bias
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, counted from 0."""
+        return self.window_size if self.window_layers is None or layer in self.window_layers else None
 
     @property
     def query_groups(self) -> int:

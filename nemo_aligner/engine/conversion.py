@@ -73,4 +73,4 @@ def export_hf(source: Path, target: Path) -> None:
     with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
         loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input")
         tensors = {name: value for name, value in loaded.module.state_dict().items() if hasattr(value, "shape")}
-        write_hf_folder(target, arch, tensors, loaded.tokenizer.files)
+        write_hf_folder(target, loaded.arch, tensors, loaded.tokenizer)

@@ -53,8 +53,9 @@ class Cluster(Protocol):
 class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
-    eos_id: int
+    eos_id: int  # ends texts that are trained on
     pad_id: int
+    stop_ids: frozenset[int]  # any of these ends a response: EOS, and others that the model has for it
     chat_template: str | None
 
     def encode(self, text: str) -> list[int]:

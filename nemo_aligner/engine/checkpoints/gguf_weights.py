@@ -1,4 +1,4 @@
-"""Llama-shaped GGUF files: tensors under Hugging Face names, and the tokenizer rebuilt from its parts."""
+"""Llama-shaped GGUF files: the shape, and tensors under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, RopeScaling
+from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, tokenizer_settings
+from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError
 
 _TOP = {
@@ -27,108 +29,94 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FREQUENCIES = "rope_freqs.weight"
+_HARMLESS = frozenset({"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"})
 
 
 def read_gguf(path: Path) -> tuple[Architecture, dict[str, Tensor], bytes]:
-    """Shape, tensors under their Hugging Face names, and tokenizer.json of a GGUF file."""
-    file = GgufFile(path)
-    arch = file.architecture()
-    return arch, file.tensors(arch), file.tokenizer_json()
+    """Shape, tensors under their Hugging Face names, and tokenizer.json of a GGUF file. Raises CheckpointError."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as fault:
+        raise CheckpointError(f"--input {path}: not a whole GGUF file ({fault})") from None
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    kind = values.get("general.architecture")
+    if kind != "llama":
+        raise CheckpointError(f"--input {path}: GGUF architecture {kind!r} is not llama")
+    settings = Settings(_below(values, "llama."), f"--input {path}: llama")
+    tokenizer = _below(values, "tokenizer.ggml.")
+    tensors = {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    frequencies = tensors.pop(_FREQUENCIES, None)
+    arch = _architecture(settings, tensors, len(tokenizer["tokens"]))
+    arch.rope_freq_factors = None if frequencies is None else frequencies.tolist()
+    arch.tokenizer = tokenizer_settings(tokenizer, values.get("tokenizer.chat_template"))
+    settings.check_all_used(_HARMLESS)
+    named = {_hf_name(name): _hf_order(name, value, arch) for name, value in tensors.items()}
+    return arch, named, tokenizer_json(tokenizer)
 
 
-class GgufFile:
-    """A GGUF file of a Llama-shaped model with a byte-level BPE tokenizer."""
-
-    def __init__(self, path: Path) -> None:
-        import gguf
-
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError) as fault:
-            raise CheckpointError(f"{path}: not a GGUF file ({fault})") from None
-        kind = self._value("general.architecture")
-        if kind != "llama":
-            raise CheckpointError(f"{path}: GGUF architecture {kind!r} is not llama")
-
-    def _value(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def architecture(self) -> Architecture:
-        heads, hidden = self._value("llama.attention.head_count"), self._value("llama.embedding_length")
-        tensors = {tensor.name for tensor in self._reader.tensors}
-        return Architecture(
-            num_layers=self._value("llama.block_count"),
-            hidden_size=hidden,
-            ffn_hidden_size=self._value("llama.feed_forward_length"),
-            num_attention_heads=heads,
-            num_query_groups=self._value("llama.attention.head_count_kv", heads),
-            vocab_size=len(self._value("tokenizer.ggml.tokens")),
-            encoder_seq_length=self._value("llama.context_length"),
-            max_position_embeddings=self._value("llama.context_length"),
-            rotary_base=float(self._value("llama.rope.freq_base", 10000.0)),
-            layernorm_epsilon=round(float(self._value("llama.attention.layer_norm_rms_epsilon")), 12),
-            share_embeddings_and_output_weights="output.weight" not in tensors,
-            tokenizer=self._tokenizer_settings(),
-        )
-
-    def tensors(self, arch: Architecture) -> dict[str, Tensor]:
-        """Every tensor, dequantised to float32, under its Hugging Face name."""
-        import gguf
-
-        out: dict[str, Tensor] = {}
-        for tensor in self._reader.tensors:
-            name = _hf_name(tensor.name)
-            if name is None:
-                continue  # rope frequencies: derived, not learned
-            value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            if name.endswith("q_proj.weight"):
-                value = unpermuted(value, arch.num_attention_heads)
-            elif name.endswith("k_proj.weight"):
-                value = unpermuted(value, arch.query_groups)
-            out[name] = value
-        return out
-
-    def tokenizer_json(self) -> bytes:
-        """The fast tokenizer: byte-level BPE with digits split one by one, as the SmolLM family is trained."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-        if self._value("tokenizer.ggml.model") != "gpt2":
-            raise CheckpointError("only GGUF files with a byte-level BPE tokenizer (gpt2) are read")
-        tokens: list[str] = self._value("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in self._value("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-        steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        if self._value("tokenizer.ggml.pre") in ("smollm", "default", None):
-            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        tokenizer.decoder = decoders.ByteLevel()
-        kinds = self._value("tokenizer.ggml.token_type")
-        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]  # 3 = control
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-        return tokenizer.to_str().encode()
-
-    def _tokenizer_settings(self) -> dict[str, Any]:
-        tokens = self._value("tokenizer.ggml.tokens")
-
-        def token(name: str) -> str | None:
-            index = self._value(f"tokenizer.ggml.{name}_token_id")
-            return None if index is None else tokens[index]
-
-        names = {f"{name}_token": token(short) for name, short in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-        return {"library": "huggingface", **names, "chat_template": self._value("tokenizer.chat_template")}
+def _below(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def _hf_name(name: str) -> str | None:
+def _architecture(settings: Settings, tensors: dict[str, Tensor], vocabulary: int) -> Architecture:
+    heads, hidden = settings.needed("attention.head_count"), settings.needed("embedding_length")
+    head_dim = settings.get("attention.key_length", hidden // heads)
+    if settings.get("attention.value_length", head_dim) != head_dim:
+        raise CheckpointError("attention.key_length and attention.value_length differ, which is not supported")
+    return Architecture(
+        num_layers=settings.needed("block_count"),
+        hidden_size=hidden,
+        ffn_hidden_size=settings.needed("feed_forward_length"),
+        num_attention_heads=heads,
+        num_query_groups=settings.get("attention.head_count_kv", heads),
+        kv_channels=head_dim,
+        vocab_size=vocabulary,
+        encoder_seq_length=settings.needed("context_length"),
+        max_position_embeddings=settings["context_length"],
+        rotary_base=float(settings.get("rope.freq_base", 10000.0)),
+        rotary_percentage=settings.get("rope.dimension_count", head_dim) / head_dim,
+        rope_scaling=_scaling(settings),
+        layernorm_epsilon=round(float(settings.needed("attention.layer_norm_rms_epsilon")), 12),
+        window_size=settings.get("attention.sliding_window"),
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        proj_bias="blk.0.attn_output.bias" in tensors or None,
+        mlp_bias="blk.0.ffn_down.bias" in tensors or None,
+        share_embeddings_and_output_weights="output.weight" not in tensors,
+    )
+
+
+def _scaling(settings: Settings) -> RopeScaling | None:
+    kind, factor = settings.get("rope.scaling.type", "none"), settings.get("rope.scaling.factor", 1.0)
+    old = settings.get("rope.scale_linear", 1.0)
+    if kind not in ("none", "linear"):
+        raise CheckpointError(f"rope.scaling.type={kind} is not none or linear")
+    found = old if kind == "none" else factor
+    return None if found in (0.0, 1.0) else RopeScaling("linear", float(found))
+
+
+def _hf_name(name: str) -> str:
+    """Its own where it has none: it is then refused as one that is not understood."""
     if name in _TOP:
         return _TOP[name]
     parts = name.split(".")
-    if parts[0] == "blk" and parts[2] in _LAYER:
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER:
         return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
-    return None
+    return name
+
+
+def _hf_order(name: str, value: Tensor, arch: Architecture) -> Tensor:
+    if ".attn_q." in name:
+        return unpermuted(value, arch.num_attention_heads)
+    return unpermuted(value, arch.query_groups) if ".attn_k." in name else value
 
 
 def unpermuted(weight: Tensor, heads: int) -> Tensor:
     """Undo GGUF's row order of q and k: `[heads, D/2, 2]` (interleaved rotary pairs) → `[heads, 2, D/2]` (halves)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    shape = weight.shape
+    return weight.view(heads, shape[0] // heads // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)

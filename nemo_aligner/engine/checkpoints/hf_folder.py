@@ -11,56 +11,110 @@ from typing import Any
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.checkpoints.hf_weights import architecture_of, to_hf, to_hf_config
-from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE
+from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
+from nemo_aligner.engine.checkpoints.hf_tensors import SINGLE, dequantised, load_tensors, read_json
+from nemo_aligner.engine.checkpoints.hf_weights import to_hf
+from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, ArchiveTokenizer
 from nemo_aligner.errors import CheckpointError, OutputError
+
+_TOKENS = ("bos", "eos", "pad")
 
 
 def read_hf_folder(folder: Path) -> tuple[Architecture, dict[str, Tensor], bytes]:
     """Shape, tensors and tokenizer.json. Raises CheckpointError naming the file that is missing."""
-    from safetensors.torch import load_file
-
     for name in ("config.json", HF_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"--input {folder}: the folder has no {name}")
-    arch = architecture_of(json.loads((folder / "config.json").read_text()))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"--input {folder}: the folder has no *.safetensors")
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    return replace(arch, tokenizer=_tokenizer_settings(folder)), tensors, (folder / HF_FILE).read_bytes()
+    config = read_json(folder / "config.json")
+    arch = architecture_of(config)
+    tensors = dequantised(load_tensors(folder), config.get("quantization_config"))
+    tokenizer_json = (folder / HF_FILE).read_bytes()
+    return replace(arch, tokenizer=_tokenizer_settings(folder, tokenizer_json)), tensors, tokenizer_json
 
 
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """Special tokens and chat template out of `tokenizer_config.json`."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+def _tokenizer_settings(folder: Path, tokenizer_json: bytes) -> dict[str, Any]:
+    """Special tokens, what ends a response, and chat template, from whichever of the folder's files names them.
 
-    def token(name: str) -> str | None:
-        value = config.get(name)
-        return value["content"] if isinstance(value, dict) else value
+    tokenizer_config.json and special_tokens_map.json name tokens, generation_config.json and config.json ids; the
+    former come first. Several ids for EOS all end a response.
+    """
+    from tokenizers import Tokenizer
 
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
-    names = {name: token(name) for name in ("bos_token", "eos_token", "pad_token")}
-    return {"library": "huggingface", **names, "chat_template": template}
+    named, by_id = (
+        [read_json(folder / name) if (folder / name).is_file() else {} for name in names]
+        for names in (
+            ("tokenizer_config.json", "special_tokens_map.json"),
+            ("generation_config.json", "config.json"),
+        )
+    )
+    vocabulary = Tokenizer.from_str(tokenizer_json.decode())
+
+    def ids(kind: str) -> list[int]:
+        found: Any = next((c[f"{kind}_token_id"] for c in by_id if c.get(f"{kind}_token_id") is not None), [])
+        return found if isinstance(found, list) else [found]
+
+    def token(kind: str) -> str | None:
+        given = next((c[f"{kind}_token"] for c in named if c.get(f"{kind}_token")), None)
+        if given is None:
+            return next((vocabulary.id_to_token(one) for one in ids(kind)), None)
+        return given["content"] if isinstance(given, dict) else given
+
+    settings: dict[str, Any] = {f"{kind}_token": token(kind) for kind in _TOKENS}
+    ends = [text for text in map(vocabulary.id_to_token, ids("eos")) if text and text != settings["eos_token"]]
+    return {
+        "library": "huggingface",
+        **settings,
+        **({"stop_tokens": ends} if ends else {}),
+        "chat_template": _chat_template(folder, named[0].get("chat_template")),
+    }
+
+
+def _chat_template(folder: Path, given: Any) -> str | None:
+    """A file of its own, or that of tokenizer_config.json; of several, the one called default."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if isinstance(given, list):
+        templates = {entry["name"]: entry["template"] for entry in given}
+        if "default" not in templates:
+            raise CheckpointError(f"--input {folder}: chat templates {sorted(templates)}, none of them called default")
+        return templates["default"]
+    return given
 
 
 def write_hf_folder(
-    folder: Path, arch: Architecture, megatron: Mapping[str, Tensor], tokenizer_files: Mapping[str, bytes]
+    folder: Path, arch: Architecture, megatron: Mapping[str, Tensor], tokenizer: ArchiveTokenizer
 ) -> None:
-    """config.json, model.safetensors and the tokenizer's files, from whole Megatron tensors. Raises OutputError."""
+    """Everything that transformers and vLLM read: weights, shape, tokenizer, what ends a response, chat template.
+
+    `megatron` are whole Megatron tensors. Raises OutputError, and CheckpointError for shapes that have no such form.
+    """
     from safetensors.torch import save_file
 
     dtype = "bfloat16" if arch.precision.startswith("bf16") else "float32"
-    special = {k: v for k, v in arch.tokenizer.items() if k.endswith("_token") or k == "chat_template"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in special.items() if v}}
+    ends = sorted(tokenizer.stop_ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id if len(ends) == 1 else [tokenizer.eos_id, *(set(ends) - {tokenizer.eos_id})],
+        "pad_token_id": tokenizer.pad_id,
+    }
+    special = {f"{kind}_token": arch.tokenizer.get(f"{kind}_token") for kind in _TOKENS}
+    special = {name: value for name, value in special.items() if value}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    texts = {
+        "config.json": {**to_hf_config(arch, dtype), **ids},
+        "generation_config.json": {**ids, "transformers_version": "5.0.0"},
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": special,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(to_hf(arch, megatron), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(to_hf_config(arch, dtype), indent=1))
-        for name, content in tokenizer_files.items():
-            (folder / name).write_bytes(content)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        save_file(to_hf(arch, megatron), folder / SINGLE, metadata={"format": "pt"})
+        for name, content in texts.items():
+            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for name, data in tokenizer.files.items():
+            (folder / name).write_bytes(data)
+        if tokenizer.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     except OSError as fault:
         raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault

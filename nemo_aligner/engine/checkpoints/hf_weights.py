@@ -7,16 +7,14 @@ and gate and up projections in one: `[2·F, H]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from nemo_aligner.config.architecture import Architecture, RopeScaling
+from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import CheckpointError
-
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
 _LAYER = {  # Megatron name → Hugging Face name, below decoder.layers.N / model.layers.N
     "input_layernorm.weight": "input_layernorm.weight",
@@ -34,82 +32,40 @@ _TOP = {
 }
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The shape a Hugging Face `config.json` describes. Raises CheckpointError for other architectures."""
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in SUPPORTED:
-        raise CheckpointError(f"architecture {name} is not one of {', '.join(SUPPORTED)}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sliding = config.get("sliding_window") if name == "MistralForCausalLM" or config.get("use_sliding_window") else None
-    length = config["max_position_embeddings"]
-    return Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_key_value_heads"),
-        kv_channels=config.get("head_dim"),
-        vocab_size=config["vocab_size"],
-        encoder_seq_length=length,
-        max_position_embeddings=length,
-        rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(rope),
-        layernorm_epsilon=config["rms_norm_eps"],
-        qkv_bias=name == "Qwen2ForCausalLM" or bool(config.get("attention_bias")),
-        qk_layernorm=name == "Qwen3ForCausalLM",
-        window_size=sliding,
-        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-    )
+_PROJ_BIAS = {"self_attention.linear_proj.bias": "self_attn.o_proj.bias"}
+_MLP_BIAS = {"mlp.linear_fc2.bias": "mlp.down_proj.bias"}
+
+_DERIVED = re.compile(r".*(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.bias|attn\.masked_bias)$")
+"""Tensors that older files hold and that follow from the settings."""
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("llama3", "linear"):
-        raise CheckpointError(f"rope_scaling type {kind!r} is not one of llama3, linear")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(rope_type=kind, **{name: rope[name] for name in names if name in rope})
-
-
-def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
-    """The `config.json` of a shape, as the Hugging Face architecture it belongs to."""
-    name = (
-        "Qwen3ForCausalLM" if arch.qk_layernorm
-        else "Qwen2ForCausalLM" if arch.qkv_bias
-        else "MistralForCausalLM" if arch.window_size else "LlamaForCausalLM"
-    )  # fmt: skip
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rotary_base}
-    if arch.rope_scaling is not None:
-        rope |= vars(arch.rope_scaling)
+def _layer_names(arch: Architecture) -> dict[str, str]:
+    """Tensors of a layer that are one on both sides."""
     return {
-        "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
-        "num_hidden_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.query_groups,
-        "head_dim": arch.head_dim,
-        "vocab_size": arch.vocab_size,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "rope_theta": arch.rotary_base,
-        "rope_parameters": rope,
-        "rms_norm_eps": arch.layernorm_epsilon,
-        "hidden_act": "silu",
-        "attention_bias": arch.qkv_bias and name == "LlamaForCausalLM",
-        "sliding_window": arch.window_size,
-        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
-        "dtype": torch_dtype,
+        **_LAYER,
+        **(_QK_NORM if arch.qk_layernorm else {}),
+        **(_PROJ_BIAS if arch.has_proj_bias else {}),
+        **(_MLP_BIAS if arch.has_mlp_bias else {}),
     }
 
 
+def _kinds(biased: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if biased else ("weight",)
+
+
 def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int) -> dict[str, Tensor]:
-    """Whole Megatron tensors (TP = PP = 1 names) from Hugging Face ones; embedding rows padded with zeros."""
+    """Whole Megatron tensors (TP = PP = 1 names) from Hugging Face ones; embedding rows padded with zeros.
+
+    Layers past `arch.num_layers` are left out. Raises CheckpointError for a tensor that is missing, and for one that is
+    not used.
+    """
+    hf = {name: part for whole, tensor in hf.items() for name, part in _unfused(arch, whole, tensor)}
+    used: set[str] = set()
 
     def take(name: str) -> Tensor:
         if name not in hf:
             raise CheckpointError(f"the checkpoint has no tensor {name}")
+        used.add(name)
         return hf[name]
 
     out = {megatron: take(name) for megatron, name in _TOP.items()}
@@ -118,14 +74,44 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
         out["output_layer.weight"] = _padded(take("lm_head.weight"), padded_vocab)
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron, name in {**_LAYER, **(_QK_NORM if arch.qk_layernorm else {})}.items():
+        for megatron, name in _layer_names(arch).items():
             out[ours + megatron] = take(theirs + name)
-        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        for kind in _kinds(arch.qkv_bias):
             parts = [take(f"{theirs}self_attn.{p}_proj.{kind}") for p in "qkv"]
             out[f"{ours}self_attention.linear_qkv.{kind}"] = fuse_qkv(arch, *parts)
-        gate, up = take(f"{theirs}mlp.gate_proj.weight"), take(f"{theirs}mlp.up_proj.weight")
-        out[f"{ours}mlp.linear_fc1.weight"] = torch.cat((gate, up))
+        for kind in _kinds(arch.has_mlp_bias):
+            gate, up = take(f"{theirs}mlp.gate_proj.{kind}"), take(f"{theirs}mlp.up_proj.{kind}")
+            out[f"{ours}mlp.linear_fc1.{kind}"] = torch.cat((gate, up))
+    _check_all_used(arch, hf.keys() - used)
     return out
+
+
+def _unfused(arch: Architecture, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Phi3 keeps q, k and v in one tensor, and gate and up."""
+    if ".qkv_proj." in name:
+        heads = arch.num_attention_heads, arch.query_groups, arch.query_groups
+        parts = tensor.split([count * arch.head_dim for count in heads])
+        yield from ((name.replace("qkv_proj", f"{p}_proj"), part) for p, part in zip("qkv", parts, strict=True))
+    elif ".gate_up_proj." in name:
+        gate, up = tensor.chunk(2)
+        yield name.replace("gate_up_proj", "gate_proj"), gate
+        yield name.replace("gate_up_proj", "up_proj"), up
+    else:
+        yield name, tensor
+
+
+def _check_all_used(arch: Architecture, left: Iterable[str]) -> None:
+    """Raises CheckpointError for tensors that would be passed over."""
+    tied = {"lm_head.weight"} if arch.share_embeddings_and_output_weights else set()
+
+    def belongs_elsewhere(name: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return layer is not None and int(layer[1]) >= arch.num_layers
+
+    unknown = sorted(n for n in left if n not in tied and not _DERIVED.match(n) and not belongs_elsewhere(n))
+    if unknown:
+        some = ", ".join(unknown[:3])
+        raise CheckpointError(f"the checkpoint has {len(unknown)} tensors that are not understood, among them {some}")
 
 
 def to_hf(arch: Architecture, megatron: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,13 +122,14 @@ def to_hf(arch: Architecture, megatron: Mapping[str, Tensor]) -> dict[str, Tenso
         out["lm_head.weight"] = megatron["output_layer.weight"][: arch.vocab_size]
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, hf_name in {**_LAYER, **(_QK_NORM if arch.qk_layernorm else {})}.items():
+        for name, hf_name in _layer_names(arch).items():
             out[theirs + hf_name] = megatron[ours + name]
-        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        for kind in _kinds(arch.qkv_bias):
             parts = split_qkv(arch, megatron[f"{ours}self_attention.linear_qkv.{kind}"])
             out |= {f"{theirs}self_attn.{p}_proj.{kind}": part for p, part in zip("qkv", parts, strict=True)}
-        gate, up = megatron[f"{ours}mlp.linear_fc1.weight"].chunk(2)
-        out |= {f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up}
+        for kind in _kinds(arch.has_mlp_bias):
+            gate, up = megatron[f"{ours}mlp.linear_fc1.{kind}"].chunk(2)
+            out |= {f"{theirs}mlp.gate_proj.{kind}": gate, f"{theirs}mlp.up_proj.{kind}": up}
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 

@@ -154,7 +154,8 @@ def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_h
     state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
     if new_head:
         state = {name: value for name, value in state.items() if ".rm_head." not in name}
-    loaded = load_sharded(state, folder / WEIGHTS)
+    may_stay = ["_extra_state", *(["output_layer.weight"] if hasattr(model, "rm_head") or new_head else [])]
+    loaded = load_sharded(state, folder / WEIGHTS, may_stay=may_stay)
     weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
     _, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import queue
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,22 @@ def save_sharded(state: ShardedStateDict, folder: Path) -> None:
         raise
 
 
-def load_sharded(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
-    """Read into the places `state` describes; collective. Raises CheckpointError naming keys that are missing."""
+def load_sharded(state: ShardedStateDict, folder: Path, *, may_stay: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read into the places `state` describes; collective. Raises CheckpointError naming keys that are missing.
+
+    With `may_stay`, also those that the checkpoint has and nobody asked for, unless their names end in one of these.
+    """
     check_metadata(folder)
     try:
         # Megatron calls "unexpected" what was asked for and is not in the checkpoint
-        loaded, _, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        loaded, left, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except (OSError, ValueError, RuntimeError, EOFError, dist_checkpointing.core.CheckpointingException) as fault:
         raise CheckpointError(f"{folder.name} cannot be read: {' '.join(str(fault).split())[:300]}") from fault
     if missing:
         some = ", ".join(sorted(missing)[:4])
         raise CheckpointError(f"the checkpoint lacks {len(missing)} of the model's tensors, among them {some}")
+    unused = [name for name in left if not name.endswith(tuple(may_stay))] if may_stay is not None else []
+    if unused:
+        some = ", ".join(sorted(unused)[:4])
+        raise CheckpointError(f"the checkpoint has {len(unused)} tensors that this model has no place for: {some}")
     return loaded

@@ -23,6 +23,7 @@ class ArchiveTokenizer(Protocol):
     bos_id: int | None
     eos_id: int
     pad_id: int
+    stop_ids: frozenset[int]
     chat_template: str | None
     files: dict[str, bytes]
 
@@ -49,9 +50,16 @@ class FastTokenizer:
         if eos is None:
             raise CheckpointError(f"tokenizer.eos_token {settings.get('eos_token')!r} is not in the tokenizer")
         self.eos_id = eos
+        self.stop_ids = frozenset({eos, *(self._needed_id(token) for token in settings.get("stop_tokens") or ())})
         self.bos_id = self._id(settings.get("bos_token"))
         pad = self._id(settings.get("pad_token"))
         self.pad_id = eos if pad is None else pad
+
+    def _needed_id(self, token: str) -> int:
+        found = self._id(token)
+        if found is None:
+            raise CheckpointError(f"tokenizer.stop_tokens: {token!r} is not in the tokenizer")
+        return found
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
@@ -77,6 +85,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.chat_template: str | None = settings.get("chat_template")
         self.eos_id = self._processor.eos_id()
+        self.stop_ids = frozenset({self.eos_id})
         bos, pad = self._processor.bos_id(), self._processor.pad_id()
         self.bos_id = bos if bos >= 0 else None
         self.pad_id = pad if pad >= 0 else self.eos_id

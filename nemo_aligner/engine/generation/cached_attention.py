@@ -19,6 +19,9 @@ from nemo_aligner.engine.generation.kv_cache import KVCache
 from nemo_aligner.engine.kernels.library import CpuKernels
 from nemo_aligner.engine.model.attention import packed_attention
 
+Windows = Sequence[int | None]
+"""The sliding window of each layer of this stage; None: it sees everything."""
+
 
 class CachedAttention(Protocol):
     def __call__(self, layer: int, mixed: Tensor) -> Tensor: ...
@@ -42,36 +45,42 @@ class KernelAttention(NamedTuple):
     rotary: Rotary | None
     places: Tensor
     positions: Tensor
-    window: int | None
+    windows: Windows
 
     def __call__(self, layer: int, mixed: Tensor) -> Tensor:
         where, scale = (self.places, self.positions), 1 / math.sqrt(mixed.size(3))
-        return self.kernels.attend(mixed, self.rotary, *where, layer=layer, window=self.window or 0, scale=scale)
+        window = self.windows[layer] or 0
+        return self.kernels.attend(mixed, self.rotary, *where, layer=layer, window=window, scale=scale)
 
 
 class PromptAttention:
     """Prompt by prompt, with torch's kernel; fills `keys_values` `[layers, 2, G, S, D]` of each."""
 
     def __init__(
-        self, rotary: Rotary | None, positions: Tensor, keys_values: Sequence[Tensor], window: int | None
+        self, rotary: Rotary | None, positions: Tensor, keys_values: Sequence[Tensor], windows: Windows
     ) -> None:
-        self._turn, self._keys_values, self._window = rotary and rotary.at(positions), keys_values, window
+        self._turn, self._keys_values, self._windows = rotary and rotary.at(positions), keys_values, windows
         self._edges = [0, *itertools.accumulate(one.size(3) for one in keys_values)]
 
     def __call__(self, layer: int, mixed: Tensor) -> Tensor:
         query, key, value = turned_heads(mixed, self._turn)
         for one, (start, end) in zip(self._keys_values, itertools.pairwise(self._edges), strict=True):
             one[layer, 0], one[layer, 1] = key[start:end].transpose(0, 1), value[start:end].transpose(0, 1)
-        return packed_attention(query, key, value, self._edges, window=self._window)
+        return packed_attention(query, key, value, self._edges, window=self._windows[layer])
 
 
 class BlockAttention:
     """Of a step, block by block of the cache, with torch's kernel over all positions of a block and masked."""
 
-    def __init__(self, rotary: Rotary | None, positions: Tensor, cache: KVCache, window: int | None) -> None:
-        self._turn, self._positions = rotary and rotary.at(positions), positions
+    def __init__(self, rotary: Rotary | None, positions: Tensor, cache: KVCache, windows: Windows) -> None:
+        self._turn, self._positions, self._windows = rotary and rotary.at(positions), positions, windows
         self._parts = [
-            (rows, block, torch.arange(block.size(2), device=positions.device), _bias(positions[rows], block, window))
+            (
+                rows,
+                block,
+                torch.arange(block.size(2), device=positions.device),
+                {window: _bias(positions[rows], block, window) for window in set(windows)},
+            )
             for rows, block in cache.blocks()
         ]
 
@@ -80,11 +89,11 @@ class BlockAttention:
         # the R query heads of a key/value head stand as R query rows, so keys are never repeated
         query = query.view(*key.shape[:2], -1, key.size(2))
         contexts = []
-        for rows, block, index, bias in self._parts:
+        for rows, block, index, biases in self._parts:
             keys, values = block[layer]
             keys[index, :, self._positions[rows]] = key[rows]
             values[index, :, self._positions[rows]] = value[rows]
-            context = F.scaled_dot_product_attention(query[rows], keys, values, attn_mask=bias)
+            context = F.scaled_dot_product_attention(query[rows], keys, values, attn_mask=biases[self._windows[layer]])
             contexts.append(context.reshape(len(context), -1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 

@@ -64,6 +64,7 @@ class Layer:
         self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
         self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
+        self.number = layer.layer_number - 1  # from 0, over all stages
 
 
 class Norm:
@@ -83,6 +84,7 @@ class CachedForward:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.layers = [Layer(layer) for layer in model.decoder.layers]
+        self._windows = [arch.window_of(layer.number) for layer in self.layers]
         self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
@@ -134,7 +136,7 @@ class CachedForward:
             index=index,
             groups=self._groups,
             head_dim=self.arch.head_dim,
-            window=self.arch.window_size or 0,
+            window=self._windows[index] or 0,
             eps=self.arch.layernorm_epsilon,
         )
 
@@ -164,7 +166,7 @@ class CachedForward:
             places = np.repeat([(*[0] * 5, *place_of(one)) for one in keys_values], lengths, axis=0)
             attend = self._kernel_attention(torch.from_numpy(places), positions)
         else:
-            attend = PromptAttention(self._rotary, positions, keys_values, self.arch.window_size)
+            attend = PromptAttention(self._rotary, positions, keys_values, self._windows)
         hidden = self._layers(tokens, positions, attend)
         # only the last position of each prompt is needed for the first response token
         logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
@@ -202,12 +204,12 @@ class CachedForward:
         if self._attends:
             attend = self._kernel_attention(cache.places(), positions)
         else:
-            attend = BlockAttention(self._rotary, positions, cache, self.arch.window_size)
+            attend = BlockAttention(self._rotary, positions, cache, self._windows)
         return self._logits(self._layers(tokens, positions, attend))
 
     def _kernel_attention(self, places: Tensor, positions: Tensor) -> KernelAttention:
         assert self.kernels is not None
-        return KernelAttention(self.kernels, self._rotary, places, positions, self.arch.window_size)
+        return KernelAttention(self.kernels, self._rotary, places, positions, self._windows)
 
     def _layers(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
         """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.

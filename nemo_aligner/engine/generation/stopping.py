@@ -17,15 +17,13 @@ class StopCondition:
 
     def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self.stop_ids: set[int] = {tokenizer.eos_id}
+        self.stop_ids: set[int] = set(tokenizer.stop_ids)
         self._texts: list[str] = []
         for end in end_strings:
-            if not end or end == EOS_ALIAS:
-                continue
             ids = tokenizer.encode(end)
             if len(ids) == 1 and tokenizer.decode(ids) == "":
                 self.stop_ids.add(ids[0])  # a special token: it never shows up in decoded text
-            else:
+            elif end and end != EOS_ALIAS:
                 self._texts.append(end)
         self._may_complete: dict[int, bool] = {}  # of the tokens seen so far
         # a token decodes to at least one byte, so this many tokens hold the longest end string and one character more

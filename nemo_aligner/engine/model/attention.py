@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,13 +31,16 @@ class SdpaCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        window_of: Callable[[int], int | None],
     ) -> None:
+        """`window_of` gives the sliding window of a layer, counted from 0; `layer_number` counts from 1."""
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(
             config.kv_channels or config.hidden_size // config.num_attention_heads
         )
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.window = window_of(layer_number - 1)
 
     def forward(
         self,

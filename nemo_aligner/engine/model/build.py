@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -59,6 +61,10 @@ def _activation(arch: Architecture) -> dict[str, Any]:
     known: dict[str, dict[str, Any]] = {
         "fast-swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
         "swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
+        "geglu": {"activation_func": F.gelu, "gated_linear_unit": True},
+        "geglu-tanh": {"activation_func": _gelu_tanh, "gated_linear_unit": True},
+        "reglu": {"activation_func": F.relu, "gated_linear_unit": True},
+        "squared-reglu": {"activation_func": _squared_relu, "gated_linear_unit": True},
         "gelu": {"activation_func": F.gelu},
         "relu": {"activation_func": F.relu},
         "squared-relu": {"activation_func": _squared_relu},
@@ -70,6 +76,10 @@ def _activation(arch: Architecture) -> dict[str, Any]:
 
 def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _recomputation(run: RunOptions) -> dict[str, Any]:
@@ -114,10 +124,9 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         attention_dropout=arch.attention_dropout if run.attention_dropout is None else run.attention_dropout,
         normalization="RMSNorm" if arch.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=arch.layernorm_epsilon,
-        add_bias_linear=arch.bias,
+        add_bias_linear=arch.has_mlp_bias,
         add_qkv_bias=arch.bias or arch.qkv_bias,
         qk_layernorm=arch.qk_layernorm,
-        window_size=None if arch.window_size is None else (arch.window_size - 1, 0),
         init_method=init,
         output_layer_init_method=init,
         params_dtype=run.dtype,
@@ -152,13 +161,28 @@ class _Norm:
         return norm
 
 
+class _SelfAttention(SelfAttention):
+    """Megatron has one setting for biases of attention and feed-forward; here the attention's output has its own."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.add_bias_linear = output_bias
+        super().__init__(config, *args, **kwargs)
+
+
 def _layer_spec(arch: Architecture) -> ModuleSpec:
     """Megatron's own layer with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = _Norm
     spec.submodules.pre_mlp_layernorm = _Norm
+    own_bias = {} if arch.has_proj_bias == arch.has_mlp_bias else {"output_bias": arch.has_proj_bias}
+    spec.submodules.self_attention = ModuleSpec(
+        module=_SelfAttention if own_bias else SelfAttention,
+        params={**spec.submodules.self_attention.params, **own_bias},
+        submodules=spec.submodules.self_attention.submodules,
+    )
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = SdpaCoreAttention
+    attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _Norm
     return spec
@@ -244,6 +268,9 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
+    if arch.rope_freq_factors is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
     model.to(run.dtype)
     if torch.cuda.is_available():
         model.cuda()

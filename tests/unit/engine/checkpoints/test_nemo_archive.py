@@ -146,3 +146,15 @@ def test_a_reward_model_starts_from_a_policys_weights_with_a_head_of_its_own(
         nemo_archive.load_weights(model, folder, cluster, new_head=True)
     policy = load_for_inference(archive, cluster, precision="32", key="k").module
     assert torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, policy.decoder.layers[0].mlp.linear_fc2.weight)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_named(cluster: MegatronCluster, tmp_path: Path) -> None:
+    biased = replace(ARCHIVED, qkv_bias=True)
+    tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    nemo_archive.save_archive(tmp_path / "m.nemo", build_model(biased, RunOptions()), biased, tokenizer, cluster)
+    with tarfile.open(tmp_path / "m.nemo") as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    config = tmp_path / "folder" / "model_config.yaml"
+    config.write_text(config.read_text().replace("qkv_bias: true", "qkv_bias: false"))
+    with pytest.raises(CheckpointError, match=r"no place for: model\.decoder\.layers.*linear_qkv\.bias"):
+        load_for_inference(tmp_path / "folder", cluster, precision="32", key="k")

@@ -28,6 +28,10 @@ SHAPES = {
     "qwen2": replace(ARCH, qkv_bias=True, share_embeddings_and_output_weights=True),
     "qwen3": replace(ARCH, qk_layernorm=True, kv_channels=16),
     "mistral": replace(ARCH, window_size=5),
+    "window above": replace(ARCH, window_size=5, window_layers=[1]),
+    "biases of attention": replace(ARCH, qkv_bias=True, proj_bias=True),
+    "biases of the feed-forward": replace(ARCH, mlp_bias=True),
+    "geglu": replace(ARCH, activation="geglu"),
     "gpt2": replace(
         ARCH, position_embedding_type="learned_absolute", normalization="layernorm", activation="gelu", bias=True,
         num_query_groups=None,
@@ -116,7 +120,7 @@ def test_layers_in_two_calls_give_the_very_numbers_of_their_parts(name: str, mon
     with forward.ready():
         whole = [layer is not None for layer in forward._whole_layers]
     can = forward.kernels is not None and forward.kernels.has_products
-    assert whole == [can and name not in ("qwen3", "gpt2")] * arch.num_layers
+    assert whole == [can and name not in ("qwen3", "gpt2", "geglu")] * arch.num_layers
     found = generate(model, arch, SamplingParams(max_tokens=9), 7, n=3)
     monkeypatch.setattr(CachedForward, "_whole_layer", lambda *_: None)
     assert found == generate(model, arch, SamplingParams(max_tokens=9), 7, n=3)

@@ -1,0 +1,183 @@
+"""Hugging Face's config.json ⇄ our shape: Llama, Qwen2, Qwen3, Mistral both ways, Phi3 as the Llama that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_aligner.config.architecture import Architecture, RopeScaling
+from nemo_aligner.engine.checkpoints.settings import Settings
+from nemo_aligner.errors import CheckpointError
+
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
+
+NOT_SUPPORTED = {  # what stands in the way of others that people ask for
+    "GemmaForCausalLM": "norms by 1 + weight and scaled embeddings",
+    "Gemma2ForCausalLM": "norms after attention and feed-forward, and soft caps on scores and logits",
+    "Gemma3ForCausalLM": "norms after attention and feed-forward, and two rotary bases",
+    "GraniteForCausalLM": "multipliers of embeddings, residuals, scores and logits",
+    "MixtralForCausalLM": "experts",
+    "Olmo2ForCausalLM": "norms after attention and feed-forward",
+    "Qwen2MoeForCausalLM": "experts",
+    "Qwen3MoeForCausalLM": "experts",
+}
+
+ACTIVATIONS = {  # theirs → ours, which is gated
+    "silu": "fast-swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu-tanh",
+    "gelu_new": "geglu-tanh",
+    "relu": "reglu",
+    "relu2": "squared-reglu",
+}
+
+_HARMLESS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+    "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "label2id", "max_length",
+    "min_length", "model_type", "neftune_noise_alpha", "num_beams", "original_max_position_embeddings",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache",
+})  # fmt: skip
+
+
+def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """The shape a `config.json` describes. Raises CheckpointError for other models and for settings not understood."""
+    settings = Settings(config, where)
+    name = (settings.get("architectures") or ["none"])[0]
+    if name in NOT_SUPPORTED:
+        raise CheckpointError(f"{where}: {name} is not supported: it has {NOT_SUPPORTED[name]}")
+    if name not in SUPPORTED:
+        raise CheckpointError(f"{where}: architecture {name} is not one of {', '.join(SUPPORTED)}")
+    activation = settings.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"{where}: hidden_act={activation} is not one of {', '.join(ACTIVATIONS)}")
+    length, biased = settings.needed("max_position_embeddings"), bool(settings.get("attention_bias"))
+    base, fraction, scaling = _rope(settings, where)
+    window, window_layers = _windows(name, settings)
+    arch = Architecture(
+        num_layers=settings.needed("num_hidden_layers"),
+        hidden_size=settings.needed("hidden_size"),
+        ffn_hidden_size=settings.needed("intermediate_size"),
+        num_attention_heads=settings.needed("num_attention_heads"),
+        num_query_groups=settings.get("num_key_value_heads"),
+        kv_channels=settings.get("head_dim"),
+        vocab_size=settings.needed("vocab_size"),
+        encoder_seq_length=length,
+        max_position_embeddings=length,
+        rotary_base=base,
+        rotary_percentage=fraction,
+        rope_scaling=scaling,
+        layernorm_epsilon=settings.needed("rms_norm_eps"),
+        activation=ACTIVATIONS[activation],
+        qkv_bias=name == "Qwen2ForCausalLM" or biased,
+        proj_bias=biased or None,
+        mlp_bias=bool(settings.get("mlp_bias")) or None,
+        qk_layernorm=name == "Qwen3ForCausalLM",
+        window_size=window,
+        window_layers=window_layers,
+        attention_dropout=settings.get("attention_dropout") or 0.0,
+        share_embeddings_and_output_weights=bool(settings.get("tie_word_embeddings", False)),
+    )
+    settings.check_all_used(_HARMLESS)
+    return arch
+
+
+def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | None]:
+    """Base, part of the head dimension that is turned, and scaling of the rotary embedding."""
+    given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
+    rope = Settings(next((block for block in given if block), {}), f"{where}: rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base = float(rope.get("rope_theta", settings.get("rope_theta")) or 10000.0)
+    fraction = float(rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0)
+    if kind not in ("default", "llama3", "linear"):
+        raise CheckpointError(f"{where}: rope_scaling type {kind!r} is not one of default, linear, llama3")
+    scaling = None
+    if kind != "default":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(rope_type=kind, **{name: rope[name] for name in names if name in rope})
+    rope.check_all_used(frozenset({"type", "rope_type"}))
+    return base, fraction, scaling
+
+
+def _windows(name: str, settings: Settings) -> tuple[int | None, list[int] | None]:
+    """Sliding window, and the layers that have it; None: all."""
+    if name == "LlamaForCausalLM":
+        return None, None
+    window, kinds, layers = settings.get("sliding_window"), settings.get("layer_types"), settings["num_hidden_layers"]
+    is_qwen = name.startswith("Qwen")
+    asked, first = settings.get("use_sliding_window"), settings.get("max_window_layers", 0)
+    if window is None or (is_qwen and not asked):
+        return None, None
+    if kinds is not None:
+        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        if unknown or len(kinds) != layers:
+            raise CheckpointError(f"layer_types: {len(kinds)} of {sorted(set(kinds))} for {layers} layers")
+        chosen = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    else:
+        chosen = list(range(first if is_qwen else 0, layers))
+    if not chosen:
+        return None, None
+    return window, None if len(chosen) == layers else chosen
+
+
+def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
+    """The `config.json` of a shape, as the architecture it belongs to. Raises CheckpointError where there is none."""
+    name, own = _family(arch)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rotary_base}
+    if arch.rope_scaling is not None:
+        rope |= vars(arch.rope_scaling)
+    return {
+        "architectures": [name],
+        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "num_hidden_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.query_groups,
+        "head_dim": arch.head_dim,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rope_theta": arch.rotary_base,
+        "rope_parameters": rope,
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == arch.activation),
+        "attention_dropout": arch.attention_dropout,
+        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
+        "dtype": torch_dtype,
+        **own,
+    }
+
+
+def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
+    """Which of their architectures a shape is, and that one's own settings."""
+    projection, mlp = arch.has_proj_bias, arch.has_mlp_bias
+    for fault, what in (
+        (arch.normalization != "rmsnorm" or arch.bias, "its norms or biases"),
+        (arch.position_embedding_type != "rope" or arch.rotary_percentage != 1.0, "its position embedding"),
+        (arch.rope_freq_factors is not None, "its rotary frequencies, which came from a GGUF file"),
+        (arch.activation not in ACTIVATIONS.values(), f"its activation {arch.activation}"),
+        (projection and not arch.qkv_bias, "a bias on the attention's output alone"),
+        (arch.window_size and mlp, "a sliding window beside biases"),
+    ):
+        if fault:
+            raise CheckpointError(f"no Hugging Face architecture that is written here has {what}")
+    windows = [arch.window_of(layer) for layer in range(arch.num_layers)]
+    window = {
+        "sliding_window": arch.window_size,
+        "use_sliding_window": arch.window_size is not None,
+        "layer_types": ["full_attention" if one is None else "sliding_attention" for one in windows],
+    }
+    if arch.qk_layernorm and projection == arch.qkv_bias and not mlp:
+        return "Qwen3ForCausalLM", {"attention_bias": projection, **window}
+    if arch.qkv_bias and not (projection or mlp or arch.qk_layernorm):
+        return "Qwen2ForCausalLM", window
+    if arch.window_size and not (arch.qkv_bias or arch.qk_layernorm or arch.window_layers):
+        return "MistralForCausalLM", {"sliding_window": arch.window_size}
+    if not (arch.window_size or arch.qk_layernorm):
+        return "LlamaForCausalLM", {"attention_bias": projection, "mlp_bias": mlp}
+    raise CheckpointError(
+        "no Hugging Face architecture that is written here has this mixture of windows, norms and biases"
+    )

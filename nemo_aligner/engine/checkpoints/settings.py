@@ -1,0 +1,42 @@
+"""Settings of other people's files: each is used, or known to change nothing, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_aligner.errors import CheckpointError
+
+
+class Settings(Mapping[str, Any]):
+    """A mapping that remembers which of its entries were looked at; `where` names it in messages."""
+
+    def __init__(self, entries: Mapping[str, Any], where: str) -> None:
+        self._entries, self._where = entries, where
+        self._used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._used.add(name)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._used.add(str(name))
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def needed(self, name: str) -> Any:
+        """Raises CheckpointError where it is missing."""
+        if name not in self:
+            raise CheckpointError(f"{self._where} has no {name}")
+        return self[name]
+
+    def check_all_used(self, harmless: frozenset[str]) -> None:
+        """Raises CheckpointError for an entry that was not looked at, is not `harmless`, and is not off."""
+        for name, value in self._entries.items():
+            if name not in self._used and name not in harmless and value not in (None, False, [], {}, ""):
+                raise CheckpointError(f"{self._where}: {name}={str(value)[:80]} is not understood")

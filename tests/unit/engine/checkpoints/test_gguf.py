@@ -1,0 +1,192 @@
+"""A GGUF file gives the logits of the model it was made from, and splits texts as its tokenizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json
+from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
+from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+from nemo_aligner.engine.checkpoints.tokenizer import FastTokenizer
+from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.errors import CheckpointError
+
+SHAPE = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+TOKENS = torch.arange(60).reshape(3, 20) * 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+def llama(**extra: Any) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **extra})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model
+
+
+def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """The row order of q and k in GGUF files: pairs of the rotary embedding side by side."""
+    half = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return half.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def byte_tokens() -> list[str]:
+    """Byte-level BPE's names of the bytes, and three special tokens."""
+    from tokenizers import pre_tokenizers
+
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<|eot|>"]
+
+
+def write_gguf(path: Path, model: transformers.LlamaForCausalLM, values: dict[str, Any] | None = None) -> Path:
+    """As llama.cpp's converter lays it out; `values` are more of the file's settings."""
+    config, tensors = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(byte_tokens())
+    writer.add_token_types([1] * 256 + [3] * 3)
+    writer.add_token_merges([])
+    for name, number in (("bos", 256), ("eos", 257), ("eot", 258)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    for name, value in (values or {}).items():
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](name, value)
+    for name, tensor in tensors.items():
+        array, (stem, _, kind) = tensor.numpy(), name.rpartition(".")
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in stem:
+                array = interleaved(array, heads)
+        if stem.startswith("model.layers."):
+            _, _, layer, rest = stem.split(".", 3)
+            writer.add_tensor(f"blk.{layer}.{NAMES[rest]}.{kind}", np.ascontiguousarray(array))
+        else:
+            writer.add_tensor(f"{NAMES[stem]}.{kind}", np.ascontiguousarray(array))
+    if config.rope_parameters["rope_type"] == "llama3":
+        plain = 1.0 / config.rope_parameters["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+        scaled = model.model.rotary_emb.inv_freq.numpy()
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "frequencies of Llama 3": ({"rope_parameters": LLAMA3}, {}),
+    "linear scaling": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+    ),
+    "biases of attention": ({"attention_bias": True}, {}),
+    "biases of both": ({"attention_bias": True, "mlp_bias": True}, {}),
+    "wide heads": ({"head_dim": 16}, {"llama.attention.key_length": 16, "llama.attention.value_length": 16}),
+    "tied": ({"tie_word_embeddings": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
+    extra, values = CASES[case]
+    model = llama(**extra)
+    if case == "tied":
+        del model.lm_head
+    arch, tensors, _ = read_gguf(write_gguf(tmp_path / "m.gguf", model, values))
+    ours = build_model(arch, RunOptions()).eval()
+    ours.load_state_dict(to_megatron(arch, tensors, padded_vocab_size(arch, 1)), strict=False)
+    with torch.no_grad():
+        found = ours(TOKENS, torch.arange(20).expand(3, 20), None)[..., : arch.vocab_size]
+        hidden = model.model(TOKENS).last_hidden_state
+        output = model.model.embed_tokens.weight if case == "tied" else model.lm_head.weight
+    torch.testing.assert_close(found, hidden @ output.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"llama.expert_count": 8}, "expert_count=8 is not understood"),
+        ({"llama.rope.scaling.type": "yarn"}, r"rope\.scaling\.type=yarn is not none or linear"),
+        ({"llama.logit_scale": 0.5}, "logit_scale=0.5 is not understood"),
+    ],
+)
+def test_settings_that_are_not_understood_are_named(values: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        read_gguf(write_gguf(tmp_path / "m.gguf", llama(), values))
+
+
+def test_a_file_cut_short_is_one_clear_fault(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", llama())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"m\.gguf: not a whole GGUF file"):
+        read_gguf(path)
+
+
+def test_the_end_of_a_turn_ends_a_response_too(tmp_path: Path) -> None:
+    arch, _, content = read_gguf(write_gguf(tmp_path / "m.gguf", llama()))
+    tokenizer = FastTokenizer(content, arch.tokenizer)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (257, {257, 258})
+
+
+def pieces(pre: str, text: str) -> list[str]:
+    """What `text` is split into before merging: the pieces between which no merge goes."""
+    from tokenizers import Tokenizer
+
+    values = {"model": "gpt2", "pre": pre, "tokens": byte_tokens(), "merges": [], "token_type": [1] * 256 + [3] * 3}
+    tokenizer = Tokenizer.from_str(tokenizer_json(values).decode())
+    return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("llama-bpe", ["I", "'M", " ", "123", "45"]),
+        ("qwen2", ["I", "'M", " ", "1", "2", "3", "4", "5"]),
+        ("gpt-2", ["I", "'", "M", " 12345"]),
+        ("smollm", ["I", "'", "M", " ", "1", "2", "3", "4", "5"]),
+    ],
+)
+def test_texts_are_split_as_the_file_says(pre: str, expected: list[str]) -> None:
+    assert pieces(pre, "I'M 12345") == expected
+
+
+def test_a_way_of_splitting_that_is_not_known_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre=viking is not one of gpt-2, smollm, llama-bpe"):
+        pieces("viking", "x")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.model=llama: only byte-level BPE"):
+        tokenizer_json({"model": "llama"})
