@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.checkpoints.hf_weights import architecture_of, to_hf, to_hf_config
-from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE
+from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE
 from nemo_aligner.errors import CheckpointError, OutputError
 
 
@@ -49,18 +49,36 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
 def write_hf_folder(
     folder: Path, arch: Architecture, megatron: Mapping[str, Tensor], tokenizer_files: Mapping[str, bytes]
 ) -> None:
-    """config.json, model.safetensors and the tokenizer's files, from whole Megatron tensors. Raises OutputError."""
+    """config.json, model.safetensors and the tokenizer's files, from whole Megatron tensors.
+
+    Raises OutputError, and CheckpointError for a tokenizer that has no Hugging Face form.
+    """
     from safetensors.torch import save_file
 
+    files = _hf_tokenizer_files(arch, tokenizer_files)
     dtype = "bfloat16" if arch.precision.startswith("bf16") else "float32"
     special = {k: v for k, v in arch.tokenizer.items() if k.endswith("_token") or k == "chat_template"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in special.items() if v}}
+    config = {"tokenizer_config.json": json.dumps(settings, indent=1).encode()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(to_hf(arch, megatron), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(to_hf_config(arch, dtype), indent=1))
-        for name, content in tokenizer_files.items():
+        for name, content in {**config, **files}.items():
             (folder / name).write_bytes(content)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     except OSError as fault:
         raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+
+
+def _hf_tokenizer_files(arch: Architecture, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The tokenizer's files under the names they have in a Hugging Face folder."""
+    plain = not (arch.tokenizer.get("special_tokens") or arch.tokenizer.get("additional_special_tokens"))
+    if plain and (HF_FILE in files or "tokenizer_config.json" in files):
+        return files
+    if plain and len(files) == 1 and arch.tokenizer.get("library") in (None, "sentencepiece"):
+        [content] = files.values()
+        return {SENTENCEPIECE_FILE: content}
+    raise CheckpointError(
+        f"the archive's tokenizer (library {arch.tokenizer.get('library')}) has no Hugging Face form"
+        + ("" if plain else " that has its special_tokens")
+    )
