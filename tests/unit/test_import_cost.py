@@ -61,4 +61,4 @@ with run_logger(exp, OneProcess(), {}, None) as logger:
     found, done = imported(program, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "megatron" in found
-    assert not found & SLOW
+    assert not found & (SLOW - {"wandb"})  # Megatron imports it where it is installed
