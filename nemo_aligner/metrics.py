@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar with rate and ETA, and scalars to the console, TensorBoard, W&B and JSON lines."""
+"""What a run shows: a progress bar with rate and ETA, and scalars to TensorBoard, JSON lines and other loggers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from nemo_aligner.errors import ConfigError, OutputError
+from nemo_aligner.errors import OutputError
 
 log = logging.getLogger(__name__)
 
@@ -49,42 +49,45 @@ class Progress:
         self._bar.close()
 
 
+class Sink(Protocol):
+    """Where scalars go besides files: a logger of another package, of one run."""
+
+    continues: bool  # a run that was stopped goes on in it
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def archived(self, path: Path) -> None:
+        """The archive is written."""
+
+    def close(self, status: str) -> None:
+        """`status` is success, aborted (to go on later) or failed."""
+
+
 class MetricsLogger:
-    """Scalars of a training run, by step, into `<folder>/metrics.jsonl` and TensorBoard, and W&B when asked.
+    """Scalars of a training run, by step, into `<folder>/metrics.jsonl`, TensorBoard, and what else is asked for.
 
     `resumed_at` is the `position` that the checkpoint holds from which the run goes on: what was logged after it will
-    be logged again, so it is cut off. Raises OutputError when the disk does not take them.
+    be logged again, so it is cut off; a sink that continues has it already, and gets it once. Raises OutputError when
+    the disk does not take them.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        tensorboard: bool,
-        wandb: Mapping[str, Any] | None,
-        config: Any = None,
-        resumed_at: int | None = None,
+        self, folder: Path, *, tensorboard: bool, sinks: Sequence[Sink] = (), resumed_at: int | None = None
     ) -> None:
-        self._folder = folder
+        self._folder, self._sinks = folder, sinks
         self._writer = None
+        self._logged_before: set[tuple[int, str]] = set()  # (step, first name) of what was cut off
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            path = folder / "metrics.jsonl"
+            self._file = path.open("a", encoding="utf-8")
             if resumed_at is not None and resumed_at < self._file.tell():
+                self._logged_before = set(_rows_after(path, resumed_at))
                 self._file.truncate(resumed_at)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(folder))
-        self._wandb = None
-        if wandb is not None:
-            try:
-                import wandb as package
-            except ImportError:
-                raise ConfigError(
-                    "wandb is not installed; pip install wandb", "exp_manager.create_wandb_logger"
-                ) from None
-            self._wandb = package.init(dir=str(folder), config=config, **wandb)
 
     def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         """Write `prefix/name` for every value at `step`."""
@@ -95,21 +98,38 @@ class MetricsLogger:
             if self._writer is not None:
                 for name, value in scalars.items():
                     self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        for sink in self._sinks:
+            if not (sink.continues and (step, next(iter(scalars), "")) in self._logged_before):
+                sink.log(step, scalars)
 
     @property
     def position(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
         return self._file.tell()
 
-    def close(self) -> None:
+    def archived(self, path: Path) -> None:
+        """The run's archive is written: loggers that keep models may take it."""
+        for sink in self._sinks:
+            sink.archived(path)
+
+    def close(self, status: str = "success") -> None:
+        """`status` is success, aborted (to go on later) or failed."""
+        for sink in self._sinks:
+            sink.close(status)
         with _writing(self._folder):
             self._file.close()
             if self._writer is not None:
                 self._writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+
+
+def _rows_after(path: Path, position: int) -> Iterator[tuple[int, str]]:
+    """(step, first name) of every whole line of metrics.jsonl behind `position`."""
+    with path.open("rb") as stream:
+        stream.seek(position)
+        for line in stream:
+            if line.endswith(b"\n"):
+                step, *names = json.loads(line).items()
+                yield step[1], next((name for name, _ in names), "")
 
 
 @contextmanager

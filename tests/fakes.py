@@ -48,3 +48,27 @@ class OneProcess:
 
     def any_in_replica(self, flag: bool) -> bool:
         return flag
+
+
+class RecordingLogger:
+    """A logger of Lightning's protocol that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.archive, self.status = "", ""
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.config = params
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.append((step, metrics))
+
+    def save(self) -> None:
+        pass
+
+    def after_save_checkpoint(self, checkpoint: Any) -> None:
+        self.archive = checkpoint.best_model_path
+
+    def finalize(self, status: str) -> None:
+        self.status = status

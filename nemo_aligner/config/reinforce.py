@@ -146,6 +146,7 @@ class ReinforceConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.exp_manager.validate()
         loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
         loop.validate()
         at_least(

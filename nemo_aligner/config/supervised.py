@@ -82,6 +82,7 @@ class SFTConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.exp_manager.validate()
         data = self.model.data.train_ds
         at_least(
             1,
@@ -127,6 +128,7 @@ class RMConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.exp_manager.validate()
         at_least(
             1,
             model__micro_batch_size=self.model.micro_batch_size,

@@ -14,7 +14,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
 from nemo_aligner.engine.checkpoints.hf_tensors import SINGLE, dequantised, load_tensors, read_json
 from nemo_aligner.engine.checkpoints.hf_weights import to_hf
-from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, ArchiveTokenizer
+from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
 from nemo_aligner.errors import CheckpointError, OutputError
 
 _TOKENS = ("bos", "eos", "pad")
@@ -87,10 +87,12 @@ def write_hf_folder(
 ) -> None:
     """Everything that transformers and vLLM read: weights, shape, tokenizer, what ends a response, chat template.
 
-    `megatron` are whole Megatron tensors. Raises OutputError, and CheckpointError for shapes that have no such form.
+    `megatron` are whole Megatron tensors. Raises OutputError, and CheckpointError for a shape or tokenizer that has no
+    such form.
     """
     from safetensors.torch import save_file
 
+    files = _hf_tokenizer_files(arch, tokenizer.files)
     dtype = "bfloat16" if arch.precision.startswith("bf16") else "float32"
     ends = sorted(tokenizer.stop_ids)
     ids = {
@@ -112,9 +114,23 @@ def write_hf_folder(
         save_file(to_hf(arch, megatron), folder / SINGLE, metadata={"format": "pt"})
         for name, content in texts.items():
             (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for name, data in tokenizer.files.items():
+        for name, data in files.items():
             (folder / name).write_bytes(data)
         if tokenizer.chat_template is not None:
             (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     except OSError as fault:
         raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+
+
+def _hf_tokenizer_files(arch: Architecture, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The tokenizer's files under the names they have in a Hugging Face folder."""
+    plain = not (arch.tokenizer.get("special_tokens") or arch.tokenizer.get("additional_special_tokens"))
+    if plain and (HF_FILE in files or "tokenizer_config.json" in files):
+        return files
+    if plain and len(files) == 1 and arch.tokenizer.get("library") in (None, "sentencepiece"):
+        [content] = files.values()
+        return {SENTENCEPIECE_FILE: content}
+    raise CheckpointError(
+        f"the archive's tokenizer (library {arch.tokenizer.get('library')}) has no Hugging Face form"
+        + ("" if plain else " that has its special_tokens")
+    )

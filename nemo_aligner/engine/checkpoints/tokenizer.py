@@ -1,12 +1,13 @@
-"""The tokenizer inside an archive: a Hugging Face fast tokenizer or a SentencePiece model.
+"""The tokenizer inside an archive: a Hugging Face fast tokenizer, a SentencePiece model, or another that NeMo reads.
 
-Read through `tokenizers` and `sentencepiece` themselves, which start in a fraction of a second.
+The first two are read through `tokenizers` and `sentencepiece` themselves, which start in a fraction of a second; NeMo
+(nemo_tokenizer.py) takes five, and is imported for an archive that needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from nemo_aligner.config.architecture import Architecture
@@ -75,13 +76,13 @@ class FastTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece `.model`; it knows its own special tokens."""
+    """A SentencePiece `.model`; it knows its own special tokens. `name` is that of the file in the archive."""
 
-    def __init__(self, content: bytes, settings: dict[str, Any]) -> None:
+    def __init__(self, content: bytes, settings: dict[str, Any], name: str = SENTENCEPIECE_FILE) -> None:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        self.files = {SENTENCEPIECE_FILE: content}
+        self.files = {name: content}
         self.vocab_size = self._processor.vocab_size()
         self.chat_template: str | None = settings.get("chat_template")
         self.eos_id = self._processor.eos_id()
@@ -118,18 +119,47 @@ def byte_tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
+def named_file(folder: Path, settings: dict[str, Any], *keys: str) -> Path | None:
+    """The file that the first given one of `keys` names in an opened archive; None where none is given.
+
+    NeMo writes `nemo:<hash>_<name>`, the name inside the archive; of any other path the last part counts, so that no
+    file outside the archive is ever read. Raises CheckpointError where the archive has no such file.
+    """
+    for key in keys:
+        if settings.get(key):
+            path = folder / PurePosixPath(str(settings[key]).removeprefix("nemo:")).name
+            if not path.is_file():
+                raise CheckpointError(f"tokenizer.{key}: {settings[key]!r} is not in the archive")
+            return path
+    return None
+
+
 def load_tokenizer(folder: Path, arch: Architecture) -> ArchiveTokenizer:
     """The tokenizer of an opened archive. Raises CheckpointError naming what was looked for."""
     settings = arch.tokenizer
-    named = str(settings.get("model") or settings.get("tokenizer_model") or "").removeprefix("nemo:")
-    fast, piece = folder / HF_FILE, folder / (named or SENTENCEPIECE_FILE)
+    library = settings.get("library")
+    # a block with special tokens of its own means NeMo's handling of them; SentencePiece's `sentencepiece_legacy`
+    # changes nothing without them
+    plain = not (settings.get("special_tokens") or settings.get("additional_special_tokens"))
+    fast = folder / HF_FILE
     try:
-        if fast.is_file():
+        if (
+            library in (None, "huggingface")
+            and plain
+            and fast.is_file()
+            and (library is None or settings.get("eos_token"))
+        ):
             return FastTokenizer(fast.read_bytes(), settings)
-        if piece.is_file():
-            return SentencePieceTokenizer(piece.read_bytes(), settings)
+        if library in (None, "sentencepiece") and plain:
+            piece = named_file(folder, settings, "model", "tokenizer_model") or folder / SENTENCEPIECE_FILE
+            if piece.is_file():
+                return SentencePieceTokenizer(piece.read_bytes(), settings, piece.name)
     except CheckpointError:
         raise
     except Exception as fault:  # both libraries raise bare Exceptions for a damaged file
         raise CheckpointError(f"the archive's tokenizer cannot be read: {fault}") from None
-    raise CheckpointError(f"the archive holds no tokenizer: neither {HF_FILE} nor {piece.name}")
+    if library is None:
+        raise CheckpointError(f"the archive holds no tokenizer: neither {HF_FILE} nor {SENTENCEPIECE_FILE}")
+    from nemo_aligner.engine.checkpoints.nemo_tokenizer import load_nemo_tokenizer
+
+    return load_nemo_tokenizer(folder, settings)

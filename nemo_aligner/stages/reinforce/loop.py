@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
 from nemo_aligner.stages.reinforce.advantages import Scored, check_finite, examples_of, rollout_metrics, score
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.supervised.loop import open_logger
+from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,6 @@ class Actor:
         checkpoints = Checkpoints(exp, cluster, metrics=_MONITORS, validates=bool(self.validation))
         step, logged = self.resume(checkpoints)
         self.announce()
-        self.logger = open_logger(exp, logged) if cluster.is_main else None
         kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
         worker = RolloutWorker(
             self.policy,
@@ -131,6 +131,16 @@ class Actor:
             kl=kl,
             timers=self.timers,
         )
+        with run_logger(exp, cluster, asdict(self.cfg), logged) as self.logger:
+            self.steps_from(step, worker, checkpoints)
+            if exp.checkpoint_callback_params.save_nemo_on_train_end:
+                self.policy.save_nemo(checkpoints.archive)
+                if self.logger is not None:
+                    self.logger.archived(checkpoints.archive)
+
+    def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints) -> None:
+        """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
+        exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step, unit="step")
         if step == 0:
             self.validate(0, worker)
@@ -150,10 +160,6 @@ class Actor:
                 if reason:
                     raise StoppedEarly(f"{reason} at step {step} of {self.steps}; checkpoint in {checkpoints.root}")
         progress.close()
-        if self.logger is not None:
-            self.logger.close()
-        if exp.checkpoint_callback_params.save_nemo_on_train_end:
-            self.policy.save_nemo(checkpoints.archive)
 
     def announce(self) -> None:
         """Say once what was chosen, where the choice changes what the numbers mean."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics, T
 from nemo_aligner.errors import StoppedEarly, TrainingError
 from nemo_aligner.metrics import MetricsLogger, Progress
 from nemo_aligner.stages.batches import BatchPlan, microbatches
-from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +86,34 @@ class Task:
         return max(1, int(interval * self.plan.steps_per_epoch)) if isinstance(interval, float) else int(interval)
 
 
-def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
-    """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
+def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapping[str, Any] | None = None) -> None:
+    """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive.
+
+    `config` is what the run is, for loggers that keep it.
+    """
     cluster = model.cluster
     names = set(task.metric_names)
     known = _ALWAYS_LOGGED | {f"{part}{name}" for name in names for part in ("", "train_", "val_")}
     checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
     step, logged = resume(model, checkpoints)
-    logger = open_logger(exp, logged) if cluster.is_main else None
+    with run_logger(exp, cluster, config or {}, logged) as logger:
+        optimize(task, model, exp, checkpoints, logger, step)
+        if exp.checkpoint_callback_params.save_nemo_on_train_end:
+            model.save_nemo(checkpoints.archive, notes(task, model))
+            if logger is not None:
+                logger.archived(checkpoints.archive)
+
+
+def optimize(
+    task: Task,
+    model: TrainableModel,
+    exp: ExpManagerConfig,
+    checkpoints: Checkpoints,
+    logger: MetricsLogger | None,
+    step: int,
+) -> None:
+    """The optimizer steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
+    cluster = model.cluster
     progress = Progress("training", task.steps, show=cluster.is_main, done=step, unit="step")
     values: dict[str, float] = {}
     if not task.validates:
@@ -123,10 +144,6 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig) -> None:
             if reason:
                 raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
     progress.close()
-    if logger is not None:
-        logger.close()
-    if exp.checkpoint_callback_params.save_nemo_on_train_end:
-        model.save_nemo(checkpoints.archive, notes(task, model))
 
 
 def resume(model: TrainableModel, checkpoints: Checkpoints) -> tuple[int, int | None]:
@@ -137,11 +154,6 @@ def resume(model: TrainableModel, checkpoints: Checkpoints) -> tuple[int, int | 
     state = model.load_training_state(newest)
     log.info("resuming at step %d from %s", state["step"], newest)
     return int(state["step"]), state.get("metrics_bytes")
-
-
-def open_logger(exp: ExpManagerConfig, resumed_at: int | None) -> MetricsLogger:
-    wandb = vars(exp.wandb_logger_kwargs) if exp.create_wandb_logger else None
-    return MetricsLogger(log_dir(exp), tensorboard=exp.create_tensorboard_logger, wandb=wandb, resumed_at=resumed_at)
 
 
 def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indices: Sequence[int]) -> list[Microbatch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from nemo_aligner.config.supervised import RMConfig
 from nemo_aligner.data.blending import blend, prefix_files
 from nemo_aligner.data.jsonl import Row, load_rows
@@ -38,7 +40,7 @@ def run(cfg: RMConfig) -> None:
         )
         task = make_task(cfg, model, pairs)
         model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
-        train(task, model, cfg.exp_manager)
+        train(task, model, cfg.exp_manager, asdict(cfg))
 
 
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:

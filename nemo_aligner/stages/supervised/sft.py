@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
 from nemo_aligner.data.jsonl import Rows, load_rows
@@ -28,7 +29,7 @@ def run(cfg: SFTConfig) -> None:
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
         task = make_task(cfg, policy, rows, held_out)
         policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
-        train(task, policy, cfg.exp_manager)
+        train(task, policy, cfg.exp_manager, asdict(cfg))
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_aligner import loggers
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.data.prompts import PromptRow
@@ -21,7 +22,7 @@ from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError, ServerError, TrainingError
 from nemo_aligner.stages.reinforce.loop import Actor
-from tests.fakes import ByteTokenizer
+from tests.fakes import ByteTokenizer, RecordingLogger
 from tests.tiny import ARCH
 
 PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("ab", "the film", "ab", "so long a prompt", "x")]
@@ -196,3 +197,26 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(cluster: MegatronClus
     actor(cluster, config(parts, max_epochs=2)).train(Judge(plain_letters))
     for name in ("train_rollouts", "train_optim"):
         assert metrics(parts, name) == metrics(whole, name)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(None, "success"), (ServerError("no answer"), "failed")])
+def test_loggers_of_other_packages_get_config_values_archive_and_how_the_run_ended(
+    cluster: MegatronCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception | None, status: str
+) -> None:
+    found = RecordingLogger()
+    monkeypatch.setitem(loggers._STARTED, "dllogger", lambda *args: (found, None))
+    cfg = config(tmp_path, max_steps=2)
+    cfg.exp_manager.create_dllogger_logger = True
+    made = actor(cluster, cfg)
+    if fault is None:
+        cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end = True
+        made.policy.save_nemo = lambda path: None  # type: ignore[method-assign, misc, assignment]
+        made.train(Judge(plain_letters))
+    else:
+        with pytest.raises(ServerError):
+            made.train(Judge(plain_letters, fault))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{"step": step, **values} for step, values in found.rows] == lines
+    assert found.config["trainer"]["ppo"]["max_steps"] == 2
+    assert found.status == status
+    assert found.archive == (str(tmp_path / "checkpoints" / "actor.nemo") if fault is None else "")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_aligner import loggers
 from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig
 from nemo_aligner.config.supervised import LoopConfig
 from nemo_aligner.data.supervised import Example
@@ -16,7 +17,7 @@ from nemo_aligner.engine.interfaces import Microbatch, StepMetrics
 from nemo_aligner.errors import ConfigError, StoppedEarly
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.supervised.loop import Task, sft_objective, train
-from tests.fakes import ByteTokenizer, OneProcess
+from tests.fakes import ByteTokenizer, OneProcess, RecordingLogger
 
 EXAMPLES = [Example(([100 + i, *range(i % 4), 7],), ([0] + [1] * (i % 4 + 1),)) for i in range(11)]
 
@@ -130,3 +131,27 @@ def test_every_rank_has_as_many_micro_batches_and_together_every_example_once() 
 def test_masks_follow_their_rows_and_nothing_is_predicted_at_the_first_place() -> None:
     [batch] = microbatches([Example(([5, 6, 7],), ([1, 0, 1],))], [0], size=1, dp_rank=0, dp_size=1, pad_id=0)
     assert torch.equal(batch.fields["loss_mask"], torch.tensor([[0.0, 0.0, 1.0]]))
+
+
+@pytest.mark.parametrize(("stops", "status"), [(None, "success"), (StoppedEarly, "aborted"), (ValueError, "failed")])
+def test_loggers_of_other_packages_get_what_metrics_jsonl_has_and_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: type[Exception] | None, status: str
+) -> None:
+    found, model = RecordingLogger(), Recorder()
+    monkeypatch.setitem(loggers._STARTED, "dllogger", lambda *args: (found, None))
+    exp = experiment(tmp_path, create_dllogger_logger=True)
+    if stops is StoppedEarly:
+        model.cluster.any = lambda flag: len(model.seen) >= 2  # type: ignore[method-assign]
+    if stops is ValueError:
+        model.evaluate = lambda *args: 1 / 0  # type: ignore[method-assign, assignment]
+    if stops is None:
+        train(task(skip_validation=False), model, exp, {"name": "m"})
+    else:
+        with pytest.raises(stops if stops is StoppedEarly else ZeroDivisionError):
+            train(task(skip_validation=stops is StoppedEarly, val_check_interval=2), model, exp, {"name": "m"})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{"step": step, **values} for step, values in found.rows] == lines
+    assert len(lines) == (4 if stops is None else 2)
+    assert found.config == {"name": "m"}
+    assert found.status == status
+    assert found.archive == (str(tmp_path / "checkpoints" / "m.nemo") if stops is None else "")
