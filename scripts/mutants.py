@@ -5,8 +5,8 @@
     .venv/bin/python scripts/mutants.py stages/checkpoints.py --sample 0        every mutant of a file
     .venv/bin/python scripts/mutants.py nemo_aligner.data.journal.x_flush__mutmut_3      one again, by its name
 
-An area is a folder, file or module of nemo_aligner, or the name of a mutant. Survivors are shown as diffs. Left alone are
-module and class level and decorated functions (by mutmut), log lines, assertions, and the wording of messages (here).
+An area is a folder, file or module of nemo_aligner, or the name of a mutant. Survivors are shown as diffs. Left alone
+are module and class level and decorated functions (by mutmut), log lines, assertions, and the wording of messages.
 Mutants, and which test reaches which function, are kept in mutants/; remove it after moving code.
 """
 
