@@ -32,9 +32,30 @@ def load_config(cfg: DictConfig, schema: type[T], aliases: Aliases | None = None
     if faults:
         raise ConfigError("; ".join(faults))
     result = cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg)))
+    _unescape_texts(result)
     if hasattr(result, "validate"):
         result.validate()
     return result
+
+
+_TEXTS = {"prompt_template", "reward_template", "end_strings"}
+"""Keys whose values are pieces of what a model reads or writes."""
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def _unescape_texts(block: Any) -> None:
+    r"""`\n`, `\t` and `\\` of templates and end strings become what they mean: a shell cannot pass them easily."""
+
+    def meant(text: Any) -> Any:
+        return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text) if isinstance(text, str) else text
+
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if dataclasses.is_dataclass(value):
+            _unescape_texts(value)
+        elif field.name in _TEXTS:
+            setattr(block, field.name, [meant(one) for one in value] if isinstance(value, list) else meant(value))
 
 
 def _resolve_escaped(node: Any, root: DictConfig) -> None:

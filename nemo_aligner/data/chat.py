@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Protocol
 
 import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_aligner.data.jsonl import Row
@@ -38,47 +45,116 @@ def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
     return messages
 
 
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+"""Around what `{% generation %}` holds; Unicode gives these two to nobody, so that no text has them."""
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, which templates put around what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own escapes for HTML and sorts."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
 @functools.lru_cache(maxsize=4)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str, key: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        return environment.from_string(template)
     except jinja2.TemplateError as fault:
-        raise ConfigError(f"not a valid Jinja template: {fault}", "model.data.chat_template") from None
+        raise ConfigError(f"not a valid Jinja template: {fault}", key) from None
 
 
-def render(template: str, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-    """The conversation as text; with `generation_prompt` up to where the assistant would go on."""
+class _Tokenizer(Protocol):
+    bos_id: int | None
+    eos_id: int
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    values: dict[str, Any] = {"messages": messages, "add_generation_prompt": generation_prompt}
-    return _compiled(template).render(**values, raise_exception=refuse, bos_token="", eos_token="")
+    def piece(self, token: int) -> str: ...
 
 
-def chat_segments(row: Row, template: str, path: str, line: int) -> list[tuple[str, bool]]:
-    """(text, is the assistant's) pieces that make up the rendered conversation.
+class ChatTemplate:
+    """A Jinja template as Hugging Face tokenizers have it, with the tokens that it may write itself.
 
-    Before each assistant turn the conversation so far is rendered with its generation prompt: what the turn adds to
-    that is what the assistant would have to write.
+    `key` is the config key that it comes from, for messages. Raises ConfigError for what is no template.
     """
-    messages = messages_of(row, path, line)
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    try:
+
+    def __init__(self, text: str, tokenizer: _Tokenizer, key: str) -> None:
+        self._template = _compiled(text, key)
+        self._special = {"eos_token": tokenizer.piece(tokenizer.eos_id)}
+        if tokenizer.bos_id is not None:
+            self._special["bos_token"] = tokenizer.piece(tokenizer.bos_id)
+
+    def _marked(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+        values = {"messages": messages, "add_generation_prompt": generation_prompt, "tools": None, "documents": None}
+        try:
+            return self._template.render(**values, **self._special)
+        except (TypeError, ValueError, KeyError) as fault:  # of what the template does with the messages
+            raise jinja2.TemplateError(str(fault)) from None
+
+    def render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+        """The conversation as text; with `generation_prompt` up to where the assistant would go on.
+
+        Raises jinja2.TemplateError where the template refuses it.
+        """
+        return self._marked(messages, generation_prompt).replace(_BEGIN, "").replace(_END, "")
+
+    def segments(self, row: Row, path: str, line: int) -> list[tuple[str, bool]]:
+        """(text, is the assistant's) pieces that make up the rendered conversation of a row.
+
+        What the template itself puts into `{% generation %}` is the assistant's. Without any, the conversation before
+        each assistant turn is rendered with its generation prompt: what the turn adds to that is what the assistant
+        would have to write. Raises DataError.
+        """
+        messages = messages_of(row, path, line)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise DataError("the conversation has no assistant turn to train on", path, line)
+        try:
+            whole = self._marked(messages, generation_prompt=False)
+            return _between_marks(whole) if _BEGIN in whole else self._by_turns(messages, path, line)
+        except jinja2.TemplateError as fault:
+            raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
+
+    def _by_turns(self, messages: list[dict[str, str]], path: str, line: int) -> list[tuple[str, bool]]:
+        segments: list[tuple[str, bool]] = []
+        done = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = render(template, messages[:i], generation_prompt=True)
-            after = render(template, messages[: i + 1], generation_prompt=False)
+            before = self.render(messages[:i], generation_prompt=True)
+            after = self.render(messages[: i + 1], generation_prompt=False)
             if not (before.startswith(done) and after.startswith(before)):
                 raise DataError(
                     "the chat template does not render a conversation as a prefix of its continuation", path, line
                 )
             segments += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
-    except jinja2.TemplateError as fault:
-        raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
-    if not segments:
-        raise DataError("the conversation has no assistant turn to train on", path, line)
+        return segments
+
+
+def _between_marks(text: str) -> list[tuple[str, bool]]:
+    segments: list[tuple[str, bool]] = []
+    for i, part in enumerate(text.split(_BEGIN)):
+        inside, _, outside = part.partition(_END) if i else ("", "", part)
+        segments += [(inside, True)] * bool(inside) + [(outside, False)] * bool(outside)
     return segments

@@ -24,6 +24,11 @@ class PromptRow:
     tokens: tuple[int, ...]
 
 
+def with_bos(tokens: Sequence[int], bos_id: int | None) -> list[int]:
+    """`tokens` with BOS before them, where there is one and the text did not bring it itself."""
+    return list(tokens) if bos_id is None or list(tokens[:1]) == [bos_id] else [bos_id, *tokens]
+
+
 def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
     """The rows of one split of `model.data.data_prefix`, or None where it is not given.
 
@@ -58,7 +63,7 @@ def encode_prompts(
     prompts = []
     for index in range(len(rows)):
         text = field_of(rows[index], rows, index)
-        tokens = tuple(encode(text)) if bos_id is None else (bos_id, *encode(text))
+        tokens = tuple(with_bos(encode(text), bos_id))
         if 0 < len(tokens) <= limit:
             prompts.append(PromptRow(text, tokens))
     if len(prompts) < len(rows):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
-from nemo_aligner.data.chat import chat_segments
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Row, Rows
 from nemo_aligner.errors import ConfigError, DataError
 
@@ -58,8 +58,6 @@ class PromptTemplate:
     """
 
     def __init__(self, template: str, label_key: str, key: str) -> None:
-        for written, meant in (("\\n", "\n"), ("\\t", "\t")):  # a shell cannot easily pass the characters themselves
-            template = template.replace(written, meant)
         self.fields = _PLACEHOLDER.findall(template)
         if not self.fields or self.fields[-1] != label_key or not template.endswith(f"{{{label_key}}}"):
             raise ConfigError(f"{template!r} must end with the label {{{label_key}}}", f"{key}.prompt_template")
@@ -93,7 +91,8 @@ def sft_examples(
     examples, dropped, cut = [], 0, 0
     for row in rows:
         context, label = template.pieces(row, tokenizer)
-        front = [tokenizer.bos_id] if config.add_bos and tokenizer.bos_id is not None else []
+        bos, begins = tokenizer.bos_id if config.add_bos else None, context[0].tokens if context else label
+        front = [] if bos is None or begins[:1] == [bos] else [bos]  # the template may write it itself
         end = [tokenizer.eos_id] if config.add_eos else []
         excess = len(front) + sum(len(p.tokens) for p in context) + len(label) + len(end) - limit
         if excess > 0:
@@ -125,13 +124,15 @@ def truncated(
     return result, label[: max(0, len(label) - excess)] if excess > 0 else label
 
 
-def chat_examples(rows: Rows, template: str, tokenizer: _Tokenizer, *, answer_only: bool, limit: int) -> list[Example]:
-    """Conversations through a Jinja chat template; the assistant's turns are the targets."""
+def chat_examples(
+    rows: Rows, template: ChatTemplate, tokenizer: _Tokenizer, *, answer_only: bool, limit: int
+) -> list[Example]:
+    """Conversations through a chat template; the assistant's turns are the targets."""
     examples, dropped = [], 0
     for index, row in enumerate(rows):
         tokens: list[int] = []
         mask: list[int] = []
-        for text, is_target in chat_segments(row, template, str(rows.path), rows.numbers[index]):
+        for text, is_target in template.segments(row, str(rows.path), rows.numbers[index]):
             ids = tokenizer.encode(text)
             tokens += ids
             mask += [int(is_target or not answer_only)] * len(ids)

@@ -127,7 +127,7 @@ class Slots:
             request.prompt_index,
             request.sample_index,
             tokens,
-            self.kinds[slot].stop.text_of(tokens),
+            self.kinds[slot].stop.text_of(tokens, request.prompt_tokens),
             self.logprobs[slot, : len(tokens)].tolist(),
             self.sampling_logprobs[slot, : len(tokens)].tolist(),
             reason,

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from nemo_aligner.algorithms.sampling import EOS_ALIAS
 from nemo_aligner.engine.interfaces import Tokenizer
 
+CONTEXT = 8
+"""Tokens of the prompt that are decoded together with a response, at most."""
+
 
 class StopCondition:
     """End strings of a sampling run, split into those that are one token and those that must be looked for in text.
@@ -64,7 +67,12 @@ class StopCondition:
         cuts = [at for at in (text.find(end) for end in self._texts) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def text_of(self, response: Sequence[int]) -> str:
-        """Decoded response, without its stop token and cut before the first end string in it."""
+    def text_of(self, response: Sequence[int], prompt: Sequence[int] = ()) -> str:
+        """What the response adds to the text of its prompt, without its stop token and up to the first end string.
+
+        Some decoders drop the blank before the first word of a text; the first word of a response is none.
+        """
         kept = response[:-1] if response and response[-1] in self.stop_ids else response
-        return self.before_end(self._tokenizer.decode(kept))
+        context = list(prompt[-CONTEXT:])
+        before, whole = self._tokenizer.decode(context), self._tokenizer.decode([*context, *kept])
+        return self.before_end(whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(kept))

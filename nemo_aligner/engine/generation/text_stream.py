@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_aligner.engine.generation.stopping import StopCondition
+from nemo_aligner.engine.generation.stopping import CONTEXT, StopCondition
 from nemo_aligner.engine.interfaces import Tokenizer
 
 
@@ -15,14 +15,16 @@ class TextStream:
     decoded together with some that came before, and what they add is taken once it ends in a whole character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, StopCondition(tokenizer, end_strings)
-        self._context = self._decoded = 0  # tokens before these are given out as text; and decoded, too
+        self._prompt = list(prompt[-CONTEXT:])
+        self._context, self._decoded = 0, len(self._prompt)  # of prompt and response: decoded from here, and up to here
         self._text = ""  # decoded so far
         self._given = 0  # characters given out
 
     def more(self, tokens: Sequence[int]) -> str:
         """What the response `tokens`, all so far, adds to the text."""
+        tokens = [*self._prompt, *tokens]
         before = self._tokenizer.decode(tokens[self._context : self._decoded])
         after = self._tokenizer.decode(tokens[self._context :])
         if len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -15,7 +15,8 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.data.chat import render
+from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.interfaces import GenerationRequest, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.answers import Head, Json, Scored
@@ -32,7 +33,7 @@ class Served:
     tokenizer: Tokenizer
     max_length: int
     vocab_size: int
-    chat_template: str | None
+    chat_template: ChatTemplate | None
     end_strings: Sequence[str]  # of OpenAI's forms, besides a request's own `stop`
     add_bos: bool  # in OpenAI's forms; PUT /generate says it itself
     seed: int
@@ -114,9 +115,8 @@ class Clerk:
         if self._served.chat_template is None:
             raise RequestFault("the model has no chat template; start the server with chat_template=...", "messages")
         try:
-            text = render(
-                self._served.chat_template, [message.plain() for message in body.messages], generation_prompt=True
-            )
+            messages = [message.plain() for message in body.messages]
+            text = self._served.chat_template.render(messages, generation_prompt=True)
         except jinja2.TemplateError as fault:
             raise RequestFault(f"the chat template refuses the conversation: {fault}", "messages") from None
         tokens = self._encode(text, self._served.add_bos)
@@ -175,8 +175,7 @@ class Clerk:
 
     def _encode(self, text: str, add_bos: bool) -> tuple[int, ...]:
         ids = self._tokenizer.encode(text)
-        if add_bos and self._tokenizer.bos_id is not None:
-            ids = [self._tokenizer.bos_id, *ids]
+        ids = with_bos(ids, self._tokenizer.bos_id if add_bos else None)
         if not ids:
             raise RequestFault("the prompt is empty, there is nothing to go on from", "prompt")
         return tuple(ids)
@@ -241,9 +240,7 @@ class Clerk:
         """Server-sent events: a piece of text each, and at the end the usage where it is asked for, and [DONE]."""
 
         async def events() -> AsyncIterator[str]:
-            texts = {
-                uid: StreamedChoice(i, self._tokenizer, r.sampling) for i, (uid, r) in enumerate(job.requests.items())
-            }
+            texts = {uid: StreamedChoice(i, self._tokenizer, r) for i, (uid, r) in enumerate(job.requests.items())}
             drawn: list[Sequence[int]] = []
             try:
                 for one in opening:

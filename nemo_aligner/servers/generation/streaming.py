@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.engine.generation.text_stream import TextStream
-from nemo_aligner.engine.interfaces import Progress, Response, Tokenizer
+from nemo_aligner.engine.interfaces import GenerationRequest, Progress, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.answers import Scored
 
@@ -12,9 +11,9 @@ from nemo_aligner.servers.generation.answers import Scored
 class StreamedChoice:
     """One response of a stream: what of it was given out already."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, sampling: SamplingParams | None) -> None:
-        assert sampling is not None
-        self._index, self._text = index, TextStream(tokenizer, sampling.end_strings)
+    def __init__(self, index: int, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+        assert request.sampling is not None
+        self._index, self._text = index, TextStream(tokenizer, request.sampling.end_strings, request.prompt_tokens)
         self._tokens = self._characters = 0
 
     def piece(self, event: Progress | Response) -> tuple[int, str, Scored, str | None, int] | None:

@@ -20,6 +20,7 @@ from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import Row, write_jsonl
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
@@ -120,8 +121,7 @@ class Prompts:
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
         ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
-        if (data.add_bos or self._cfg.inference.add_BOS) and tokenizer.bos_id is not None:
-            ids = [tokenizer.bos_id, *ids]
+        ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
         if len(ids) > data.max_seq_length:
             self._cut += 1
             ids = ids[: data.max_seq_length]

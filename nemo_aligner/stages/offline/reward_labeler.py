@@ -15,6 +15,7 @@ from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import StoppedEarly
@@ -101,8 +102,7 @@ class TextEncoder:
             self._empty += 1
         text = filled(data.prompt_template, data.input_key, row[data.input_key]) + row[data.output_key]
         ids = self._tokenizer.encode(text)
-        if data.add_bos and self._tokenizer.bos_id is not None:
-            ids = [self._tokenizer.bos_id, *ids]
+        ids = with_bos(ids, self._tokenizer.bos_id if data.add_bos else None)
         room = self._limit - int(self._eos)
         if len(ids) > room:
             self._cut += 1

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.generation import GenerationConfig
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.offline.random_sampler import sampling_params
@@ -78,9 +80,9 @@ def read_prompts(path: Path) -> list[str]:
 def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[tuple[int, ...]]:
     """Raises ConfigError for a prompt that is empty or leaves the model no room."""
     tokenizer, found = policy.tokenizer, []
-    bos = [tokenizer.bos_id] if cfg.inference.add_BOS and tokenizer.bos_id is not None else []
+    bos = tokenizer.bos_id if cfg.inference.add_BOS else None
     for number, prompt in enumerate(prompts, 1):
-        tokens = (*bos, *tokenizer.encode(prompt))
+        tokens = tuple(with_bos(tokenizer.encode(prompt), bos))
         if not 0 < len(tokens) < policy.max_sequence_length:
             raise ConfigError(
                 f"prompt {number} has {len(tokens)} tokens; the model takes 1 to {policy.max_sequence_length - 1}",
@@ -148,12 +150,13 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster) -> None:
         from nemo_aligner.servers.generation.desk import FrontDesk
         from nemo_aligner.servers.generation.server import Door, open_doors
 
+        template = cfg.chat_template or policy.tokenizer.chat_template
         served = Served(
             name=cfg.model_name or Path(cfg.gpt_model_file).name.removesuffix(".nemo"),
             tokenizer=policy.tokenizer,
             max_length=policy.max_sequence_length,
             vocab_size=policy.vocab_size,
-            chat_template=cfg.chat_template or policy.tokenizer.chat_template,
+            chat_template=None if template is None else ChatTemplate(template, policy.tokenizer, "chat_template"),
             end_strings=tuple(cfg.inference.end_strings),
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,

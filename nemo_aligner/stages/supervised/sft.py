@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
 from nemo_aligner.engine.interfaces import TrainableModel
@@ -73,4 +74,5 @@ def make_examples(
     if template is None:
         raise ConfigError("the archive's tokenizer has no chat template; give one", "model.data.chat_template")
     limit = min(config.max_seq_length, policy.max_sequence_length)
-    return chat_examples(rows, template, policy.tokenizer, answer_only=answer_only, limit=limit)
+    chat = ChatTemplate(template, policy.tokenizer, "model.data.chat_template")
+    return chat_examples(rows, chat, policy.tokenizer, answer_only=answer_only, limit=limit)

@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from nemo_aligner.config.aliases import REINFORCE, SERVING, let_through
 from nemo_aligner.config.entry import SharedConf
 from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
 from nemo_aligner.config.reinforce import ReinforceConfig
@@ -32,6 +33,7 @@ SHIPPED = {
     "conf/gpt_rs_actor": ReinforceConfig,
     "conf/gpt_reinforce_actor": ReinforceConfig,
     "conf/inference_rm": ServerConfig,
+    "conf/megatron_gpt_inference": GenerationConfig,
 }
 SAMPLER = ["gpt_model_file=m.nemo", "output_file=o.jsonl", "data.file_names=[p.jsonl]"]
 
@@ -181,3 +183,21 @@ def test_a_fault_of_the_actors_config_is_one_line_with_the_full_key(override: st
     with pytest.raises(ConfigError) as caught:
         load_actor(override)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(r"A: {input}\n\tB", "A: {input}\n\tB"), (r"a\\n{input}", r"a\n{input}"), (r"\d{input}", r"\d{input}")],
+)
+def test_escapes_of_templates_and_end_strings_become_what_they_mean(typed: str, meant: str) -> None:
+    cfg = composed("offline/conf/megatron_random_sampler", SAMPLER)
+    cfg.data.prompt_template, cfg.inference.end_strings = typed, [typed, "x"]
+    found = load_config(cfg, SamplerConfig)
+    assert found.data.prompt_template == meant
+    assert found.inference.end_strings == [meant, "x"]
+    labeler = composed("offline/conf/megatron_reward_labeler", SAMPLER)
+    labeler.reward_template = typed
+    assert load_config(labeler, LabelerConfig).reward_template == meant
+    sft = composed("conf/gpt_sft", ["model.restore_from_path=m.nemo"])
+    sft.model.data.train_ds.prompt_template = typed
+    assert load_config(sft, SFTConfig).model.data.train_ds.prompt_template == meant

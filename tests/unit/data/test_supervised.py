@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import chat_examples, pairs_of, preference_examples, sft_examples
 from nemo_aligner.errors import ConfigError, DataError
@@ -18,6 +19,7 @@ CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+CHAT = ChatTemplate(CHATML, ByteTokenizer(), "k")
 
 
 def rows(tmp_path: Path, *values: dict[str, Any]) -> Rows:
@@ -45,7 +47,7 @@ ROW = {"input": " a b ", "output": " c  "}
     [
         ({}, "a b c$", " c$"),
         ({"prompt_template": "{input}{output}"}, " a b  c  $", " c  $"),
-        ({"prompt_template": "Q: {input}\\nA: {output}"}, "Q: a b\nA: c$", " c$"),
+        ({"prompt_template": "Q: {input}\nA: {output}"}, "Q: a b\nA: c$", " c$"),
         ({"add_eos": False}, "a b c", " c"),
         ({"max_seq_length": 5}, "a  c$", " c$"),
         ({"max_seq_length": 5, "truncation_method": "left"}, " b c$", " c$"),
@@ -86,7 +88,7 @@ def test_a_template_that_does_not_end_with_the_label_is_refused(tmp_path: Path, 
     ],
 )  # fmt: skip
 def test_chat_trains_every_assistant_turn_and_nothing_else(tmp_path: Path, row: dict[str, Any]) -> None:
-    [found] = chat_examples(rows(tmp_path, row), CHATML, ByteTokenizer(), answer_only=True, limit=1000)
+    [found] = chat_examples(rows(tmp_path, row), CHAT, ByteTokenizer(), answer_only=True, limit=1000)
     [tokens], [mask] = found.rows, found.masks
     assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>a2;"
     assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "a1;a2;"
@@ -94,7 +96,13 @@ def test_chat_trains_every_assistant_turn_and_nothing_else(tmp_path: Path, row: 
 
 def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:1: a chat row needs"):
-        chat_examples(rows(tmp_path, {"input": "x"}), CHATML, ByteTokenizer(), answer_only=True, limit=9)
+        chat_examples(
+            rows(tmp_path, {"input": "x"}),
+            CHAT,
+            ByteTokenizer(),
+            answer_only=True,
+            limit=9,
+        )
 
 
 def test_pairs_are_adjacent_lines_and_too_long_ones_are_skipped_pair_by_pair(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from nemo_aligner.engine.checkpoints.tokenizer import SentencePieceTokenizer
 from nemo_aligner.engine.generation.stopping import StopCondition
+from nemo_aligner.engine.generation.text_stream import TextStream
 from tests.fakes import END_OF_TURN, EOS, ByteTokenizer
 
 
@@ -42,3 +46,40 @@ def test_the_earliest_end_string_cuts() -> None:
 
 def test_nothing_to_stop_at_keeps_all() -> None:
     assert drawn_until_stop([*b"plain"], ["zzz", ""]) == (5, "plain")
+
+
+def test_endoftext_stops_too_where_it_is_a_special_token_beside_eos() -> None:
+    class Chat(ByteTokenizer):
+        def encode(self, text):  # type: ignore[no-untyped-def]
+            return [END_OF_TURN] if text == "<|endoftext|>" else super().encode(text)
+
+    stop = StopCondition(Chat(), ["<|endoftext|>"])
+    assert stop.stop_ids == {EOS, END_OF_TURN}
+
+
+def test_any_of_several_eos_stops() -> None:
+    class Several(ByteTokenizer):
+        stop_ids = frozenset({EOS, END_OF_TURN})
+
+    stop = StopCondition(Several(), [])
+    assert stop.is_stop([5, END_OF_TURN])
+    assert stop.is_stop([5, EOS])
+    assert stop.text_of([*b"a", END_OF_TURN]) == "a"
+
+
+def test_the_text_of_a_response_is_what_it_adds_to_its_prompt(tmp_path: Path) -> None:
+    import sentencepiece
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the film was good and the plot was thin\n" * 50)
+    options = {"vocab_size": 40, "model_type": "bpe", "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(tmp_path / "m"), **options)
+    tokenizer = SentencePieceTokenizer((tmp_path / "m.model").read_bytes(), {})
+    prompt, response = tokenizer.encode("the film"), tokenizer.encode("was good")
+    assert tokenizer.decode([*prompt, *response]) == "the film was good"
+    assert tokenizer.decode(response) == "was good"
+    assert StopCondition(tokenizer, []).text_of(response, prompt) == " was good"
+    assert StopCondition(tokenizer, ["good"]).text_of(response, prompt) == " was "
+    stream = TextStream(tokenizer, [], prompt)
+    pieces = [stream.more(response[: n + 1]) for n in range(len(response))]
+    assert "".join(pieces) + stream.rest(" was good") == " was good"

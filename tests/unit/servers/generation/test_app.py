@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.engine.loading import LoadedModel
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import MegatronPolicy
@@ -30,6 +31,7 @@ from tests.tiny import ARCH
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
+CHAT = ChatTemplate(TEMPLATE, ByteTokenizer(), "chat_template")
 LENGTH = ARCH.max_position_embeddings
 
 
@@ -69,7 +71,7 @@ def shop() -> Iterator[Shop]:
         policy = MegatronPolicy(loaded, cluster)
         leave = threading.Event()
         desk = FrontDesk(leave.is_set)
-        served = Served("tiny", ByteTokenizer(), LENGTH, ARCH.vocab_size, TEMPLATE, (), False, seed=9)
+        served = Served("tiny", ByteTokenizer(), LENGTH, ARCH.vocab_size, CHAT, (), False, seed=9)
         port, web_port = free_port(), free_port()
         doors = [Door("127.0.0.1", port, "port"), Door("127.0.0.1", web_port, "web_port", "me", "secret")]
         url = f"http://127.0.0.1:{port}"

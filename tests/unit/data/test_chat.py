@@ -1,0 +1,92 @@
+"""Chat templates render as transformers renders them, and what is trained on is what the assistant writes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
+from nemo_aligner.errors import ConfigError, DataError
+
+MESSAGES = [
+    {"role": "system", "content": "Be <kind> & 'brief'"},
+    {"role": "user", "content": "Grüße 🎬"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "again"},
+    {"role": "assistant", "content": "a2"},
+]
+PLAIN = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+)
+TEMPLATES = {
+    "special tokens": PLAIN,
+    "tojson": "{{ messages | tojson }}{{ {'b': 1, 'a': '<é>'} | tojson(indent=2) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation": MARKED,
+    "generation prompt": PLAIN + "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "tools": "{% if tools is none %}none{% endif %}{% if documents is defined %}defined{% endif %}",
+    "blocks on lines of their own": "{% for m in messages %}\n    {{ m.content }}\n  {% endfor %}\nend",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> FastTokenizer:
+    return FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer())
+    names = {name: token for name, token in BYTE_TOKENIZER.items() if name.endswith("_token")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **names)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_transformers_renders_them(
+    name: str, prompt: bool, tokenizer: FastTokenizer, theirs: Any
+) -> None:
+    found = ChatTemplate(TEMPLATES[name], tokenizer, "k").render(MESSAGES, generation_prompt=prompt)
+    assert found == theirs.apply_chat_template(
+        MESSAGES, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=prompt
+    )
+
+
+def test_the_date_is_todays(tokenizer: FastTokenizer) -> None:
+    found = ChatTemplate("{{ strftime_now('%Y-%m') }}", tokenizer, "k").render(MESSAGES, generation_prompt=False)
+    assert found == datetime.now().strftime("%Y-%m")
+
+
+def segments(template: str, tokenizer: FastTokenizer) -> list[tuple[str, bool]]:
+    return ChatTemplate(template, tokenizer, "k").segments({"messages": MESSAGES}, "rows.jsonl", 3)
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+def test_segments_are_the_whole_text_and_the_assistants_are_marked(template: str, tokenizer: FastTokenizer) -> None:
+    found = segments(template, tokenizer)
+    whole = ChatTemplate(template, tokenizer, "k").render(MESSAGES, generation_prompt=False)
+    assert "".join(text for text, _ in found) == whole
+    marked = [text for text, is_target in found if is_target]
+    start, end = ("", "<|eos|>") if template == MARKED else ("<assistant>", "<|eos|>\n")
+    assert marked == [f"{start}a1{end}", f"{start}a2{end}"]  # with EOS, or the model never learns to stop
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_its_line(tokenizer: FastTokenizer) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the chat template refuses the conversation: no system"):
+        segments("{{ raise_exception('no system') }}", tokenizer)
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the chat template refuses the conversation"):
+        segments("{{ messages[0]['content'] + 1 }}", tokenizer)
+
+
+def test_what_is_no_template_names_its_key(tokenizer: FastTokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"model\.data\.chat_template: not a valid Jinja template"):
+        ChatTemplate("{% if %}", tokenizer, "model.data.chat_template")
