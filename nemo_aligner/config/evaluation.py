@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.offline import SamplerConfig
+from nemo_aligner.config.offline import SamplerConfig, SamplerDataConfig
 from nemo_aligner.errors import ConfigError
 
 
 @dataclass
+class EvaluationDataConfig(SamplerDataConfig):
+    """What is sampled, and what the reward model reads of it: max_seq_length, add_bos, add_eos as in the labeler."""
+
+    max_seq_length: int = 4096
+
+
+@dataclass
 class EvaluationConfig(SamplerConfig):
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     gpt_model_file: str = "${policy_files.0}"
     policy_files: list[str] = MISSING
     reward_model_file: str = MISSING

@@ -29,6 +29,11 @@ def with_bos(tokens: Sequence[int], bos_id: int | None) -> list[int]:
     return list(tokens) if bos_id is None or list(tokens[:1]) == [bos_id] else [bos_id, *tokens]
 
 
+def filled(template: str | None, input_key: str, prompt: str) -> str:
+    """The prompt as the model sees it; plain replacement, so braces in the prompt are only text."""
+    return prompt if template is None else template.replace(f"{{{input_key}}}", prompt)
+
+
 def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
     """The rows of one split of `model.data.data_prefix`, or None where it is not given.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_aligner.data.judged_text import ended
 from nemo_aligner.engine.interfaces import Tokenizer
 from nemo_aligner.errors import AlignerError
 
@@ -58,10 +59,9 @@ class RequestReader:
         for index, row in enumerate(rows):
             if not row:
                 raise RequestError(f"{SENTENCES if SENTENCES in inputs else LENGTHS}: row {index} is empty")
-        room = [self.limit - end for end in ends]
-        exceeded = [len(row) > most for row, most in zip(rows, room, strict=True)]
         eos = self.tokenizer.eos_id
-        return Texts([[*row[:most], *([eos] * end)] for row, most, end in zip(rows, room, ends, strict=True)], exceeded)
+        found = [ended(row, limit=self.limit, eos=eos if end else None) for row, end in zip(rows, ends, strict=True)]
+        return Texts([row for row, _ in found], [cut for _, cut in found])
 
     def _from_text(self, sentences: np.ndarray) -> list[list[int]]:
         rows = []
@@ -98,13 +98,13 @@ class RequestReader:
             rows.append(ids.tolist())
         return rows
 
-    def _ends(self, add_eos: np.ndarray | None, count: int) -> list[int]:
+    def _ends(self, add_eos: np.ndarray | None, count: int) -> list[bool]:
         if add_eos is None:
-            return [int(self.append_eod)] * count
+            return [self.append_eod] * count
         flags = _column(add_eos, ADD_EOS)
         if len(flags) != count:
             raise RequestError(f"{ADD_EOS}: {len(flags)} for {count} texts")
-        return [int(bool(flag)) for flag in flags]
+        return [bool(flag) for flag in flags]
 
 
 def _column(values: np.ndarray, name: str) -> list:

@@ -46,11 +46,6 @@ def check_template(template: str | None, input_key: str) -> None:
         raise ConfigError(f"{template!r} lacks {{{input_key}}}", "data.prompt_template")
 
 
-def filled(template: str | None, input_key: str, prompt: str) -> str:
-    """The prompt as the model sees it; plain replacement, so braces in the prompt are only text."""
-    return prompt if template is None else template.replace(f"{{{input_key}}}", prompt)
-
-
 def check_output(cfg: OfflineConfig) -> None:
     """The output must not overwrite an input. Raises OutputError."""
     if cfg.output_file in cfg.data.file_names:  # type: ignore[attr-defined]

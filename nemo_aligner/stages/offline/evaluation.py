@@ -19,10 +19,11 @@ from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
-from nemo_aligner.stages.offline.data import check_output, check_template, filled, open_rows, start_cluster
+from nemo_aligner.stages.offline.data import check_output, check_template, open_rows, start_cluster
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
 
 log = logging.getLogger(__name__)
@@ -106,12 +107,10 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -
 
 
 def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
-    """Rewards of template(prompt) + response text."""
-    data, texts = cfg.data, []
-    for d in drawn:
-        prompt = filled(data.prompt_template, data.input_key, rows[d.response.prompt_index][data.input_key])
-        ids = judge.tokenizer.encode(prompt + d.response.text)[: judge.max_sequence_length - 1]
-        texts.append([*ids, judge.tokenizer.eos_id] if judge.append_eod or not ids else ids)
+    """Rewards of the texts that the labeler would make of the same rows."""
+    data, encoder = cfg.data, TextEncoder(cfg.data, judge)
+    texts = [encoder.tokens({**rows[d.response.prompt_index], data.output_key: d.response.text}) for d in drawn]
+    encoder.report()
     return [reward[0] for reward in judge.score(texts, data.micro_batch_size)]
 
 

@@ -20,7 +20,7 @@ from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import Row, write_jsonl
-from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.prompts import filled, with_bos
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
@@ -29,7 +29,6 @@ from nemo_aligner.stages.offline.data import (
     check_output,
     check_template,
     data_fingerprint,
-    filled,
     open_rows,
     start_cluster,
 )

@@ -15,7 +15,7 @@ from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import StoppedEarly
@@ -25,7 +25,6 @@ from nemo_aligner.stages.offline.data import (
     check_output,
     check_template,
     data_fingerprint,
-    filled,
     open_rows,
     start_cluster,
 )
@@ -62,7 +61,7 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     archive = cluster.broadcast(model.archive_hash() if cluster.is_main else "")
     journal = Journal(cfg.output_file, fingerprint(cfg, model, archive), cluster)
     mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
-    encoder = TextEncoder(cfg, model)
+    encoder = TextEncoder(cfg.data, model)
     batch = cfg.data.micro_batch_size
     window = batch * (cfg.checkpoint_interval or _WINDOW)
     progress = Progress("labeling", sum(cluster.gather(len(mine))), show=cluster.is_main)
@@ -84,38 +83,6 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     if cluster.is_main:
         finish(cfg, rows, chunk, journal, model.stored_standardization, archive)
     cluster.barrier()
-
-
-class TextEncoder:
-    """Rows as the reward model was trained to see them: template(prompt) + response, EOS as its archive says."""
-
-    def __init__(self, cfg: LabelerConfig, model: RewardModel) -> None:
-        self._cfg, self._tokenizer = cfg, model.tokenizer
-        self._limit = min(cfg.data.max_seq_length, model.max_sequence_length)
-        self._eos = model.append_eod if cfg.data.add_eos is None else cfg.data.add_eos
-        self._cut = self._empty = 0
-
-    def tokens(self, row: dict[str, Any]) -> list[int]:
-        """Token ids of one row, at most the limit; EOS stays at the end of a text that was cut."""
-        data = self._cfg.data
-        if not row[data.output_key]:
-            self._empty += 1
-        text = filled(data.prompt_template, data.input_key, row[data.input_key]) + row[data.output_key]
-        ids = self._tokenizer.encode(text)
-        ids = with_bos(ids, self._tokenizer.bos_id if data.add_bos else None)
-        room = self._limit - int(self._eos)
-        if len(ids) > room:
-            self._cut += 1
-            ids = ids[:room]
-        if self._eos or not ids:
-            ids = [*ids, self._tokenizer.eos_id]
-        return ids
-
-    def report(self) -> None:
-        if self._cut:
-            log.warning("%d texts were cut to %d tokens before scoring", self._cut, self._limit)
-        if self._empty:
-            log.warning("%d responses are empty; they were scored as they are", self._empty)
 
 
 def fingerprint(cfg: LabelerConfig, model: RewardModel, archive: str) -> dict[str, Any]:

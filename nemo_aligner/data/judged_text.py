@@ -1,0 +1,65 @@
+"""The text that a reward model reads, as token ids: the same for labeler, reward server, actor and evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from nemo_aligner.config.offline import OfflineDataConfig
+from nemo_aligner.data.jsonl import Row
+from nemo_aligner.data.prompts import filled, with_bos
+
+log = logging.getLogger(__name__)
+
+
+def ended(ids: Sequence[int], *, limit: int, eos: int | None) -> tuple[list[int], bool]:
+    """At most `limit` tokens, with `eos` (None: without) at the end also of a text that was cut; and whether it was."""
+    room = limit - (eos is not None)
+    return [*ids[:room], *([] if eos is None else [eos])], len(ids) > room
+
+
+class _Tokenizer(Protocol):
+    bos_id: int | None
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class _RewardModel(Protocol):
+    """The part of engine.interfaces.RewardModel that decides what it reads."""
+
+    @property
+    def tokenizer(self) -> _Tokenizer: ...
+
+    @property
+    def max_sequence_length(self) -> int: ...
+
+    @property
+    def append_eod(self) -> bool: ...
+
+
+class TextEncoder:
+    """Rows as the reward model was trained to see them: template(prompt) + response, EOS as its archive says."""
+
+    def __init__(self, data: OfflineDataConfig, model: _RewardModel) -> None:
+        self._data, self._tokenizer = data, model.tokenizer
+        self._limit = min(data.max_seq_length, model.max_sequence_length)
+        self._eos = model.append_eod if data.add_eos is None else data.add_eos
+        self._cut = self._empty = 0
+
+    def tokens(self, row: Row) -> list[int]:
+        """Token ids of one row with prompt and response, at most the limit."""
+        data = self._data
+        self._empty += not row[data.output_key]
+        text = filled(data.prompt_template, data.input_key, row[data.input_key]) + row[data.output_key]
+        ids = with_bos(self._tokenizer.encode(text), self._tokenizer.bos_id if data.add_bos else None)
+        found, cut = ended(ids, limit=self._limit, eos=self._tokenizer.eos_id if self._eos or not ids else None)
+        self._cut += cut
+        return found
+
+    def report(self) -> None:
+        if self._cut:
+            log.warning("%d texts were cut to %d tokens before scoring", self._cut, self._limit)
+        if self._empty:
+            log.warning("%d responses are empty; they were scored as they are", self._empty)
