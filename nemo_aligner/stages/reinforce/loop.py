@@ -21,13 +21,14 @@ from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow, encode_prompts, open_prompts
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly
+from nemo_aligner.errors import ConfigError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
 from nemo_aligner.stages.reinforce.advantages import Scored, check_finite, examples_of, rollout_metrics, score
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_identity import archive_of, check_same_run, optimizer_settings, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Actor:
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
         self.values: dict[str, float] = {}  # newest value of everything a monitor may name
+        self.made_with: dict[str, Any] = {}  # the run's fingerprint, for its checkpoints
 
     @property
     def optimizer_steps(self) -> int:
@@ -120,6 +122,7 @@ class Actor:
         """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         checkpoints = Checkpoints(exp, cluster, metrics=_MONITORS, validates=bool(self.validation))
+        self.made_with = self.fingerprint()
         step, logged = self.resume(checkpoints)
         self.announce()
         kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
@@ -278,18 +281,25 @@ class Actor:
             "updates": self.updates,
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.made_with,
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which prompts and which noise a step uses."""
-        model = self.cfg.model
+        """What decides the result but for the length of the run. Collective."""
+        model, loop = self.cfg.model, self.cfg.trainer.ppo
+        names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
         return {
+            "the archive to start from": archive_of(self.policy),
+            "training prompts": tokens_hash(prompt.tokens for prompt in self.prompts),
+            "model.global_batch_size": model.global_batch_size,
+            **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
+            **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(self.settings.sampling_params).items()},
+            **{f"model.ppo.length_params.{name}": v for name, v in asdict(self.settings.length_params).items()},
+            **optimizer_settings(model.optim, loop.gradient_clip_val),
             "model.seed": model.seed,
             "model.data.shuffle": model.data.shuffle,
             "model.ppo.num_rollout_samples": self.settings.num_rollout_samples,
             "model.ppo.num_rollout_per_prompt": self.settings.num_rollout_per_prompt,
-            "number of training prompts": len(self.prompts),
         }
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, int | None]:
@@ -301,12 +311,7 @@ class Actor:
         if newest is None:
             return 0, checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
-        for name, value in self.fingerprint().items():
-            if state["fingerprint"].get(name) != value:
-                raise CheckpointError(
-                    f"{newest} was made with {name} = {state['fingerprint'].get(name)}, this run has {value}; "
-                    "choose another exp_manager.explicit_log_dir, or set exp_manager.resume_if_exists=False"
-                )
+        check_same_run(newest, state["fingerprint"], self.made_with)
         self.updates, self.values = state["updates"], state["values"]
         log.info("resuming at step %d from %s", state["step"], newest)
         return int(state["step"]), state["metrics_bytes"]

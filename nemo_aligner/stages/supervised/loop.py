@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aligner.algorithms.losses import ranking_loss, sft_loss
@@ -24,6 +24,7 @@ from nemo_aligner.metrics import MetricsLogger, Progress
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_identity import archive_of, check_same_run, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Task:
     plan: BatchPlan
     micro_batch_size: int
     loop: LoopConfig
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what decides a step besides the examples
     metric_names: frozenset[str] = frozenset()  # what the objective reports besides the loss
     # after training: what validation says that the archive should carry
     archive_notes: Callable[[StepMetrics, int], dict[str, Any]] = lambda metrics, count: {}
@@ -95,9 +97,10 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapp
     names = set(task.metric_names)
     known = _ALWAYS_LOGGED | {f"{part}{name}" for name in names for part in ("", "train_", "val_")}
     checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
-    step, logged = resume(model, checkpoints)
+    made_with = identity(task, model)
+    step, logged = resume(model, checkpoints, made_with)
     with run_logger(exp, cluster, config or {}, logged) as logger:
-        optimize(task, model, exp, checkpoints, logger, step)
+        optimize(task, model, exp, checkpoints, logger, step, made_with)
         if exp.checkpoint_callback_params.save_nemo_on_train_end:
             model.save_nemo(checkpoints.archive, notes(task, model))
             if logger is not None:
@@ -111,6 +114,7 @@ def optimize(
     checkpoints: Checkpoints,
     logger: MetricsLogger | None,
     step: int,
+    made_with: Mapping[str, Any],
 ) -> None:
     """The optimizer steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
     cluster = model.cluster
@@ -140,18 +144,38 @@ def optimize(
             due = task.loop.save_interval and (at_end or step % task.loop.save_interval == 0)
             if exp.create_checkpoint_callback and (due or reason):
                 logged = 0 if logger is None else logger.position
-                checkpoints.save(model, {**state_of(task, step), "metrics_bytes": logged}, values)
+                state = {**state_of(task, step), "metrics_bytes": logged, "fingerprint": made_with}
+                checkpoints.save(model, state, values)
             if reason:
                 raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
     progress.close()
 
 
-def resume(model: TrainableModel, checkpoints: Checkpoints) -> tuple[int, int | None]:
-    """Optimizer steps already done and metrics already logged: those of the newest checkpoint, which is loaded."""
+def identity(task: Task, model: TrainableModel) -> dict[str, Any]:
+    """What decides the result but for the length of the run. Collective."""
+    plan = task.plan
+    rows = ((*row, *mask) for example in task.train for row, mask in zip(example.rows, example.masks, strict=True))
+    return {
+        "the archive to start from": archive_of(model),
+        "training examples": tokens_hash(rows),
+        "global_batch_size": plan.global_batch_size,
+        "model.seed": plan.seed,
+        "shuffle": plan.shuffle,
+        "drop_last": plan.drop_last,
+        **task.settings,
+    }
+
+
+def resume(model: TrainableModel, checkpoints: Checkpoints, made_with: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Optimizer steps already done and metrics already logged: those of the newest checkpoint, which is loaded.
+
+    Raises CheckpointError where it belongs to another run.
+    """
     newest = checkpoints.newest()
     if newest is None:
         return 0, checkpoints.logged_before_any
     state = model.load_training_state(newest)
+    check_same_run(newest, state["fingerprint"], made_with)
     log.info("resuming at step %d from %s", state["step"], newest)
     return int(state["step"]), state.get("metrics_bytes")
 

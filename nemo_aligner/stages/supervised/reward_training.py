@@ -11,6 +11,7 @@ from nemo_aligner.data.supervised import pairs_of, preference_examples
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.run_identity import optimizer_settings
 from nemo_aligner.stages.supervised.loop import (
     RANKING_METRICS,
     Task,
@@ -72,6 +73,7 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
         plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
         micro_batch_size=cfg.model.micro_batch_size,
         loop=cfg.trainer.rm,
+        settings=optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val),
         metric_names=RANKING_METRICS,
         archive_notes=ranking_task_notes(data.append_eod, cfg.model.reward_model_type),
     )

@@ -12,6 +12,7 @@ from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples,
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.run_identity import optimizer_settings
 from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective, train
 
 _TRAIN, _VALIDATION = "model.data.train_ds", "model.data.validation_ds"
@@ -59,6 +60,7 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
         plan=BatchPlan(len(examples), train_ds.global_batch_size, cfg.model.seed, train_ds.shuffle, train_ds.drop_last),
         micro_batch_size=train_ds.micro_batch_size,
         loop=cfg.trainer.sft,
+        settings=optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val),
     )
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
 from nemo_aligner.engine.checkpoints.sharded import check_metadata
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.loading import load_for_inference
 from nemo_aligner.engine.model.build import RunOptions, build_model
+from nemo_aligner.engine.policy import load_policy, load_policy_for_training
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError, OutputError
 from tests.tiny import ARCHIVED
@@ -158,3 +159,14 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(cluster: MegatronClus
     config.write_text(config.read_text().replace("qkv_bias: true", "qkv_bias: false"))
     with pytest.raises(CheckpointError, match=r"no place for: model\.decoder\.layers.*linear_qkv\.bias"):
         load_for_inference(tmp_path / "folder", cluster, precision="32", key="k")
+
+
+def test_a_reward_model_is_no_policy(cluster: MegatronCluster, tmp_path: Path) -> None:
+    judge = replace(ARCHIVED, reward_model_type="binary_ranking")
+    tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    nemo_archive.save_archive(tmp_path / "rm.nemo", build_model(judge, RunOptions()), judge, tokenizer, cluster)
+    with pytest.raises(CheckpointError, match=r"gpt_model_file=.*rm\.nemo is a reward model, not a language model"):
+        load_policy(tmp_path / "rm.nemo", cluster, precision="32")
+    overrides = ModelOverrides(restore_from_path=str(tmp_path / "rm.nemo"))
+    with pytest.raises(CheckpointError, match=r"model\.restore_from_path=.*is a reward model"):
+        load_policy_for_training(overrides, TrainerConfig(), cluster)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfi
 from nemo_aligner.config.supervised import LoopConfig
 from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import Microbatch, StepMetrics
-from nemo_aligner.errors import ConfigError, StoppedEarly
+from nemo_aligner.errors import CheckpointError, ConfigError, StoppedEarly
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.supervised.loop import Task, sft_objective, train
 from tests.fakes import ByteTokenizer, OneProcess, RecordingLogger
@@ -45,6 +47,9 @@ class Recorder:
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         return json.loads((folder / "state.json").read_text())
+
+    def archive_hash(self) -> str:
+        return "0123456789abcdef" * 4
 
     def save_nemo(self, path: Path, notes: dict[str, Any] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,3 +160,42 @@ def test_loggers_of_other_packages_get_what_metrics_jsonl_has_and_how_the_run_en
     assert found.config == {"name": "m"}
     assert found.status == status
     assert found.archive == (str(tmp_path / "checkpoints" / "m.nemo") if stops is None else "")
+
+
+def changed(**more: Any) -> Task:
+    return dataclasses.replace(task(), **more)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (changed(train=EXAMPLES[:-1]), "training examples = "),
+        (changed(train=[dataclasses.replace(EXAMPLES[0], masks=([1, 1],)), *EXAMPLES[1:]]), "training examples = "),
+        (changed(plan=BatchPlan(len(EXAMPLES), 5, seed=3, shuffle=True)), "global_batch_size = 4, this run has 5"),
+        (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=4, shuffle=True)), "model.seed = 3, this run has 4"),
+        (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=False)), "shuffle = True, this run has False"),
+        (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=True, drop_last=True)), "drop_last = False"),
+        (changed(settings={"model.optim.lr": 2.0}), "model.optim.lr = None, this run has 2.0"),
+    ],
+)
+def test_another_run_does_not_go_on_from_a_checkpoint(tmp_path: Path, other: Task, says: str) -> None:
+    train(task(), Recorder(), experiment(tmp_path))
+    with pytest.raises(CheckpointError, match=f"was made with {re.escape(says)}"):
+        train(other, Recorder(), experiment(tmp_path))
+
+
+def test_another_archive_does_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    train(task(), Recorder(), experiment(tmp_path))
+    other = Recorder()
+    other.archive_hash = lambda: "f" * 64  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="the archive to start from = 0123456789abcdef, this run has ffffffff"):
+        train(task(), other, experiment(tmp_path))
+
+
+def test_what_does_not_change_the_result_may_change_and_a_run_may_be_made_longer(tmp_path: Path) -> None:
+    train(task(max_epochs=1, save_interval=2), Recorder(), experiment(tmp_path))
+    longer = Recorder()
+    train(
+        changed(loop=LoopConfig(max_epochs=2, skip_validation=True), micro_batch_size=3), longer, experiment(tmp_path)
+    )
+    assert len(longer.seen) == 3

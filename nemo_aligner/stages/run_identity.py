@@ -1,0 +1,51 @@
+"""What decides the result of a training run: a checkpoint of one run is not gone on from by another."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.config.schema import OptimConfig
+from nemo_aligner.engine.interfaces import TrainableModel
+from nemo_aligner.errors import CheckpointError
+
+
+def short_hash(parts: Iterable[bytes]) -> str:
+    """Of what stands for data in a message and in a state file."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def tokens_hash(rows: Iterable[Sequence[int]]) -> str:
+    """Of token rows, in their order; each ends in a number that no token has."""
+    return short_hash(array("q", [*row, -1]).tobytes() for row in rows)
+
+
+def archive_of(model: TrainableModel) -> str:
+    """The archive that training begins from, the same on every rank. Collective."""
+    cluster = model.cluster
+    return cluster.broadcast(model.archive_hash()[:16] if cluster.is_main else "")
+
+
+def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:
+    """What decides a step; a longer run may go on, so the schedule's own length does not count."""
+    sched = {name: value for name, value in (optim.sched or {}).items() if name != "max_steps"}
+    own = {name: getattr(optim, name) for name in ("name", "lr", "weight_decay", "betas", "eps")}
+    return {f"model.optim.{name}": value for name, value in {**own, "sched": sched or None}.items()} | {
+        "gradient_clip_val": clip
+    }
+
+
+def check_same_run(checkpoint: Path, made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError naming what has changed since `checkpoint` was made."""
+    for name, value in wanted.items():
+        if made_with.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint} was made with {name} = {made_with.get(name)}, this run has {value}; choose another "
+                "exp_manager.explicit_log_dir, or set exp_manager.resume_if_exists=False"
+            )
