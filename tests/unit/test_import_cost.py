@@ -14,6 +14,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "examples/nlp/gpt").rglob("*.py")
     if "script(" in path.read_text()
 )
+pytestmark = pytest.mark.processes
 SLOW = {"nemo", "lightning", "wandb", "mlflow"}
 
 
