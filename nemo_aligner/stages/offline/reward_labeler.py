@@ -17,11 +17,13 @@ from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
 from nemo_aligner.stages.offline.data import (
+    check_archive,
     check_output,
     check_template,
     data_fingerprint,
@@ -43,6 +45,8 @@ def run(cfg: LabelerConfig) -> None:
     check_processor(cfg.processor, cfg.reward_template, keys)
     cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_archive(cfg)
+    check_is_reward_model(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
     from nemo_aligner.engine.reward_model import load_reward_model

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
+from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
-from nemo_aligner.stages.batches import BatchPlan
 from nemo_aligner.stages.run_identity import optimizer_settings
-from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective, train
 
+if TYPE_CHECKING:
+    from nemo_aligner.stages.supervised.loop import Task
+
+_ARCHIVE = "model.restore_from_path"
 _TRAIN, _VALIDATION = "model.data.train_ds", "model.data.validation_ds"
 
 
@@ -23,11 +27,14 @@ def run(cfg: SFTConfig) -> None:
     rows = open_rows(cfg, cfg.model.data.train_ds, _TRAIN)
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
+    check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
+    check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
+    from nemo_aligner.stages.supervised.loop import train
 
-    with start_for_training(cfg.trainer, cfg.model, key="model.restore_from_path") as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
         task = make_task(cfg, policy, rows, held_out)
         policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
@@ -47,6 +54,9 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
+    from nemo_aligner.stages.batches import BatchPlan
+    from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective
+
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
     examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
     check_not_empty(examples, str(rows.path))
