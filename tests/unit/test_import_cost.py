@@ -58,6 +58,15 @@ FAULTS = [
     (SFT, "model.restore_from_path={folder}/absent", "model.restore_from_path=" + ABSENT),
     (SFT, "model.restore_from_path={judge}", "is a reward model"),
     (SFT, "model.tensor_model_parallel_size=3", "3 does not divide"),
+    *(
+        (training, fault, said)
+        for training in (SFT, RM, ACTOR)
+        for fault, said in (
+            ("exp_manager.checkpoint_callback_params.monitor=val_los", "'val_los' is not logged"),
+            ("exp_manager.max_time_per_run=soon", "exp_manager.max_time_per_run: 'soon' is not of the form"),
+            ("model.optim.sched.name=Cosine", "model.optim.sched.name: 'Cosine' is not one of"),
+        )
+    ),
     (RM, "model.data.data_prefix=[{folder}/absent]", ABSENT),
     (RM, "model.data.data_prefix=[{line}]", BROKEN),
     (RM, "pretrained_checkpoint.restore_from_path={folder}/absent", ABSENT),
@@ -78,6 +87,8 @@ FAULTS = [
     (LABELER, "data.file_names=[{folder}/absent]", ABSENT),
     (LABELER, "gpt_model_file={folder}/absent", "gpt_model_file=" + ABSENT),
     (LABELER, "gpt_model_file={policy}", "is a language model"),
+    (SAMPLER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
+    (LABELER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "processor=best", "processor: 'best'"),
     (EVALUATION, "data.file_names=[{folder}/absent]", ABSENT),
     (EVALUATION, "policy_files=[{policy},{folder}/absent]", "policy_files=" + ABSENT),

@@ -33,6 +33,7 @@ from nemo_aligner.stages.offline.data import (
     open_rows,
     start_cluster,
 )
+from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(cfg: SamplerConfig) -> None:
     """Sample `cfg.data.n` responses for each prompt of the chunk into `cfg.output_file`."""
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_duration(cfg.max_time_per_run, "max_time_per_run")
     check_archive(cfg)
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})

@@ -30,6 +30,7 @@ from nemo_aligner.stages.offline.data import (
     open_rows,
     start_cluster,
 )
+from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def run(cfg: LabelerConfig) -> None:
     check_processor(cfg.processor, cfg.reward_template, keys)
     cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_duration(cfg.max_time_per_run, "max_time_per_run")
     check_archive(cfg)
     check_is_reward_model(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})

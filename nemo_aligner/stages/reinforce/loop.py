@@ -16,7 +16,7 @@ import torch
 
 from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow, encode_prompts
@@ -32,8 +32,6 @@ from nemo_aligner.stages.run_identity import archive_of, check_same_run, optimiz
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
-
-_MONITORS = {"val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", "global_step", "step", "consumed_samples"}
 
 
 def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
@@ -89,7 +87,7 @@ class Actor:
     def train(self, rewards: Rewards) -> None:
         """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
-        checkpoints = Checkpoints(exp, cluster, metrics=_MONITORS, validates=bool(self.validation))
+        checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
         step, logged = self.resume(checkpoints)
         self.announce()

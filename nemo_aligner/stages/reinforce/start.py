@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.run_checks import check_training_settings
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -14,6 +15,7 @@ _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 def run(cfg: ReinforceConfig) -> None:
     """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
     train, validation = open_rows(cfg)
+    check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 

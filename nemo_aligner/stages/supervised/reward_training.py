@@ -12,7 +12,9 @@ from nemo_aligner.data.supervised import pairs_of, preference_examples
 from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import optimizer_settings
+from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 
 if TYPE_CHECKING:
     from nemo_aligner.stages.supervised.loop import Task
@@ -29,6 +31,7 @@ def run(cfg: RMConfig) -> None:
     pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(RANKING_METRICS))
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_training
@@ -61,7 +64,6 @@ def open_pairs(cfg: RMConfig, split: str) -> Pairs:
 def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
     from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import (
-        RANKING_METRICS,
         Task,
         check_not_empty,
         ranking_objective,

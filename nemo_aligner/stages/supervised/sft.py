@@ -13,7 +13,9 @@ from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples,
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import optimizer_settings
+from nemo_aligner.stages.supervised.monitors import monitors
 
 if TYPE_CHECKING:
     from nemo_aligner.stages.supervised.loop import Task
@@ -27,6 +29,7 @@ def run(cfg: SFTConfig) -> None:
     rows = open_rows(cfg, cfg.model.data.train_ds, _TRAIN)
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()))
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
