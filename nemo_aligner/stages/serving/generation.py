@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.generation import GenerationConfig
-from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
 from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
@@ -30,6 +30,7 @@ def run(cfg: GenerationConfig) -> None:
     """Answer the prompts of `cfg`, then serve where it says so."""
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
+    check_template(cfg.chat_template, "chat_template")
     parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     check_is_policy(cfg.gpt_model_file, _ARCHIVE)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
-from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.chat import ChatTemplate, check_template, messages_of
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
 from nemo_aligner.engine.checks import check_is_policy, check_training
@@ -30,6 +30,7 @@ def run(cfg: SFTConfig) -> None:
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
     check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()))
+    check_template(cfg.model.data.chat_template, "model.data.chat_template")
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
@@ -51,9 +52,13 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
     required: Mapping[str, str] = {}
     if not cfg.model.data.chat:
         required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
-    return load_rows(
+    rows = load_rows(
         config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
     )
+    if cfg.model.data.chat:
+        for row, number in zip(rows, rows.numbers, strict=True):
+            messages_of(row, str(rows.path), number)
+    return rows
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
