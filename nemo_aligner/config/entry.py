@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.aliases import Aliases, let_through
 from nemo_aligner.config.resolvers import register_resolvers
+from nemo_aligner.config.usage import usage
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, StoppedEarly
 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
@@ -99,6 +100,10 @@ def script(
                 task(cfg)
 
         def main() -> None:
+            answer = usage(sys.argv[1:], task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
+            if answer is not None:
+                sys.stdout.write(f"{answer}\n")
+                return
             Plugins.instance().register(SharedConf)
             register_resolvers()
             # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors

@@ -14,6 +14,8 @@ from nemo_aligner.errors import ConfigError
 BASELINES = ("RLOO", "ReMax", "none")
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 KL_REDUCTIONS = ("sum", "mean")
+MONITORS = ("val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", "global_step", "step", "consumed_samples")
+"""What `exp_manager.checkpoint_callback_params.monitor` may name."""
 
 
 def one_of(allowed: tuple[str, ...], value: str, key: str) -> None:

@@ -86,6 +86,12 @@ def _compiled(template: str, key: str) -> jinja2.Template:
         raise ConfigError(f"not a valid Jinja template: {fault}", key) from None
 
 
+def check_template(text: str | None, key: str) -> None:
+    """Raises ConfigError for what is no Jinja template; `key` is the config key that it comes from."""
+    if text is not None:
+        _compiled(text, key)
+
+
 class _Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int

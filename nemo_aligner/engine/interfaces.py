@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.algorithms.terms import LossTerms
+    from nemo_aligner.algorithms.sampling import SamplingParams
+    from nemo_aligner.algorithms.terms import LossTerms
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ class Microbatch:
     fields: dict[str, Tensor] = field(default_factory=dict)
 
 
-Objective = Callable[[Tensor, Microbatch], LossTerms]
+Objective: TypeAlias = "Callable[[Tensor, Microbatch], LossTerms]"
 """Loss of one micro-batch as a sum and a count, from the model's output.
 
 Output of a policy: logprobs `[B, S]`, entry (b, t) = log p(tokens[b, t] | tokens[b, :t]), 0 at t = 0.

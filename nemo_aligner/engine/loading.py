@@ -13,8 +13,9 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
+from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
-from nemo_aligner.engine.processes.cluster import MegatronCluster, fit_parallel_sizes, start_cluster
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
 
@@ -35,12 +36,8 @@ def start_for_archive(
     `key` is the config key that named the archive, for messages. The archive's config is read before any process
     starts, so a wrong path fails at once.
     """
-    arch = nemo_archive.read_architecture(path, key=key)
+    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline)
     launch_local_ranks(trainer)
-    world = trainer.devices * trainer.num_nodes
-    sizes = fit_parallel_sizes(
-        tensor, pipeline, arch.tensor_model_parallel_size, arch.pipeline_model_parallel_size, world
-    )
     with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
         yield cluster
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
+from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.scheduler import Generator
 from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Microbatch, Response
@@ -20,7 +20,6 @@ from nemo_aligner.engine.model.forward import forward_outputs
 from nemo_aligner.engine.model.kept_weights import KeptWeights
 from nemo_aligner.engine.processes.cluster import MegatronCluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
-from nemo_aligner.errors import CheckpointError
 
 
 class MegatronPolicy(MegatronTrainable):
@@ -94,9 +93,3 @@ def load_policy_for_training(
     """The policy at `model.restore_from_path`; `add_optimizer` makes it trainable. Raises CheckpointError."""
     check_is_policy(model.restore_from_path, key)
     return MegatronPolicy(load_for_training(model, trainer, cluster, key=key), cluster)
-
-
-def check_is_policy(path: str | Path, key: str) -> None:
-    """Raises CheckpointError for the archive of a reward model."""
-    if read_architecture(path, key=key).reward_model_type is not None:
-        raise CheckpointError(f"{key}={path} is a reward model, not a language model: it has a head instead of logits")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
+from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Microbatch
-from nemo_aligner.engine.loading import LoadedModel, load_for_inference, load_for_training
+from nemo_aligner.engine.loading import load_for_inference, load_for_training
 from nemo_aligner.engine.model.forward import forward_outputs
 from nemo_aligner.engine.processes.cluster import MegatronCluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
-from nemo_aligner.errors import CheckpointError
 
 
 class MegatronRewardModel(MegatronTrainable):
@@ -42,9 +42,8 @@ def load_reward_model(
     path: str | Path, cluster: MegatronCluster, *, precision: str, key: str = "gpt_model_file"
 ) -> MegatronRewardModel:
     """The reward model of an archive, for scoring. Raises CheckpointError when the archive is a policy's."""
-    loaded = load_for_inference(path, cluster, precision=precision, key=key)
-    _check_is_reward_model(loaded, key, path)
-    return MegatronRewardModel(loaded, cluster)
+    check_is_reward_model(path, key)
+    return MegatronRewardModel(load_for_inference(path, cluster, precision=precision, key=key), cluster)
 
 
 def load_reward_model_for_training(
@@ -53,10 +52,3 @@ def load_reward_model_for_training(
     """A reward model grown from the policy (or reward model) archive at `model.restore_from_path`."""
     key = "pretrained_checkpoint.restore_from_path"
     return MegatronRewardModel(load_for_training(model, trainer, cluster, key=key, new_head=reward_model_type), cluster)
-
-
-def _check_is_reward_model(loaded: LoadedModel, key: str, path: str | Path) -> None:
-    if loaded.arch.reward_model_type is None:
-        raise CheckpointError(
-            f"{key}={path} is a language model, not a reward model; examples/nlp/gpt/train_reward_model.py makes one"
-        )

@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.engine.checkpoints.training_state import latest, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
-from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.stages.run_checks import check_monitor
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +29,11 @@ _LAST = "-last"
 class Checkpoints:
     """The checkpoint folder of one training run. Raises ConfigError for a monitor that is never logged."""
 
-    def __init__(self, config: ExpManagerConfig, cluster: Cluster, *, metrics: set[str], validates: bool) -> None:
+    def __init__(
+        self, config: ExpManagerConfig, cluster: Cluster, *, metrics: Collection[str], validates: bool
+    ) -> None:
         params = config.checkpoint_callback_params
-        if params.mode not in ("min", "max"):
-            raise ConfigError(f"{params.mode!r} is not min or max", "exp_manager.checkpoint_callback_params.mode")
-        if params.monitor not in metrics:
-            raise ConfigError(
-                f"{params.monitor!r} is not logged; one of {', '.join(sorted(metrics))} is",
-                "exp_manager.checkpoint_callback_params.monitor",
-            )
+        check_monitor(params, metrics)
         self._monitor, self._sign = params.monitor, 1.0 if params.mode == "max" else -1.0
         if params.monitor.startswith("val_") and not validates:
             log.info(

@@ -130,6 +130,7 @@ def records(path: Path) -> Iterator[Any]:
             message = b""
 
 
+@pytest.mark.processes
 def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path: Path) -> None:
     exp = experiment(tmp_path / "logs", "wandb", project="p", name="n", offline=True, tags=["t"])
     exp.validate()

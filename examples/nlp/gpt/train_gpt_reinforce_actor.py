@@ -15,7 +15,7 @@ from nemo_aligner.config.reinforce import ReinforceConfig
 @script("gpt_rs_actor", Path(__file__).resolve().parent / "conf", REINFORCE)
 def main(cfg: DictConfig) -> None:
     config = load_config(cfg, ReinforceConfig, REINFORCE)
-    from nemo_aligner.stages.reinforce.loop import run
+    from nemo_aligner.stages.reinforce.start import run
 
     run(config)
 

@@ -77,31 +77,6 @@ class MegatronCluster:
         return bool(raised.item())
 
 
-def fit_parallel_sizes(
-    tensor: int, pipeline: int, stored_tensor: int, stored_pipeline: int, world: int
-) -> tuple[int, int]:
-    """Tensor- and pipeline-parallel sizes for `world` processes.
-
-    -1 takes the stored size, reduced until it divides what is there; an explicit size that does not is a ConfigError.
-    """
-    for key, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
-        if size != -1 and (size < 1 or world % size):
-            raise ConfigError(f"{size} does not divide trainer.devices × trainer.num_nodes = {world}", key)
-    if tensor == -1:
-        room = world if pipeline == -1 else world // pipeline
-        tensor = next(size for size in range(min(stored_tensor, room), 0, -1) if room % size == 0)
-    if pipeline == -1:
-        room = world // tensor
-        pipeline = next(size for size in range(min(stored_pipeline, room), 0, -1) if room % size == 0)
-    if world % (tensor * pipeline):
-        raise ConfigError(
-            f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
-            f"not divide trainer.devices × trainer.num_nodes = {world}",
-            "tensor_model_parallel_size",
-        )
-    return tensor, pipeline
-
-
 def _pick_device(trainer: TrainerConfig) -> torch.device:
     if trainer.accelerator not in ("auto", "gpu", "cuda", "cpu"):
         raise ConfigError(f"{trainer.accelerator!r} is not one of auto, gpu, cpu", "trainer.accelerator")

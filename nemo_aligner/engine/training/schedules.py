@@ -117,6 +117,31 @@ def make_schedule(lr: float, sched: Mapping[str, Any] | None, max_steps: int) ->
     """
     if sched is None:
         return lambda t: lr
+    kind, given = _checked(sched)
+    numbers = _numbers(lr, given, max_steps)
+    if sched["name"] == "NoamHoldAnnealing" and numbers.warmup == 0:
+        raise ConfigError(
+            f"{sched['name']} needs at least 1: its decay is measured in warm-ups", f"{_BLOCK}.warmup_steps"
+        )
+
+    def schedule(t: int) -> float:
+        if kind.has_phases and t < numbers.warmup:
+            return lr * (t + 1) / (numbers.warmup + 1)
+        if kind.has_phases and t > numbers.total:
+            return numbers.min_lr
+        return kind.formula(numbers, t)
+
+    return schedule
+
+
+def check_schedule(sched: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError for what `make_schedule` would refuse in a run of any length."""
+    if sched is not None:
+        _checked(sched)
+
+
+def _checked(sched: Mapping[str, Any]) -> tuple[_Kind, dict[str, float]]:
+    """The schedule's formula, and the numbers given for it."""
     name = sched.get("name")
     if name not in _KINDS:
         raise ConfigError(f"{name!r} is not one of {', '.join(_KINDS)}", f"{_BLOCK}.name")
@@ -129,18 +154,7 @@ def make_schedule(lr: float, sched: Mapping[str, Any] | None, max_steps: int) ->
     for key in kind.needs:
         if key not in given:
             raise ConfigError(f"{name} needs it", f"{_BLOCK}.{key}")
-    numbers = _numbers(lr, {key: _number(key, value) for key, value in given.items()}, max_steps)
-    if name == "NoamHoldAnnealing" and numbers.warmup == 0:
-        raise ConfigError(f"{name} needs at least 1: its decay is measured in warm-ups", f"{_BLOCK}.warmup_steps")
-
-    def schedule(t: int) -> float:
-        if kind.has_phases and t < numbers.warmup:
-            return lr * (t + 1) / (numbers.warmup + 1)
-        if kind.has_phases and t > numbers.total:
-            return numbers.min_lr
-        return kind.formula(numbers, t)
-
-    return schedule
+    return kind, {key: _number(key, value) for key, value in given.items()}
 
 
 def _number(key: str, value: Any) -> float:

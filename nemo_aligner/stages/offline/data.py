@@ -10,10 +10,22 @@ from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.data.provenance import file_hash
+from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+
+
+def check_archive(cfg: OfflineConfig) -> None:
+    """The archive `gpt_model_file` must be there and fit the processes. Raises CheckpointError, ConfigError."""
+    parallel_sizes(
+        cfg.trainer,
+        cfg.gpt_model_file,
+        key="gpt_model_file",
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+    )
 
 
 def start_cluster(cfg: OfflineConfig) -> AbstractContextManager[MegatronCluster]:

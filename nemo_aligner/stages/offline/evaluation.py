@@ -10,21 +10,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.judged_text import TextEncoder
+from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
-from nemo_aligner.stages.offline.data import check_output, check_template, open_rows, start_cluster
+from nemo_aligner.stages.offline.data import check_archive, check_output, check_template, open_rows, start_cluster
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,15 @@ def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    for path in cfg.policy_files:
+        check_is_policy(path, "policy_files")
+    if cfg.initial_policy_file is not None:
+        check_is_policy(cfg.initial_policy_file, "initial_policy_file")
+    check_is_reward_model(cfg.reward_model_file, "reward_model_file")
+    check_archive(cfg)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
+    from nemo_aligner.algorithms.reinforce import sequence_kl
     from nemo_aligner.engine.policy import load_policy
     from nemo_aligner.engine.reward_model import load_reward_model
 

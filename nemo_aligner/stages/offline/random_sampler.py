@@ -12,9 +12,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.offline import SamplerConfig
 from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
@@ -22,17 +21,23 @@ from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import Row, write_jsonl
 from nemo_aligner.data.prompts import filled, with_bos
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.stages.offline.data import (
+    check_archive,
     check_output,
     check_template,
     data_fingerprint,
     open_rows,
     start_cluster,
 )
+from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+
+if TYPE_CHECKING:
+    from nemo_aligner.algorithms.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,9 @@ def run(cfg: SamplerConfig) -> None:
     """Sample `cfg.data.n` responses for each prompt of the chunk into `cfg.output_file`."""
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_duration(cfg.max_time_per_run, "max_time_per_run")
+    check_archive(cfg)
+    check_is_policy(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
     from nemo_aligner.engine.policy import load_policy
@@ -54,6 +62,8 @@ def run(cfg: SamplerConfig) -> None:
 
 def sampling_params(inference: InferenceConfig, seed: int) -> SamplingParams:
     """`inference.*` as the engine takes it."""
+    from nemo_aligner.algorithms.sampling import SamplingParams
+
     return SamplingParams(
         greedy=inference.greedy,
         temperature=inference.temperature,

@@ -17,17 +17,20 @@ from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
 from nemo_aligner.stages.offline.data import (
+    check_archive,
     check_output,
     check_template,
     data_fingerprint,
     open_rows,
     start_cluster,
 )
+from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ def run(cfg: LabelerConfig) -> None:
     check_processor(cfg.processor, cfg.reward_template, keys)
     cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_duration(cfg.max_time_per_run, "max_time_per_run")
+    check_archive(cfg)
+    check_is_reward_model(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
     from nemo_aligner.engine.reward_model import load_reward_model

@@ -16,12 +16,12 @@ import torch
 
 from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.prompts import PromptRow, encode_prompts, open_prompts
+from nemo_aligner.data.prompts import PromptRow, encode_prompts
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import ConfigError, StoppedEarly
+from nemo_aligner.errors import StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
@@ -33,40 +33,6 @@ from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
 
-_MONITORS = {"val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", "global_step", "step", "consumed_samples"}
-_PREFIX = "model.data.data_prefix"
-
-
-def run(cfg: ReinforceConfig) -> None:
-    """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
-    if cfg.model.data.data_impl not in ("json", "jsonl"):
-        raise ConfigError(f"{cfg.model.data.data_impl!r} is not jsonl", "model.data.data_impl")
-    rows = {s: open_prompts(cfg.model.data.data_prefix, s, f"{_PREFIX}.{s}") for s in ("train", "validation")}
-    if rows["train"] is None:
-        raise ConfigError("required, but not given", f"{_PREFIX}.train")
-
-    from nemo_aligner.engine.loading import start_for_training
-    from nemo_aligner.engine.policy import load_policy_for_training
-    from nemo_aligner.servers.reward_client import RewardClient
-
-    key = "pretrained_checkpoint.restore_from_path"
-    with start_for_training(cfg.trainer, cfg.model, key=key) as cluster:
-        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=key)
-        prompts = {split: None if found is None else encode(cfg, policy, found) for split, found in rows.items()}
-        if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
-            policy.keep_initial_weights()
-        assert prompts["train"] is not None
-        actor = Actor(cfg, policy, cluster, prompts["train"], prompts["validation"] or [])
-        policy.add_optimizer(
-            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
-        )
-        client = RewardClient(cfg.remote_critic_rm)
-        try:
-            client.wait_until_ready()
-            actor.train(client)
-        finally:
-            client.close()
-
 
 def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
     """Prompts that leave room for a response."""
@@ -76,7 +42,7 @@ def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]
         tokenizer.encode,
         bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
         limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
-        key=_PREFIX,
+        key="model.data.data_prefix",
     )
 
 
@@ -121,7 +87,7 @@ class Actor:
     def train(self, rewards: Rewards) -> None:
         """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
-        checkpoints = Checkpoints(exp, cluster, metrics=_MONITORS, validates=bool(self.validation))
+        checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
         step, logged = self.resume(checkpoints)
         self.announce()

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.generation import GenerationConfig
-from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
 from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.offline.random_sampler import sampling_params
@@ -20,6 +21,7 @@ from nemo_aligner.stages.run_control import StopSignal
 
 log = logging.getLogger(__name__)
 
+_ARCHIVE = "gpt_model_file"
 _SLOTS = 64
 _FIELDS = ("input", "text")
 
@@ -27,18 +29,15 @@ _FIELDS = ("input", "text")
 def run(cfg: GenerationConfig) -> None:
     """Answer the prompts of `cfg`, then serve where it says so."""
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
+    sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
+    check_template(cfg.chat_template, "chat_template")
+    parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
+    check_is_policy(cfg.gpt_model_file, _ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.policy import load_policy
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.gpt_model_file,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    ) as cluster:
+    with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
         if cfg.server and cluster.dp_size > 1:
             raise ConfigError(
                 f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "

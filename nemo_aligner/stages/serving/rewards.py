@@ -10,6 +10,7 @@ import logging
 
 from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.serving import ServerConfig
+from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_control import StopSignal
@@ -21,17 +22,16 @@ _HEARTBEAT_S = 60.0
 
 def run(cfg: ServerConfig) -> None:
     """Serve `cfg.rm_model_file` until SIGTERM or SIGINT."""
+    key, overrides = "rm_model_file", cfg.model
+    sizes = {"tensor": overrides.tensor_model_parallel_size, "pipeline": overrides.pipeline_model_parallel_size}
+    parallel_sizes(cfg.trainer, cfg.rm_model_file, key=key, **sizes)
+    check_is_reward_model(cfg.rm_model_file, key)
+
     from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.reward_model import load_reward_model
 
-    with start_for_archive(
-        cfg.trainer,
-        cfg.rm_model_file,
-        key="rm_model_file",
-        tensor=cfg.model.tensor_model_parallel_size,
-        pipeline=cfg.model.pipeline_model_parallel_size,
-    ) as cluster:
-        model = load_reward_model(cfg.rm_model_file, cluster, precision=cfg.trainer.precision, key="rm_model_file")
+    with start_for_archive(cfg.trainer, cfg.rm_model_file, key=key, **sizes) as cluster:
+        model = load_reward_model(cfg.rm_model_file, cluster, precision=cfg.trainer.precision, key=key)
         scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:
             if cluster.is_main:

@@ -26,20 +26,9 @@ from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import archive_of, check_same_run, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
+from nemo_aligner.stages.supervised.monitors import monitors
 
 log = logging.getLogger(__name__)
-
-_ALWAYS_LOGGED = {
-    "global_step",
-    "step",
-    "consumed_samples",
-    "epoch",
-    "loss",
-    "train_loss",
-    "lr",
-    "grad_norm",
-    "val_loss",
-}
 
 
 def sft_objective(logprobs: Any, microbatch: Microbatch) -> Any:
@@ -94,9 +83,7 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapp
     `config` is what the run is, for loggers that keep it.
     """
     cluster = model.cluster
-    names = set(task.metric_names)
-    known = _ALWAYS_LOGGED | {f"{part}{name}" for name in names for part in ("", "train_", "val_")}
-    checkpoints = Checkpoints(exp, cluster, metrics=known, validates=task.validates)
+    checkpoints = Checkpoints(exp, cluster, metrics=monitors(task.metric_names), validates=task.validates)
     made_with = identity(task, model)
     step, logged = resume(model, checkpoints, made_with)
     with run_logger(exp, cluster, config or {}, logged) as logger:
@@ -249,11 +236,6 @@ def reward_notes(append_eod: bool, reward_model_type: str, metrics: StepMetrics,
         "reward_model_type": reward_model_type,
         "append_eod": append_eod,
     }
-
-
-RANKING_METRICS = frozenset(
-    {"accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "rewards_all_mean", "rewards_all_square"}
-)
 
 
 def check_not_empty(examples: Sequence[Example], path: str) -> None:

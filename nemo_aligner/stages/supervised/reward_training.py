@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from nemo_aligner.config.supervised import RMConfig
 from nemo_aligner.data.blending import blend, prefix_files
 from nemo_aligner.data.jsonl import Row, load_rows
 from nemo_aligner.data.supervised import pairs_of, preference_examples
+from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
-from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import optimizer_settings
-from nemo_aligner.stages.supervised.loop import (
-    RANKING_METRICS,
-    Task,
-    check_not_empty,
-    ranking_objective,
-    ranking_task_notes,
-    train,
-)
+from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
+
+if TYPE_CHECKING:
+    from nemo_aligner.stages.supervised.loop import Task
+
+_ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
 Pairs = list[tuple[Row, Row]]
 
@@ -31,11 +31,14 @@ def run(cfg: RMConfig) -> None:
     pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(RANKING_METRICS))
+    check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.reward_model import load_reward_model_for_training
+    from nemo_aligner.stages.supervised.loop import train
 
-    with start_for_training(cfg.trainer, cfg.model, key="pretrained_checkpoint.restore_from_path") as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
         model = load_reward_model_for_training(
             cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
         )
@@ -59,6 +62,14 @@ def open_pairs(cfg: RMConfig, split: str) -> Pairs:
 
 
 def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
+    from nemo_aligner.stages.batches import BatchPlan
+    from nemo_aligner.stages.supervised.loop import (
+        Task,
+        check_not_empty,
+        ranking_objective,
+        ranking_task_notes,
+    )
+
     data = cfg.model.data
     limit = min(data.seq_length, model.max_sequence_length)
     splits = {

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
-from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.chat import ChatTemplate, check_template, messages_of
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
+from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
-from nemo_aligner.stages.batches import BatchPlan
+from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import optimizer_settings
-from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective, train
+from nemo_aligner.stages.supervised.monitors import monitors
 
+if TYPE_CHECKING:
+    from nemo_aligner.stages.supervised.loop import Task
+
+_ARCHIVE = "model.restore_from_path"
 _TRAIN, _VALIDATION = "model.data.train_ds", "model.data.validation_ds"
 
 
@@ -23,11 +29,16 @@ def run(cfg: SFTConfig) -> None:
     rows = open_rows(cfg, cfg.model.data.train_ds, _TRAIN)
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()))
+    check_template(cfg.model.data.chat_template, "model.data.chat_template")
+    check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
+    check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
+    from nemo_aligner.stages.supervised.loop import train
 
-    with start_for_training(cfg.trainer, cfg.model, key="model.restore_from_path") as cluster:
+    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
         task = make_task(cfg, policy, rows, held_out)
         policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
@@ -41,12 +52,19 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
     required: Mapping[str, str] = {}
     if not cfg.model.data.chat:
         required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
-    return load_rows(
+    rows = load_rows(
         config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
     )
+    if cfg.model.data.chat:
+        for row, number in zip(rows, rows.numbers, strict=True):
+            messages_of(row, str(rows.path), number)
+    return rows
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
+    from nemo_aligner.stages.batches import BatchPlan
+    from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective
+
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
     examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
     check_not_empty(examples, str(rows.path))

@@ -29,6 +29,7 @@ print("complete", flush=True)
 """
 
 
+@pytest.mark.processes
 def test_kill_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
     output, rng = tmp_path / "out.jsonl", random.Random(0)
     for attempt in range(60):

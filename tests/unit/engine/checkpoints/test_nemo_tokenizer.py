@@ -304,6 +304,7 @@ def test_what_would_be_downloaded_or_is_not_there_is_refused_in_one_line_without
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.processes
 def test_log_lines_warnings_and_stdout_stay_as_they_were(tmp_path: Path) -> None:
     program = """
 import logging, sys, warnings

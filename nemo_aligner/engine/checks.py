@@ -1,0 +1,63 @@
+"""What is wrong with a run's archive or its parallel sizes, said before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
+from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
+from nemo_aligner.errors import CheckpointError, ConfigError
+
+
+def check_is_policy(path: str | Path, key: str) -> None:
+    """Raises CheckpointError for the archive of a reward model, or none; `key` names it in the config."""
+    if read_architecture(path, key=key).reward_model_type is not None:
+        raise CheckpointError(f"{key}={path} is a reward model, not a language model: it has a head instead of logits")
+
+
+def check_is_reward_model(path: str | Path, key: str) -> None:
+    """Raises CheckpointError for the archive of a policy, or none; `key` names it in the config."""
+    if read_architecture(path, key=key).reward_model_type is None:
+        raise CheckpointError(
+            f"{key}={path} is a language model, not a reward model; examples/nlp/gpt/train_reward_model.py makes one"
+        )
+
+
+def parallel_sizes(
+    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1
+) -> tuple[int, int]:
+    """Tensor- and pipeline-parallel sizes of a run of the archive at `path`, which `key` names in the config.
+
+    -1 takes the stored size, reduced until it divides what is there; an explicit size that does not is a ConfigError.
+    Raises CheckpointError where there is no archive.
+    """
+    arch = read_architecture(path, key=key)
+    world = trainer.devices * trainer.num_nodes
+    for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
+        if size != -1 and (size < 1 or world % size):
+            raise ConfigError(f"{size} does not divide trainer.devices × trainer.num_nodes = {world}", name)
+    if tensor == -1:
+        room = world if pipeline == -1 else world // pipeline
+        stored = arch.tensor_model_parallel_size
+        tensor = next(size for size in range(min(stored, room), 0, -1) if room % size == 0)
+    if pipeline == -1:
+        room, stored = world // tensor, arch.pipeline_model_parallel_size
+        pipeline = next(size for size in range(min(stored, room), 0, -1) if room % size == 0)
+    if world % (tensor * pipeline):
+        raise ConfigError(
+            f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
+            f"not divide trainer.devices × trainer.num_nodes = {world}",
+            "tensor_model_parallel_size",
+        )
+    return tensor, pipeline
+
+
+def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -> None:
+    """The archive and the sizes of a training run; `key` names the archive. Raises as `parallel_sizes`."""
+    parallel_sizes(
+        trainer,
+        model.restore_from_path,
+        key=key,
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+    )

@@ -1,0 +1,54 @@
+"""From a config to a REINFORCE run: what it reads is checked before its model is loaded."""
+
+from __future__ import annotations
+
+from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
+from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.prompts import open_prompts
+from nemo_aligner.engine.checks import check_is_policy, check_training
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.run_checks import check_training_settings
+
+_ARCHIVE = "pretrained_checkpoint.restore_from_path"
+
+
+def run(cfg: ReinforceConfig) -> None:
+    """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
+    train, validation = open_rows(cfg)
+    check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS)
+    check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
+    check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
+
+    from nemo_aligner.engine.loading import start_for_training
+    from nemo_aligner.engine.policy import load_policy_for_training
+    from nemo_aligner.servers.reward_client import RewardClient
+    from nemo_aligner.stages.reinforce.loop import Actor, encode
+
+    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
+        prompts = encode(cfg, policy, train)
+        held_out = [] if validation is None else encode(cfg, policy, validation)
+        if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+            policy.keep_initial_weights()
+        actor = Actor(cfg, policy, cluster, prompts, held_out)
+        policy.add_optimizer(
+            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
+        )
+        client = RewardClient(cfg.remote_critic_rm)
+        try:
+            client.wait_until_ready()
+            actor.train(client)
+        finally:
+            client.close()
+
+
+def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:
+    """Prompts to train on and to validate on, checked. Raises ConfigError without a file, DataError for bad rows."""
+    data = cfg.model.data
+    if data.data_impl not in ("json", "jsonl"):
+        raise ConfigError(f"{data.data_impl!r} is not jsonl", "model.data.data_impl")
+    key = "model.data.data_prefix"
+    train, validation = (open_prompts(data.data_prefix, split, f"{key}.{split}") for split in ("train", "validation"))
+    if train is None:
+        raise ConfigError("required, but not given", f"{key}.train")
+    return train, validation
