@@ -100,7 +100,7 @@ def test_a_server_that_stays_away_is_given_up_at_the_time_out(clock: Clock, time
 def test_a_refused_request_is_not_asked_again(clock: Clock) -> None:
     wrapped = "Failed to process\nTraceback\n  RequestError: sentences: row 0 has 9 bytes\n"
     server = Server(clock, RuntimeError(wrapped))
-    with pytest.raises(ServerError, match="refused a request: RequestError: sentences: row 0 has 9 bytes$"):
+    with pytest.raises(ServerError, match=r"refused a request: RequestError: sentences: row 0 has 9 bytes$"):
         client_of(server, clock).submit(["ab"]).result(10)
     assert len(server.asked) == 1
     assert clock.pauses == []

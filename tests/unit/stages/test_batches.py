@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_ranks_share_a_batch_without_overlap_in_as_many_micro_batches_each(dp_si
         microbatches(EXAMPLES, indices, size=size, dp_rank=rank, dp_size=dp_size, pad_id=0) for rank in range(dp_size)
     ]
     assert len({len(part) for part in parts}) == 1
-    assert len(parts[0]) == -(-(-(-len(indices) // dp_size)) // size)
+    assert len(parts[0]) == math.ceil(math.ceil(len(indices) / dp_size) / size)
     assert all(len(batch.tokens) <= size for part in parts for batch in part)
     rows = sorted(row for part in parts for row in real(part))
     assert rows == sorted(tuple(EXAMPLES[i].rows[0]) for i in indices)
