@@ -147,9 +147,9 @@ def test_torchrun_gives_what_plain_python_gives(workshop: Workshop, tmp_path: Pa
         )  # fmt: skip
 
     run("python", *sampler("plain.jsonl"))
-    run("torchrun", "--nproc-per-node=2", "--master-port=0", *sampler("torchrun.jsonl"))
+    run("torchrun", "--standalone", "--nproc-per-node=2", *sampler("torchrun.jsonl"))
     assert (tmp_path / "torchrun.jsonl").read_text() == (tmp_path / "plain.jsonl").read_text()
     assert len(lines(tmp_path / "plain.jsonl")) == 12
-    wrong = run("torchrun", "--nproc-per-node=1", *sampler("none.jsonl"), check=False)
+    wrong = run("torchrun", "--standalone", "--nproc-per-node=1", *sampler("none.jsonl"), check=False)
     assert wrong.returncode == 1
     assert "torchrun started 1 processes, but trainer.devices=2" in wrong.stderr
