@@ -127,6 +127,53 @@ def test_a_broken_connection_is_closed_and_not_used_again(clock: Clock) -> None:
     assert (broken.closed, len(broken.asked)) == (1, 1)
 
 
+def test_a_text_goes_out_as_it_is_to_its_last_byte(clock: Clock) -> None:
+    server = Server(clock, lengths)
+    assert client_of(server, clock).submit(["ab\0", "\0"]).result(10) == [3.0, 1.0]
+    assert server.asked == [[b"ab\0", b"\0"]]
+
+
+def test_a_server_that_is_away_is_told_of_at_once_and_then_every_ten_seconds(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(clock, OSError("refused"))
+    with pytest.raises(ServerError):
+        client_of(server, clock, timeout=60.0).submit(["ab"]).result(10)
+    said = [record for record in caplog.records if "does not answer, asking again (refused)" in record.getMessage()]
+    assert 5 <= len(said) <= 7
+    assert len(server.asked) > 2 * len(said)
+
+
+def test_a_fault_without_words_is_named_by_its_kind(clock: Clock) -> None:
+    with pytest.raises(ServerError, match=r"\(TimeoutError\)"):
+        client_of(Server(clock, TimeoutError()), clock, timeout=0.1).submit(["ab"]).result(10)
+
+
+@pytest.mark.parametrize(("timeout", "each"), [(30.0, 30.0), (1800.0, 120.0)])
+def test_every_thread_has_a_connection_of_its_own_that_waits_no_longer_than_the_client(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, timeout: float, each: float
+) -> None:
+    import pytriton.client
+
+    made: list[tuple[Any, ...]] = []
+
+    def connect(url: str, name: str, **options: Any) -> Server:
+        made.append((threading.current_thread(), url, name, options))
+        return Server(clock, lengths)
+
+    monkeypatch.setattr(pytriton.client, "ModelClient", connect)
+    address = ServerAddress(name="judge", ip="10.0.0.7", port=77)
+    client = RewardClient(RemoteRewardModelConfig(address, inference_timeout_s=timeout))
+    for _ in range(3):
+        futures = [client.submit(["a"]) for _ in range(8)]
+        assert all(future.result(10) == [1.0] for future in futures)
+    threads = [thread for thread, *_ in made]
+    assert len(set(threads)) == len(threads) <= 4
+    options = {"lazy_init": True, "init_timeout_s": each, "inference_timeout_s": each}
+    assert all(found == ("http://10.0.0.7:77", "judge", options) for _, *rest in made for found in [tuple(rest)])
+    client.close()
+
+
 @pytest.fixture
 def ready() -> Iterator[tuple[int, list[int], list[str]]]:
     """A port that answers with each of the statuses in turn, the last again and again, and what it was asked."""
@@ -170,6 +217,20 @@ def test_a_model_that_is_never_ready_is_named_with_the_keys_to_change(
     with pytest.raises(ServerError, match=said):
         client_of(None, clock, port=port, timeout=3.0).wait_until_ready()
     assert 3.0 <= clock.now - 100.0 <= 3.5
+
+
+def test_waiting_is_told_of_at_once_and_then_every_ten_seconds(
+    clock: Clock, ready: tuple[int, list[int], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    port, statuses, _ = ready
+    statuses[:] = [404] * 25 + [200]
+    client_of(None, clock, port=port).wait_until_ready()
+    said = [record.getMessage() for record in caplog.records if "waiting for the reward server" in record.getMessage()]
+    assert [text.partition("for ")[2].partition("for ")[2].partition(" so far")[0] for text in said] in (
+        ["0 s", "10 s", "20 s"],
+        ["0 s", "11 s", "22 s"],
+    )
 
 
 def test_where_nobody_listens_the_reason_is_said(clock: Clock) -> None:

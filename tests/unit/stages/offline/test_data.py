@@ -48,3 +48,11 @@ def test_a_weight_for_each_file_and_a_text_in_each_row(tmp_path: Path) -> None:
     cfg.data.concat_sampling_probabilities = [1.0, 1.0]
     with pytest.raises(DataError, match=r"a:1: no field 'output' \(data\.output_key\)"):
         open_rows(cfg.data, {"output": "data.output_key"})
+
+
+def test_rows_read_through_datasets_are_the_same_and_cached_where_asked(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "a")
+    plain = list(open_rows(cfg.data, {}))
+    cfg.data.hf_dataset, cfg.data.index_mapping_dir = True, str(tmp_path / "cache")
+    assert list(open_rows(cfg.data, {})) == plain
+    assert any((tmp_path / "cache").iterdir())

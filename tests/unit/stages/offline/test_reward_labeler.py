@@ -195,6 +195,13 @@ def test_rewards_are_standardised_by_what_is_given_then_what_is_stored_then_thei
     assert standardize(cfg, [1.0, 3.0, 5.0], stored) == pytest.approx(expected)
 
 
+def test_what_the_reward_model_stores_standardises_what_is_written(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.reward_standardization = RewardStandardization(enable=True)
+    run(cfg, model=ByteSum(stored=(100.0, 4.0)))
+    assert [row["reward"] for row in written(cfg)] == [(reward_of(i) - 100.0) / 4.0 for i in range(7)]
+
+
 def test_a_reward_that_is_no_number_is_named_by_its_line_and_outlives_the_journal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
