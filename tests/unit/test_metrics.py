@@ -109,16 +109,33 @@ def test_phases_add_up_and_count_what_fails_too(monkeypatch: pytest.MonkeyPatch)
     assert timers.seconds == {"generate": 5.0, "train": 0.5, "inner": 0.5}
 
 
-def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [10.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
     bar = Progress("training", 10, show=True, done=4, unit="step")
+    now[0] = 10.5
     bar.advance(3, 700, loss=0.123456)
-    bar.advance(2, 700)
+    bar.advance(2, 300, loss=0.123456)
     bar.close()
     said = capsys.readouterr().err
     assert "training" in said
     assert "9/10" in said
-    assert "tokens/s=" in said
+    assert "tokens/s=2000" in said, "over all tokens since the start"
+    assert "loss=0.1235" in said
+    assert "step" in said
     hidden = Progress("training", 10, show=False)
     hidden.advance(3, 700)
     hidden.close()
     assert capsys.readouterr().err == ""
+
+
+def test_progress_counts_samples_from_nothing_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress("labeling", 10, show=True)
+    bar.advance(2)
+    bar.close()
+    said = capsys.readouterr().err
+    assert "2/10" in said
+    assert "sample" in said
+    assert "tokens/s" not in said
