@@ -83,6 +83,17 @@ def test_a_value_that_is_not_there_or_no_number_is_the_worst_of_all(tmp_path: Pa
         assert steps(made) == ([2, 5] if mode == "min" else [4, 5])
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("place", range(4))
+def test_no_number_is_never_the_best_wherever_it_stands(tmp_path: Path, mode: str, place: int) -> None:
+    made = checkpoints(tmp_path, mode=mode, save_top_k=2)
+    values = [1.0, 2.0, 3.0]
+    values.insert(place, math.nan)
+    save(made, [*values, math.nan])
+    best = sorted((1.0, 2.0, 3.0), reverse=mode == "max")[:2]
+    assert steps(made) == sorted([*(values.index(value) + 1 for value in best), 5])
+
+
 def test_equals_are_kept_by_the_later_step(tmp_path: Path) -> None:
     made = checkpoints(tmp_path, save_top_k=1)
     save(made, [2.0, 2.0, 9.0])

@@ -81,7 +81,9 @@ def test_every_row_gets_its_own_reward_in_the_order_of_the_input(
         {"input": f"q{i % 3}", "output": "x" * i, "id": i, "reward": reward_of(i)} for i in range(7)
     ]
     assert sum(len(part) for model in models for part in model.scored) == 7, "none is scored twice"
-    counts = json.loads(Path(f"{cfg.output_file}.meta.json").read_text())["counts"]
+    meta = json.loads(Path(f"{cfg.output_file}.meta.json").read_text())
+    assert meta["archive_sha256"] == "a" * 64
+    counts = meta["counts"]
     rewards = [reward_of(i) for i in range(7)]
     mean = sum(rewards) / 7
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 6)

@@ -145,11 +145,14 @@ def test_remax_compares_with_the_reward_of_the_greedy_response(cluster: Megatron
     assert row["train_rollouts/advantage_mean"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_masked_unfinished_responses_teach_nothing(cluster: MegatronCluster, tmp_path: Path) -> None:
+def test_masked_unfinished_responses_teach_nothing(
+    cluster: MegatronCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = actor(cluster, config(tmp_path, unfinished="mask", max_steps=2))
     before = [p.clone() for p in made.policy.module.parameters()]  # type: ignore[attr-defined]
     made.train(Judge(plain_letters))
     shares = [r["train_rollouts/fraction_of_samples_properly_ended"] for r in metrics(tmp_path, "train_rollouts")]
+    assert caplog.text.count("nothing is learned from it") == 2
     assert shares == [0.0, 0.0], "random bytes within five tokens: none is EOS with this seed"
     after = made.policy.module.parameters()  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
