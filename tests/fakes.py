@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.engine.interfaces import GenerationRequest, Response
+
+T = TypeVar("T")
 
 EOS, END_OF_TURN = 256, 257
 
@@ -48,6 +55,86 @@ class OneProcess:
 
     def any_in_replica(self, flag: bool) -> bool:
         return flag
+
+
+class RankOfSeveral:
+    """One of several data-parallel ranks, each a thread; see `on_ranks`."""
+
+    speaks_for_replica = True
+
+    def __init__(self, rank: int, world: int, board: list[Any], meet: threading.Barrier) -> None:
+        self.rank = self.dp_rank = rank
+        self.world_size = self.dp_size = world
+        self._board, self._meet = board, meet
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self._meet.wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        self._board[self.rank] = value
+        self._meet.wait()
+        found = list(self._board)
+        self._meet.wait()
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+    def any_in_replica(self, flag: bool) -> bool:
+        return flag
+
+
+def on_ranks(world: int, work: Callable[[RankOfSeveral], T]) -> list[T]:
+    """What `work` returns on each of `world` data-parallel ranks. Raises what the first of them raised."""
+    board, meet = [None] * world, threading.Barrier(world, timeout=20)
+
+    def one(rank: int) -> T:
+        try:
+            return work(RankOfSeveral(rank, world, board, meet))
+        except BaseException:
+            meet.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(one, rank) for rank in range(world)]
+        faults = [fault for fault in (future.exception() for future in futures) if fault is not None]
+        for fault in sorted(faults, key=lambda fault: isinstance(fault, threading.BrokenBarrierError)):
+            raise fault
+        return [future.result() for future in futures]
+
+
+class EchoPolicy:
+    """Answers prompt p, sample s with `<p.s>` as bytes, the last request first, and remembers how it was asked."""
+
+    tokenizer, max_sequence_length = ByteTokenizer(), 64
+
+    def __init__(self, archive: str = "a" * 64) -> None:
+        self.archive, self.asked = archive, list[GenerationRequest]()
+        self.sampling: SamplingParams | None = None
+        self.slots = 0
+
+    def archive_hash(self) -> str:
+        return self.archive
+
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: SamplingParams, max_slots: int
+    ) -> Iterator[Response]:
+        asked = list(requests)
+        self.asked += asked
+        self.sampling, self.slots = sampling, max_slots
+        for request in reversed(asked):
+            text = f"<{request.prompt_index}.{request.sample_index}>"
+            tokens, finished = list(text.encode()), request.sample_index % 2 == 0
+            logprobs = [-0.5 * (1 + i) for i in range(len(tokens))]
+            reason = "stop" if finished else "length"
+            yield Response(request.prompt_index, request.sample_index, tokens, text, logprobs, logprobs, reason)
 
 
 class RecordingLogger:

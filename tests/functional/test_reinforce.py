@@ -354,7 +354,11 @@ def test_the_server_leaves_cleanly_on_sigterm_and_says_when_its_port_is_taken(
 ) -> None:
     port = free_port()
     with serving(workshop, port, tmp_path / "log", "trainer.devices=2") as process:
-        assert len(ask(port, texts("a", "b", "c"))["rewards"]) == 3  # two ranks share the work
+        whole = [f"{word} film" * i for i, word in enumerate(("a", "good", "bad", "no", "the"), 1)]
+        found = ask(port, texts(*whole))["rewards"]  # two ranks share the work
+        alone = [ask(server, texts(text))["rewards"][0] for text in whole]
+        assert found == pytest.approx(alone, abs=1e-5)
+        assert len({round(reward, 4) for reward in alone}) == 5, "a reward in another's place would be seen"
         process.terminate()
         assert process.wait(60) == 0
     taken = run(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nemo_aligner import metrics
 from nemo_aligner.errors import OutputError
-from nemo_aligner.metrics import MetricsLogger
+from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 
 
 def test_what_was_logged_after_the_checkpoint_is_cut_off_when_the_run_goes_on(tmp_path: Path) -> None:
@@ -29,3 +31,111 @@ def test_a_full_disk_ends_in_one_line_that_names_the_folder(tmp_path: Path) -> N
     logger = MetricsLogger(tmp_path, tensorboard=False)
     with pytest.raises(OutputError, match=f"cannot write metrics into {tmp_path}: No space left"):
         logger.log(1, "train", {"loss": 2.0})
+
+
+def test_a_log_that_others_wrote_is_gone_on_with_where_the_run_does_not_resume(tmp_path: Path) -> None:
+    for step in (1, 2):
+        logger = MetricsLogger(tmp_path, tensorboard=False)
+        logger.log(step, "train", {"loss": 0.0})
+        assert logger.position == (tmp_path / "metrics.jsonl").stat().st_size
+        logger.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+class Kept:
+    """A logger elsewhere."""
+
+    def __init__(self, continues: bool) -> None:
+        self.continues, self.rows, self.status = continues, list[tuple[int, dict[str, float]]](), ""
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self.rows.append((step, scalars))
+
+    def archived(self, path: Path) -> None:
+        pass
+
+    def close(self, status: str) -> None:
+        self.status = status
+
+
+def test_a_logger_that_goes_on_gets_what_was_cut_off_once_and_a_new_one_gets_all(tmp_path: Path) -> None:
+    first = MetricsLogger(tmp_path, tensorboard=False)
+    first.log(1, "train", {"loss": 1.0})
+    position = first.position
+    first.log(2, "train", {"loss": 2.0})
+    first.log(2, "val", {"loss": 2.5})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "tra')  # torn by a kill
+    old, new = Kept(True), Kept(False)
+    second = MetricsLogger(tmp_path, tensorboard=False, sinks=[old, new], resumed_at=position)
+    again = [(2, "train"), (2, "val"), (3, "train"), (3, "val")]
+    for step, prefix in again:
+        second.log(step, prefix, {"loss": 0.0})
+    second.close("aborted")
+    assert new.rows == [(step, {f"{prefix}/loss": 0.0}) for step, prefix in again]
+    assert old.rows == new.rows[2:]
+    assert old.status == new.status == "aborted"
+
+
+def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = MetricsLogger(tmp_path, tensorboard=True)
+    for step in (1, 5):
+        logger.log(step, "train", {"loss": step / 2, "lr": 1})
+    logger.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert sorted(found.Tags()["scalars"]) == ["train/loss", "train/lr"]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (5, 2.5)]
+
+
+def test_phases_add_up_and_count_what_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    timers = Timers()
+    for seconds in (2.0, 3.0):
+        with timers.phase("generate"):
+            now[0] += seconds
+
+    def fail() -> None:
+        with timers.phase("train"), timers.phase("inner"):
+            now[0] += 0.5
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert timers.seconds == {"generate": 5.0, "train": 0.5, "inner": 0.5}
+
+
+def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [10.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Progress("training", 10, show=True, done=4, unit="step")
+    now[0] = 10.5
+    bar.advance(3, 700, loss=0.123456)
+    bar.advance(2, 300, loss=0.123456)
+    bar.close()
+    said = capsys.readouterr().err
+    assert "training" in said
+    assert "9/10" in said
+    assert "tokens/s=2000" in said, "over all tokens since the start"
+    assert "loss=0.1235" in said
+    assert "step" in said
+    hidden = Progress("training", 10, show=False)
+    hidden.advance(3, 700)
+    hidden.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_counts_samples_from_nothing_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress("labeling", 10, show=True)
+    bar.advance(2)
+    bar.close()
+    said = capsys.readouterr().err
+    assert "2/10" in said
+    assert "sample" in said
+    assert "tokens/s" not in said

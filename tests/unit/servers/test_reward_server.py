@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from nemo_aligner.servers.reward_server import MainThread, answer_requests
+from nemo_aligner.errors import ServerError
+from nemo_aligner.servers import reward_server
+from nemo_aligner.servers.reward_server import (
+    Heartbeat,
+    MainThread,
+    answer_requests,
+    check_port_is_free,
+    find_shared_python,
+)
 from nemo_aligner.servers.wire import RequestError, RequestReader
 from tests.fakes import ByteTokenizer
 
@@ -69,3 +82,55 @@ def test_a_fault_in_scoring_reaches_the_one_who_waits_and_ends_the_run() -> None
             main.run(lambda: False)
         with pytest.raises(RuntimeError, match="out of memory"):
             waiting.result()
+
+
+def test_the_main_thread_beats_while_nobody_asks() -> None:
+    beats: list[int] = []
+    MainThread(length).run(lambda: len(beats) == 2, lambda: beats.append(1))
+    assert beats == [1, 1]
+
+
+def test_refused_requests_of_a_batch_keep_their_number_of_answers_and_nothing_is_scored_for_them() -> None:
+    def never(rows: list[list[int]]) -> list[float]:
+        raise AssertionError(rows)
+
+    found = answer_requests([sentences(b""), sentences(b"", b"a", b"b")], READER, never)
+    assert [answer["rewards"].shape for answer in found] == [(1, 1), (3, 1)]
+    assert all(np.isnan(answer["rewards"]).all() and (answer["exceeded"] == -1).all() for answer in found)
+
+
+def test_the_heart_beats_once_in_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, beats = [0.0], list[float]()
+    monkeypatch.setattr(reward_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    heartbeat = Heartbeat(lambda: beats.append(now[0]), 60.0)
+    for now[0] in (0.0, 59.9, 60.0, 60.1, 119.9, 120.0, 300.0):
+        heartbeat()
+    assert beats == [60.0, 120.0, 300.0]
+
+
+def test_a_port_that_is_taken_is_named_with_its_keys() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServerError, match=rf"^inference\.ip=127\.0\.0\.1, inference\.port={port}: Address already"):
+            check_port_is_free("127.0.0.1", port)
+    check_port_is_free("127.0.0.1", port)
+
+
+def test_tritons_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"LIBDIR": str(tmp_path), "INSTSONAME": "libpython3.so.1.0"}
+    monkeypatch.setattr(sysconfig, "get_config_var", known.get)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/others")
+    with pytest.raises(ServerError, match=r"no shared library \(libpython3\.so\.1\.0 in "):
+        find_shared_python()
+    (tmp_path / "libpython3.so.1.0").touch()
+    find_shared_python()
+    assert os.environ["LD_LIBRARY_PATH"] == f"{tmp_path}:/others"
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    find_shared_python()
+    assert os.environ["LD_LIBRARY_PATH"] == str(tmp_path)
+    for missing in ({"INSTSONAME": "libpython3.a"}, {"INSTSONAME": None}, {"LIBDIR": None}):
+        monkeypatch.setattr(sysconfig, "get_config_var", {**known, **missing}.get)
+        with pytest.raises(ServerError, match="--enable-shared"):
+            find_shared_python()

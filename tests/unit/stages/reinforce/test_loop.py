@@ -92,13 +92,16 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("baseline", ["RLOO", "ReMax", "none"])
 def test_rewards_rise_with_every_baseline(cluster: MegatronCluster, tmp_path: Path, baseline: str) -> None:
+    """80 responses a step: twelve standard deviations of chance with a baseline, four without, in any order."""
     cfg = config(tmp_path, baseline=baseline, max_epochs=12)
-    cfg.model.ppo.num_rollout_samples, cfg.model.global_batch_size = 5, 20
+    cfg.model.optim = OptimConfig(name="adamw", lr=2e-2)
+    cfg.model.ppo.num_rollout_samples, cfg.model.ppo.num_rollout_per_prompt = 5, 16
+    cfg.model.micro_batch_size = cfg.model.global_batch_size = 80
     actor(cluster, cfg).train(Judge(plain_letters))
     rewards = [row["train_rollouts/rewards"] for row in metrics(tmp_path, "train_rollouts")]
     assert len(rewards) == 12
     # without a baseline the update is the noisiest
-    assert sum(rewards[-3:]) > sum(rewards[:3]) + (0.1 if baseline == "none" else 0.3)
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + (0.2 if baseline == "none" else 0.6)
 
 
 def test_an_odd_number_of_prompts_is_used_to_the_last_in_every_epoch(cluster: MegatronCluster, tmp_path: Path) -> None:
@@ -142,11 +145,14 @@ def test_remax_compares_with_the_reward_of_the_greedy_response(cluster: Megatron
     assert row["train_rollouts/advantage_mean"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_masked_unfinished_responses_teach_nothing(cluster: MegatronCluster, tmp_path: Path) -> None:
+def test_masked_unfinished_responses_teach_nothing(
+    cluster: MegatronCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = actor(cluster, config(tmp_path, unfinished="mask", max_steps=2))
     before = [p.clone() for p in made.policy.module.parameters()]  # type: ignore[attr-defined]
     made.train(Judge(plain_letters))
     shares = [r["train_rollouts/fraction_of_samples_properly_ended"] for r in metrics(tmp_path, "train_rollouts")]
+    assert caplog.text.count("nothing is learned from it") == 2
     assert shares == [0.0, 0.0], "random bytes within five tokens: none is EOS with this seed"
     after = made.policy.module.parameters()  # type: ignore[attr-defined]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self) -> None:
         self.cluster, self.tokenizer = OneProcess(), ByteTokenizer()
         self.seen: list[list[int]] = []
+        self.validated: list[tuple[int, list[int]]] = []  # (steps before it, first tokens)
 
     def train_step(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
         real = [m for m in microbatches if m.fields["weights"].any()]
@@ -39,6 +40,8 @@ class Recorder:
         return StepMetrics(1.0 / len(self.seen), 1.0, 0.1)
 
     def evaluate(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
+        real = [m for m in microbatches if m.fields["weights"].any()]
+        self.validated.append((len(self.seen), sorted(int(row[0]) for m in real for row in m.tokens)))
         return StepMetrics(float(-len(self.seen)), 0.0, 0.0)
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:

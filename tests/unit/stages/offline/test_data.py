@@ -1,0 +1,58 @@
+"""What the offline scripts refuse before any model is loaded, and the rows they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_aligner.config.offline import SamplerConfig
+from nemo_aligner.errors import ConfigError, DataError, OutputError
+from nemo_aligner.stages.offline.data import check_output, check_template, open_rows
+
+
+def config(folder: Path, *files: str) -> SamplerConfig:
+    cfg = SamplerConfig(gpt_model_file="m", output_file=str(folder / "out.jsonl"))
+    cfg.data.file_names, cfg.data.hf_dataset = [str(folder / name) for name in files], False
+    for name in files:
+        (folder / name).write_text("".join(f'{{"input": "{name}{i}"}}\n' for i in range(3)))
+    return cfg
+
+
+def test_the_output_is_none_of_the_inputs(tmp_path: Path) -> None:
+    check_output(config(tmp_path, "a", "b"))
+    with pytest.raises(OutputError, match=r"is also one of data\.file_names"):
+        check_output(config(tmp_path, "a", "out.jsonl"))
+
+
+def test_a_template_says_where_the_prompt_goes() -> None:
+    check_template(None, "input")
+    check_template("Q: {text}", "text")
+    with pytest.raises(ConfigError, match=r"data\.prompt_template: 'Q: \{input\}' lacks \{text\}"):
+        check_template("Q: {input}", "text")
+
+
+def test_files_are_blended_by_their_weights_and_the_number_of_rows_asked_for(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "a", "b")
+    cfg.data.concat_sampling_probabilities, cfg.data.num_samples = [3.0, 1.0], 8
+    texts = [row["input"] for row in open_rows(cfg.data, {"input": "data.input_key"})]
+    assert len(texts) == 8
+    assert sum(text.startswith("a") for text in texts) == 6
+    assert [text for text in texts if text.startswith("b")] == ["b0", "b1"]
+
+
+def test_a_weight_for_each_file_and_a_text_in_each_row(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "a", "b")
+    with pytest.raises(ConfigError, match=r"data\.concat_sampling_probabilities: 1 weights for 2 files"):
+        open_rows(cfg.data, {})
+    cfg.data.concat_sampling_probabilities = [1.0, 1.0]
+    with pytest.raises(DataError, match=r"a:1: no field 'output' \(data\.output_key\)"):
+        open_rows(cfg.data, {"output": "data.output_key"})
+
+
+def test_rows_read_through_datasets_are_the_same_and_cached_where_asked(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "a")
+    plain = list(open_rows(cfg.data, {}))
+    cfg.data.hf_dataset, cfg.data.index_mapping_dir = True, str(tmp_path / "cache")
+    assert list(open_rows(cfg.data, {})) == plain
+    assert any((tmp_path / "cache").iterdir())

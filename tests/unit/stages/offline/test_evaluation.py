@@ -1,0 +1,82 @@
+"""The evaluation: which samples it draws, whose rewards and KL it reports, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_aligner.config.evaluation import EvaluationConfig
+from nemo_aligner.engine.interfaces import Cluster
+from nemo_aligner.stages.offline.data import open_rows
+from nemo_aligner.stages.offline.evaluation import draw, report, score, starts_of, tokens_of
+from tests.fakes import ByteTokenizer, EchoPolicy, on_ranks
+
+
+class ByteSum:
+    """The reward of a text is the sum of its tokens."""
+
+    tokenizer, max_sequence_length, append_eod = ByteTokenizer(), 64, False
+
+    def score(self, rows: Sequence[list[int]], micro_batch_size: int) -> list[list[float]]:
+        return [[float(sum(row)), -1.0] for row in rows]
+
+
+def config(folder: Path) -> EvaluationConfig:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input": f"q{i}", "id": i}) + "\n" for i in range(5)))
+    cfg = EvaluationConfig(policy_files=["/models/one.nemo"], reward_model_file="rm.nemo")
+    cfg.output_file = str(folder / "figures.json")
+    cfg.data.file_names, cfg.data.hf_dataset, cfg.data.n = [str(prompts)], False, 2
+    return cfg
+
+
+def figures(cfg: EvaluationConfig, cluster: Cluster, *, kl: bool = True) -> dict[str, Any]:
+    rows = open_rows(cfg.data, {"input": "data.input_key"})
+    drawn = draw(cfg, rows, EchoPolicy(), cluster)  # type: ignore[arg-type]
+    assert starts_of(drawn) == [2] * len(drawn)
+    assert tokens_of(drawn) == [[*d.prompt_tokens, *d.response.tokens] for d in drawn]
+    rewards = score(cfg, rows, drawn, ByteSum())  # type: ignore[arg-type]
+    kls = [float(10 * d.response.prompt_index + d.response.sample_index) for d in drawn] if kl else None
+    return report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_figures_are_over_all_samples_and_each_sample_has_its_own_prompt_reward_and_kl(
+    tmp_path: Path, ranks: int
+) -> None:
+    cfg = config(tmp_path)
+    everyone = on_ranks(ranks, lambda cluster: figures(cfg, cluster))
+    texts = [(f"q{p}", f"<{p}.{s}>") for p in range(5) for s in range(2)]
+    rewards = [float(sum((a + b).encode())) for a, b in texts]
+    mean = sum(rewards) / 10
+    for found in everyone:
+        assert found == {
+            "policy": "/models/one.nemo",
+            "reward_mean": pytest.approx(mean),
+            "reward_std": pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / 9)),
+            "kl": pytest.approx(20.5),
+            "response_length": 5.0,
+            "finished": 0.5,
+            "samples": 10,
+        }
+    samples = [json.loads(line) for line in (tmp_path / "figures.json.one.jsonl").read_text().splitlines()]
+    assert samples == [
+        {
+            "input": f"q{p}", "id": p, "output": f"<{p}.{s}>", "reward": rewards[2 * p + s], "kl": 10.0 * p + s,
+            "num_tokens": 5, "finish_reason": "length" if s else "stop", "prompt_index": p,
+        }
+        for p in range(5) for s in range(2)
+    ]  # fmt: skip
+
+
+def test_without_an_initial_policy_there_is_no_kl(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    [found] = on_ranks(1, lambda cluster: figures(cfg, cluster, kl=False))
+    assert found["kl"] is None
+    first = json.loads((tmp_path / "figures.json.one.jsonl").read_text().splitlines()[0])
+    assert first["kl"] is None

@@ -1,0 +1,345 @@
+"""The REINFORCE loop with a stand-in for the policy: what it draws, what it trains on, when it saves and validates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.config.schema import OptimConfig
+from nemo_aligner.data.prompts import PromptRow
+from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
+from nemo_aligner.errors import CheckpointError, StoppedEarly
+from nemo_aligner.stages.reinforce.loop import Actor
+from tests.fakes import EchoPolicy, OneProcess
+
+PROMPTS = [PromptRow(f"p{i}", tuple(f"p{i}".encode())) for i in range(5)]
+HELD_OUT = [PromptRow(f"h{i}", tuple(f"h{i}".encode())) for i in range(3)]
+
+
+class Learner(EchoPolicy):
+    """Remembers every request with how it was drawn, and every optimizer step's rows and weights."""
+
+    max_sequence_length = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = OneProcess()
+        self.drawn: list[tuple[GenerationRequest, SamplingParams, int]] = []
+        self.trained: list[list[tuple[tuple[int, ...], float]]] = []
+
+    def generate(self, requests: Any, sampling: SamplingParams, max_slots: int) -> Any:
+        asked = list(requests)
+        self.drawn += [(request, sampling, max_slots) for request in asked]
+        yield from super().generate(asked, sampling, max_slots)
+
+    def initial_logprobs(self, rows: Sequence[Sequence[int]], batch: int, starts: Sequence[int]) -> list[torch.Tensor]:
+        """Half of those it drew with: the KL (k1, sum) of t tokens is −0.25·t·(t + 1)/2."""
+        return [
+            torch.tensor([0.0] * start + [-0.25 * (1 + i) for i in range(len(row) - start)])
+            for row, start in zip(rows, starts, strict=True)
+        ]
+
+    def train_step(self, microbatches: Sequence[Microbatch], objective: Any) -> StepMetrics:
+        self.trained.append(
+            sorted(
+                (tuple(row[:length].tolist()), float(weight))
+                for m in microbatches
+                for row, length, weight in zip(m.tokens, m.lengths, m.fields["weights"], strict=True)
+            )
+        )
+        return StepMetrics(0.5 * len(self.trained), 2.0, 0.1)
+
+    def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        return json.loads((folder / "state.json").read_text())
+
+    def save_nemo(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("archive")
+
+
+class Judge:
+    """The reward of a text: its last bytes as a number."""
+
+    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+        answer: Future[list[float]] = Future()
+        answer.set_result([reward_of(text) for text in texts])
+        return answer
+
+
+def reward_of(text: str) -> float:
+    return float(sum(text.encode()) % 7)
+
+
+def config(folder: Path, **ppo: Any) -> ReinforceConfig:
+    cfg = ReinforceConfig()
+    cfg.pretrained_checkpoint.restore_from_path = "policy.nemo"
+    exp = cfg.exp_manager
+    exp.explicit_log_dir, exp.name, exp.create_tensorboard_logger = str(folder), "actor", False
+    exp.checkpoint_callback_params.monitor = "rewards"
+    cfg.model.optim = OptimConfig(name="adamw", lr=1e-2)
+    cfg.model.micro_batch_size, cfg.model.global_batch_size, cfg.model.seed = 4, 4, 50
+    cfg.model.data.data_prefix = {"train": ["prompts.jsonl"]}
+    rollout = cfg.model.ppo
+    rollout.num_rollout_samples, rollout.num_rollout_per_prompt = 2, 2
+    rollout.rollout_micro_batch_size, rollout.val_rollout_micro_batch_size = 3, 5
+    cfg.trainer.ppo.save_interval = 0
+    for name, value in ppo.items():
+        setattr(cfg.trainer.ppo, name, value)
+    return cfg
+
+
+def run(cfg: ReinforceConfig, *, learner: Learner | None = None, validation: Sequence[PromptRow] = ()) -> Learner:
+    learner = learner or Learner()
+    Actor(cfg, learner, learner.cluster, PROMPTS, validation).train(Judge())  # type: ignore[arg-type]
+    return learner
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if any(key.startswith(f"{name}/") for key in row)]
+
+
+def test_no_two_steps_of_a_run_share_noise_and_every_rollout_is_drawn_with_the_runs_seed(tmp_path: Path) -> None:
+    learner = run(config(tmp_path, max_epochs=2))
+    noise = [(sampling.seed, request.prompt_index, request.sample_index) for request, sampling, _ in learner.drawn]
+    assert len(noise) == len(set(noise)) == 2 * 5 * 2
+    assert {seed for seed, _, _ in noise} == {50}
+
+
+def test_an_epoch_asks_for_every_prompt_and_the_next_in_another_order(tmp_path: Path) -> None:
+    cfg = config(tmp_path, max_epochs=2)
+    cfg.model.ppo.num_rollout_per_prompt = 1
+    cfg.trainer.ppo.baseline = "none"
+    asked = [bytes(request.prompt_tokens) for request, _, _ in run(cfg).drawn]
+    assert sorted(asked[:5]) == sorted(asked[5:]) == [prompt.text.encode() for prompt in PROMPTS]
+    assert asked[:5] != asked[5:]
+    cfg.exp_manager.explicit_log_dir, cfg.model.data.shuffle = str(tmp_path / "straight"), False
+    straight = [bytes(request.prompt_tokens) for request, _, _ in run(cfg).drawn]
+    assert straight == 2 * [prompt.text.encode() for prompt in PROMPTS]
+
+
+def test_responses_are_trained_on_in_batches_with_advantages_of_rewards_less_kl(tmp_path: Path) -> None:
+    cfg = config(tmp_path, max_steps=1, initial_policy_kl_penalty=2.0)
+    cfg.model.ppo.num_rollout_per_prompt = 3
+    learner = run(cfg)
+    groups: dict[bytes, list[tuple[tuple[int, ...], float]]] = {}
+    for request, _, _ in learner.drawn:
+        text = f"<{request.prompt_index}.{request.sample_index}>"
+        prompt = bytes(request.prompt_tokens)
+        t = len(text)
+        with_kl = reward_of(prompt.decode() + text) + 2.0 * 0.25 * t * (t + 1) / 2
+        groups.setdefault(prompt, []).append(((*prompt, *text.encode()), with_kl))
+    expected = []
+    for members in groups.values():
+        for i, (row, value) in enumerate(members):
+            others = [other for j, (_, other) in enumerate(members) if j != i]
+            expected.append((row, value - sum(others) / len(others)))
+    assert [len(step) for step in learner.trained] == [4, 2], "global batches of four responses, the rest too"
+    found = sorted(pair for step in learner.trained for pair in step)
+    assert [row for row, _ in found] == [row for row, _ in sorted(expected)]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in sorted(expected)], abs=1e-5)
+
+
+def test_remax_draws_one_greedy_response_to_each_prompt_of_the_step(tmp_path: Path) -> None:
+    learner = run(config(tmp_path, max_steps=1, baseline="ReMax"))
+    greedy = [request for request, sampling, _ in learner.drawn if sampling.greedy]
+    drawn = [request for request, sampling, _ in learner.drawn if not sampling.greedy]
+    assert sorted({r.prompt_tokens for r in greedy}) == sorted({r.prompt_tokens for r in drawn})
+    assert (len(greedy), len(drawn)) == (2, 4)
+
+
+@pytest.mark.parametrize("num_val_samples", [2, 3, 99])
+def test_validation_draws_one_response_to_each_of_the_first_prompts_always_with_the_same_noise(
+    tmp_path: Path, num_val_samples: int
+) -> None:
+    cfg = config(tmp_path, max_epochs=1, val_check_interval=2)
+    cfg.model.ppo.num_val_samples = num_val_samples
+    learner = run(cfg, validation=HELD_OUT)
+    used = HELD_OUT[:num_val_samples]
+    asked = [(r, s, slots) for r, s, slots in learner.drawn if bytes(r.prompt_tokens).startswith(b"h")]
+    assert [r.prompt_tokens for r, _, _ in asked] == 3 * [p.tokens for p in used], "before, after step 2, at the end"
+    assert len({(s.seed, r.prompt_index, r.sample_index) for r, s, _ in asked}) == len(used)
+    assert {s.seed for _, s, _ in asked} == {51}, "other noise than in training"
+    assert {slots for _, _, slots in asked} == {5}
+    assert [row["step"] for row in rows_of(tmp_path, "val_rollouts")] == [0, 2, 3]
+    for step in (0, 2, 3):
+        lines = (tmp_path / "validation" / f"step_{step}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [
+            {"input": p.text, "output": f"<{i}.0>", "reward": reward_of(f"{p.text}<{i}.0>"), "kl": -0.25 * 15}
+            for i, p in enumerate(used)
+        ]
+
+
+def test_as_many_responses_are_drawn_at_once_as_the_micro_batch_says(tmp_path: Path) -> None:
+    assert {slots for _, _, slots in run(config(tmp_path)).drawn} == {3 * 2}
+
+
+@pytest.mark.parametrize(
+    ("ppo", "steps"), [({}, 3), ({"max_steps": 2}, 2), ({"max_steps": 99}, 3), ({"max_epochs": 2, "max_steps": 4}, 4)]
+)
+def test_the_number_of_steps_is_the_smaller_of_the_limits(tmp_path: Path, ppo: dict[str, int], steps: int) -> None:
+    learner = Learner()
+    made = Actor(config(tmp_path, **ppo), learner, learner.cluster, PROMPTS, [])  # type: ignore[arg-type]
+    assert made.steps == steps
+    # steps of 2, 2 and 1 prompts with 2 responses each, 4 responses to an optimizer step
+    assert made.optimizer_steps == steps
+    made.train(Judge())
+    assert len(learner.trained) == steps
+
+
+def test_optimizer_steps_are_counted_with_the_last_small_batch(tmp_path: Path) -> None:
+    cfg, learner = config(tmp_path), Learner()
+    cfg.model.global_batch_size = 3
+    made = Actor(cfg, learner, learner.cluster, PROMPTS, [])  # type: ignore[arg-type]
+    assert made.optimizer_steps == 2 + 2 + 1
+    made.train(Judge())
+    assert [len(step) for step in learner.trained] == [3, 1, 3, 1, 2]
+    found = rows_of(tmp_path, "train_optim")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert [row["train_optim/loss"] for row in found] == [0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(0, []), (1, [1, 2, 3]), (2, [2, 3]), (9, [3])])
+def test_checkpoints_are_written_at_their_interval_and_at_the_end(
+    tmp_path: Path, interval: int, saved: list[int]
+) -> None:
+    cfg = config(tmp_path, save_interval=interval)
+    cfg.exp_manager.checkpoint_callback_params.save_top_k = -1
+    run(cfg)
+    states = [json.loads(path.read_text()) for path in (tmp_path / "checkpoints").glob("*/state.json")]
+    assert sorted(state["step"] for state in states) == saved
+    logged = {row["step"]: row["train_rollouts/rewards"] for row in rows_of(tmp_path, "train_rollouts")}
+    for state in states:
+        assert state["consumed_samples"] == min(5, 2 * state["step"])
+        assert state["updates"] == state["step"]
+        assert state["monitored"] == logged[state["step"]]
+    assert (tmp_path / "checkpoints" / "actor.nemo").exists()
+
+
+def test_a_run_that_is_told_to_stop_saves_where_it_is_and_goes_on_there(tmp_path: Path) -> None:
+    whole = run(config(tmp_path / "whole", max_epochs=2))
+    learner = Learner()
+    learner.cluster.any = lambda flag: len(learner.trained) >= 2  # type: ignore[method-assign]
+    with pytest.raises(StoppedEarly, match="at step 2 of 6; checkpoint in"):
+        run(config(tmp_path / "parts", max_epochs=2), learner=learner)
+    assert not (tmp_path / "parts" / "checkpoints" / "actor.nemo").exists()
+    second = run(config(tmp_path / "parts", max_epochs=2))
+    assert learner.trained + second.trained == whole.trained
+    for name in ("train_rollouts", "train_optim"):
+        assert rows_of(tmp_path / "parts", name)[-4:][0]["step"] == rows_of(tmp_path / "whole", name)[-4:][0]["step"]
+        assert len(rows_of(tmp_path / "parts", name)) == len(rows_of(tmp_path / "whole", name))
+
+
+def test_figures_of_progress_and_the_seconds_of_every_phase_are_logged_at_each_step(tmp_path: Path) -> None:
+    run(config(tmp_path, max_epochs=2, val_check_interval=3), validation=HELD_OUT)
+    rollouts = rows_of(tmp_path, "train_rollouts")
+    assert [row["step"] for row in rollouts] == [1, 2, 3, 4, 5, 6]
+    assert [row["train_rollouts/consumed_samples"] for row in rollouts] == [2, 4, 5, 7, 9, 10]
+    assert [row["train_rollouts/epoch"] for row in rollouts] == [0, 0, 0, 1, 1, 1]
+    timers = rows_of(tmp_path, "timers")
+    assert [row["step"] for row in timers] == [1, 2, 3, 4, 5, 6]
+    phases = {"rollout_time", "train_time", "generate", "init_logprobs", "critic_wait"}
+    for row in timers:
+        names = {key.removeprefix("timers/") for key in row if key != "step"}
+        assert names == phases | ({"validation_time"} if row["step"] in (1, 3, 6) else set())
+        assert all(row[f"timers/{name}"] >= 0 for name in names)
+        parts = row["timers/generate"] + row["timers/init_logprobs"] + row["timers/critic_wait"]
+        assert parts <= row["timers/rollout_time"] + row.get("timers/validation_time", 0.0) + 1e-6
+
+
+def test_sampling_settings_reach_the_engine_each_under_its_name(tmp_path: Path) -> None:
+    cfg, learner = config(tmp_path), Learner()
+    given, lengths = cfg.model.ppo.sampling_params, cfg.model.ppo.length_params
+    given.temperature, given.top_k, given.top_p, given.repetition_penalty = 0.7, 5, 0.9, 1.2
+    given.end_strings, lengths.min_length, lengths.max_length = ["a", "b"], 2, 11
+
+    def found(**ppo: Any) -> SamplingParams:
+        for name, value in ppo.items():
+            setattr(cfg.trainer.ppo, name, value)
+        return Actor(cfg, learner, learner.cluster, PROMPTS, []).sampling()  # type: ignore[arg-type]
+
+    assert found() == SamplingParams(
+        greedy=False, temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, min_tokens=2, max_tokens=11,
+        end_strings=("a", "b"), seed=50,
+    )  # fmt: skip
+    lengths.max_length = 99
+    assert found().max_tokens == 39, "a prompt of one token is left room"
+    assert found(rollout_batch_seq_length=10).max_tokens == 9
+    assert found(rollout_batch_seq_length=1000).max_tokens == 39, "no more than the model's context"
+    lengths.max_length = None
+    assert found(rollout_batch_seq_length=None).max_tokens == 20
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.global_batch_size",
+        "trainer.ppo.initial_policy_kl_penalty",
+        "trainer.ppo.kl_estimator",
+        "trainer.ppo.kl_reduction",
+        "trainer.ppo.baseline",
+        "trainer.ppo.unfinished",
+        "model.ppo.sampling_params.temperature",
+        "model.ppo.sampling_params.top_k",
+        "model.ppo.sampling_params.top_p",
+        "model.ppo.sampling_params.repetition_penalty",
+        "model.ppo.sampling_params.end_strings",
+        "model.ppo.length_params.max_length",
+        "model.ppo.length_params.min_length",
+        "model.optim.lr",
+        "model.optim.weight_decay",
+        "model.optim.betas",
+        "model.optim.eps",
+        "model.seed",
+        "model.data.shuffle",
+        "model.ppo.num_rollout_samples",
+        "model.ppo.num_rollout_per_prompt",
+    ],
+)
+def test_what_decides_the_result_may_not_change_when_a_run_goes_on(tmp_path: Path, key: str) -> None:
+    run(config(tmp_path, max_steps=1, save_interval=1))
+    other: Any = config(tmp_path, max_steps=2, save_interval=1)
+    block: Any = other
+    *path, name = key.split(".")
+    for part in path:
+        block = getattr(block, part)
+    old = getattr(block, name)
+    values: dict[str, Any] = {"kl_estimator": "k3", "kl_reduction": "mean", "baseline": "none", "unfinished": "mask"}
+    new = values.get(name, not old if isinstance(old, bool) else 3 if old is None or isinstance(old, int) else None)
+    if new is None:
+        new = [*old, "x"] if name == "end_strings" else [0.1, 0.2] if name == "betas" else old / 2
+    setattr(block, name, new)
+    with pytest.raises(CheckpointError, match=f"was made with {key}".replace(".", r"\.")):
+        run(other)
+
+
+def test_another_archive_or_other_prompts_do_not_go_on(tmp_path: Path) -> None:
+    run(config(tmp_path, max_steps=1, save_interval=1))
+    other = Learner()
+    other.archive = "b" * 64
+    with pytest.raises(CheckpointError, match="the archive to start from"):
+        run(config(tmp_path, max_steps=2), learner=other)
+    learner = Learner()
+    longer = [*PROMPTS[:-1], dataclasses.replace(PROMPTS[-1], tokens=(1, 2))]
+    with pytest.raises(CheckpointError, match="training prompts"):
+        Actor(config(tmp_path, max_steps=2), learner, learner.cluster, longer, []).train(Judge())  # type: ignore[arg-type]
+
+
+def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
+    run(config(tmp_path, max_steps=1, save_interval=1))
+    other = config(tmp_path, max_steps=2, save_interval=2, val_check_interval=7)
+    other.model.micro_batch_size, other.model.ppo.rollout_micro_batch_size = 1, 9
+    assert len(run(other, validation=HELD_OUT).trained) == 1

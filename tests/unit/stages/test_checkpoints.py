@@ -1,0 +1,147 @@
+"""Which checkpoints stay: the newest, and the best by the monitored value in either direction."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from tests.fakes import OneProcess
+
+VALUES = [3.0, 1.0, 5.0, 2.0, 4.0]  # of steps 1 to 5
+
+
+class Saver:
+    """A model that saves nothing but its state."""
+
+    def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
+
+
+def checkpoints(folder: Path, *, validates: bool = True, resume: bool = True, **params: Any) -> Checkpoints:
+    given = CheckpointCallbackParams(**{"monitor": "val_loss", **params})
+    exp = ExpManagerConfig(
+        explicit_log_dir=str(folder), name="m", checkpoint_callback_params=given, resume_if_exists=resume
+    )
+    return Checkpoints(exp, OneProcess(), metrics={"val_loss", "loss", "global_step"}, validates=validates)  # type: ignore[arg-type]
+
+
+def save(made: Checkpoints, values: list[float], monitor: str = "val_loss", first: int = 1) -> None:
+    for step, value in enumerate(values, first):
+        state = {"step": step, "consumed_samples": 4 * step}
+        made.save(Saver(), state, {monitor: value, "global_step": step})  # type: ignore[arg-type]
+
+
+def steps(made: Checkpoints) -> list[int]:
+    return sorted(json.loads(path.read_text())["step"] for path in made.root.glob("*/state.json"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "top_k", "kept"),
+    [
+        ("min", 1, [2, 5]),
+        ("max", 1, [3, 5]),
+        ("min", 2, [2, 4, 5]),
+        ("max", 2, [3, 5]),
+        ("min", 0, [5]),
+        ("max", -1, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_best_by_mode_and_the_newest_are_kept(tmp_path: Path, mode: str, top_k: int, kept: list[int]) -> None:
+    made = checkpoints(tmp_path, mode=mode, save_top_k=top_k)
+    save(made, VALUES)
+    assert steps(made) == kept
+
+
+def test_the_default_is_the_least_validation_loss(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, save_top_k=1)
+    save(made, [1.0, 2.0, 3.0])
+    assert steps(made) == [1, 3]
+
+
+def test_one_checkpoint_is_the_last_and_it_is_the_newest(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, save_top_k=-1)
+    save(made, VALUES)
+    [last] = made.root.glob("*-last")
+    assert json.loads((last / "state.json").read_text())["step"] == 5
+    assert last == made.newest()
+
+
+def test_a_value_that_is_not_there_or_no_number_is_the_worst_of_all(tmp_path: Path) -> None:
+    for mode in ("min", "max"):
+        made = checkpoints(tmp_path / mode, mode=mode, save_top_k=1)
+        save(made, [math.nan, 7.0, math.nan, 8.0])
+        assert steps(made) == [2, 4] if mode == "min" else [4]
+        save(made, [1.0], monitor="loss", first=5)
+        assert steps(made) == ([2, 5] if mode == "min" else [4, 5])
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("place", range(4))
+def test_no_number_is_never_the_best_wherever_it_stands(tmp_path: Path, mode: str, place: int) -> None:
+    made = checkpoints(tmp_path, mode=mode, save_top_k=2)
+    values = [1.0, 2.0, 3.0]
+    values.insert(place, math.nan)
+    save(made, [*values, math.nan])
+    best = sorted((1.0, 2.0, 3.0), reverse=mode == "max")[:2]
+    assert steps(made) == sorted([*(values.index(value) + 1 for value in best), 5])
+
+
+def test_equals_are_kept_by_the_later_step(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, save_top_k=1)
+    save(made, [2.0, 2.0, 9.0])
+    assert steps(made) == [2, 3]
+
+
+def test_damaged_and_half_written_checkpoints_and_others_files_do_not_count(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, mode="min", save_top_k=1)
+    save(made, [3.0])
+    (made.root / "m--half.partial").mkdir()
+    (made.root / "other--model").mkdir()
+    (made.root / "m--damaged").mkdir()
+    (made.root / "m--damaged" / "state.json").write_text("{")
+    save(made, [4.0], first=2)
+    assert {path.name.partition("-")[0] for path in made.root.iterdir()} == {"m", "other"}
+    assert not (made.root / "m--half.partial").exists()
+    assert not (made.root / "m--damaged").exists()
+    assert steps(made) == [1, 2]
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "loss"])
+def test_without_validation_the_newest_stand_in_for_the_best_by_a_validation_value(
+    tmp_path: Path, monitor: str
+) -> None:
+    made = checkpoints(tmp_path, validates=False, save_top_k=2, monitor=monitor)
+    save(made, [1.0, 2.0, 3.0, 4.0], monitor="loss")
+    assert steps(made) == ([3, 4] if monitor == "val_loss" else [1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [({"mode": "best"}, r"params\.mode: 'best' is not min or max"), ({"monitor": "f1"}, r"params\.monitor: 'f1'")],
+)
+def test_what_cannot_be_monitored_is_refused(tmp_path: Path, params: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        checkpoints(tmp_path, **params)
+
+
+def test_a_run_that_does_not_resume_begins_anew_and_keeps_the_log_of_others(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path)
+    save(made, VALUES)
+    assert made.logged_before_any == 0
+    anew = checkpoints(tmp_path, resume=False)
+    assert anew.newest() is None
+    assert anew.logged_before_any is None
+
+
+def test_the_log_folder_is_the_explicit_one_or_lies_below_exp_dir() -> None:
+    assert log_dir(ExpManagerConfig(name="m", explicit_log_dir="/x", exp_dir="/y")) == Path("/x")
+    assert log_dir(ExpManagerConfig(name="m", exp_dir="/y")) == Path("/y/m")
+    assert log_dir(ExpManagerConfig(name="m")) == Path("nemo_experiments/m")

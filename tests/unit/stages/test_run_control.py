@@ -1,0 +1,126 @@
+"""A stage stops at its time limit and when it is told to, on every rank, and its siblings hear of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from nemo_aligner.engine.processes import launch
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.stages import run_control
+from nemo_aligner.stages.run_control import RunControl, StopSignal, parse_duration
+from tests.fakes import OneProcess
+
+ECHO = """
+import signal, sys, time
+def told(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    sys.exit()
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, told)
+print("ready", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def sibling(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A rank that this process started."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ECHO], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    monkeypatch.setattr(launch, "_siblings", [process])
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_reason_to_stop_and_reaches_the_sibling_ranks(
+    sibling: subprocess.Popen[bytes], number: signal.Signals
+) -> None:
+    with RunControl(None, OneProcess()) as control:  # type: ignore[arg-type]
+        assert control.stop_reason() is None
+        assert control.replica_reason() is None
+        os.kill(os.getpid(), number)
+        assert control.stop_reason() == number.name
+        assert control.replica_reason() == number.name
+    assert sibling.communicate(timeout=10)[0].decode() == f"{number.name}\n"
+
+
+def test_a_sibling_that_is_gone_takes_no_signal_from_the_others(
+    sibling: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(launch, "_siblings", [gone, sibling])
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert sibling.communicate(timeout=10)[0] == b"SIGTERM\n"
+
+
+@pytest.mark.parametrize("interrupt", [True, False])
+def test_ctrl_c_stops_a_server_but_interrupts_a_stage(interrupt: bool) -> None:
+    with StopSignal(interrupt=interrupt) as stop:
+        if interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.name == "SIGINT"
+        else:
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_are_as_before_when_the_work_is_done() -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopSignal():
+        assert all(signal.getsignal(n) != old for n, old in zip(numbers, before, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(ZeroDivisionError), RunControl(None, OneProcess()):  # type: ignore[arg-type]
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_what_another_rank_was_told_stops_this_one_too() -> None:
+    cluster = OneProcess()
+    cluster.any = cluster.any_in_replica = lambda flag: True  # type: ignore[method-assign]
+    control = RunControl(None, cluster)  # type: ignore[arg-type]
+    assert control.stop_reason() == control.replica_reason() == "another rank was told to stop"
+
+
+def test_replicas_ask_only_themselves() -> None:
+    cluster = OneProcess()
+    cluster.any = lambda flag: pytest.fail("a collective of all ranks")  # type: ignore[method-assign]
+    assert RunControl("0:0:0", cluster).replica_reason() == "max_time_per_run=0:0:0"  # type: ignore[arg-type]
+
+
+def test_the_limit_is_reached_at_its_second_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(run_control.time, "monotonic", lambda: now[0])
+    control, unlimited = RunControl("0:1:30", OneProcess()), RunControl(None, OneProcess())  # type: ignore[arg-type]
+    for seconds, reason in (
+        (0.0, None),
+        (89.9, None),
+        (90.0, "max_time_per_run=0:1:30"),
+        (1e9, "max_time_per_run=0:1:30"),
+    ):
+        now[0] = 1000.0 + seconds
+        assert control.stop_reason() == reason
+        assert unlimited.stop_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("00:03:55:00", 14100), ("1:02:03", 3723), ("2:00:00:01", 172801), (" 0:0:0 ", 0)]
+)
+def test_durations_are_days_hours_minutes_seconds(text: str, seconds: float) -> None:
+    assert parse_duration(text, "key") == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "3:55", "1:2:3:4:5", "1h", "-1:00:00", "0:0:1.5", ""])
+def test_a_duration_of_another_form_is_refused_by_its_key(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^exp_manager\.max_time_per_run: .* is not of the form D:H:M:S or H:M:S"):
+        RunControl(text, OneProcess(), key="exp_manager.max_time_per_run")  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""What tells one training run from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_aligner.config.schema import OptimConfig
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.stages.run_identity import check_same_run, optimizer_settings, tokens_hash
+
+
+def test_rows_are_told_apart_by_tokens_order_and_where_they_end() -> None:
+    rows = [[1, 2], [3], [], [300, 70000]]
+    others = [
+        [[1], [2, 3], [], [300, 70000]],
+        [[1, 2], [3], [300, 70000]],
+        [[3], [1, 2], [], [300, 70000]],
+        [[1, 2], [3], [], [300, 70001]],
+        [[1, 2], [3], [], [70000, 300]],
+    ]
+    assert tokens_hash(rows) == tokens_hash(tuple(map(tuple, rows)))
+    assert len({tokens_hash(other) for other in (rows, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "adam"}, {"lr": 1.0}, {"weight_decay": 0.5}, {"betas": [0.1, 0.2]}, {"eps": 1e-3}]
+)
+def test_every_setting_of_a_step_counts(change: dict[str, Any]) -> None:
+    before, after = optimizer_settings(OptimConfig(), 1.0), optimizer_settings(OptimConfig(**change), 1.0)
+    [name] = change
+    assert {key for key in before if before[key] != after[key]} == {f"model.optim.{name}"}
+    assert optimizer_settings(OptimConfig(), 2.0) == {**before, "gradient_clip_val": 2.0}
+
+
+def test_a_schedule_counts_but_for_its_length() -> None:
+    def of(**sched: Any) -> dict[str, Any]:
+        return optimizer_settings(OptimConfig(sched=sched or None), 1.0)
+
+    assert of(name="CosineAnnealing", max_steps=3) == of(name="CosineAnnealing")
+    assert of(name="CosineAnnealing", min_lr=1.0) != of(name="CosineAnnealing")
+    assert of() == of(max_steps=3)
+
+
+def test_what_changed_is_named_with_both_values() -> None:
+    check_same_run(Path("c"), {"seed": 1, "more": 2}, {"seed": 1})
+    with pytest.raises(CheckpointError, match=r"^c was made with seed = 1, this run has 2; choose another exp_manager"):
+        check_same_run(Path("c"), {"seed": 1}, {"seed": 2})
+    with pytest.raises(CheckpointError, match="was made with seed = None, this run has 2"):
+        check_same_run(Path("c"), {}, {"seed": 2})
