@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.offline import SamplerConfig, SamplerDataConfig
+from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, SamplerDataConfig
 from nemo_aligner.errors import ConfigError
 
 
@@ -15,6 +15,9 @@ class EvaluationDataConfig(SamplerDataConfig):
     """What is sampled, and what the reward model reads of it: max_seq_length, add_bos, add_eos as in the labeler."""
 
     max_seq_length: int = 4096
+
+    def validate(self) -> None:
+        OfflineDataConfig.validate(self)  # add_eos is of the judge here, not of the sampler
 
 
 @dataclass

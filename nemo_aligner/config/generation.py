@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import check_amp_o2
 from nemo_aligner.config.schema import InferenceConfig, ParallelConfig, TrainerConfig
 from nemo_aligner.errors import ConfigError
 
@@ -28,7 +29,7 @@ class GenerationConfig(ParallelConfig):
     inference: EvalInferenceConfig = field(default_factory=EvalInferenceConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 1234
-    megatron_amp_O2: bool = False
+    megatron_amp_O2: bool | None = None  # True needs bf16, which always has it
 
     server: bool = False
     host: str = "127.0.0.1"  # 0.0.0.0 = every network of this machine
@@ -51,6 +52,7 @@ class GenerationConfig(ParallelConfig):
     def validate(self) -> None:
         self.inference.validate()
         self.trainer.validate()
+        check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")
         for name in ("checkpoint_dir", "checkpoint_name", "hparams_file"):
             self._only(name, None, "give the .nemo archive in gpt_model_file")
         self._only("share", False, "the page is not put on other people's servers; use a tunnel of your own")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import Fixed, check_amp_o2, check_fixed
 from nemo_aligner.config.schema import InferenceConfig, RewardStandardization, TrainerConfig, at_least
 
 
@@ -40,6 +41,10 @@ class SamplerDataConfig(OfflineDataConfig):
     n: int = 1  # responses per prompt
     export_metadata: bool = False  # add sample_index, finish_reason, num_tokens and logprob to each row
 
+    def validate(self) -> None:
+        super().validate()
+        check_fixed(self, {"add_eos": Fixed((None, False), "a prompt is continued, not ended; leave it out")}, "data")
+
 
 @dataclass
 class OfflineConfig:
@@ -50,7 +55,7 @@ class OfflineConfig:
     checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = every 15 seconds
     max_time_per_run: str | None = None  # D:H:M:S; saves progress, then leaves with exit status 75
     seed: int = 1234
-    megatron_amp_O2: bool = False
+    megatron_amp_O2: bool | None = None  # True needs bf16, which always has it
     tensor_model_parallel_size: int = -1
     pipeline_model_parallel_size: int = -1
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -67,6 +72,7 @@ class SamplerConfig(OfflineConfig):
         self.data.validate()
         self.inference.validate()
         self.trainer.validate()
+        check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")
 
 
 @dataclass
@@ -82,3 +88,4 @@ class LabelerConfig(OfflineConfig):
         at_least(1, checkpoint_interval=self.checkpoint_interval)
         self.data.validate()
         self.trainer.validate()
+        check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
 from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, SamplingConfig, TrainerConfig, at_least
 from nemo_aligner.config.supervised import PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
@@ -52,9 +53,8 @@ class ReinforceLoopConfig:
         one_of(("keep", "mask"), self.unfinished, f"{key}.unfinished")
         if not self.initial_policy_kl_penalty >= 0:
             raise ConfigError(f"{self.initial_policy_kl_penalty} is below 0", f"{key}.initial_policy_kl_penalty")
-        for name, switch in (("trt_llm", "enable"), ("batch_iterator", "use_flask")):
-            if (getattr(self, name) or {}).get(switch):
-                raise ConfigError("there is no such thing here; set it to False", f"{key}.{name}.{switch}")
+        check_switched_off(self.trt_llm, "enable", f"{key}.trt_llm")
+        check_switched_off(self.batch_iterator, "use_flask", f"{key}.batch_iterator")
 
     @property
     def estimator(self) -> str:
@@ -134,7 +134,7 @@ class RemoteRewardModelConfig:
     reward_model: ServerAddress = field(default_factory=ServerAddress)
     init_timeout_s: float = 1800.0  # how long to wait for a server that is not there yet
     inference_timeout_s: float = 1800.0  # how long to go on asking one that stopped answering
-    pad_to_length: int | None = None  # of NeMo-Aligner; texts are sent, so nothing is padded
+    pad_to_length: int | None = None  # null, or model.encoder_seq_length as in NeMo-Aligner; texts are not padded
 
 
 @dataclass
@@ -151,6 +151,11 @@ class ReinforceConfig:
         self.exp_manager.validate()
         loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
         loop.validate()
+        self.model.check_model(self.exp_manager)
+        check_fixed(self.model.data, WORKERS, "model.data")
+        check_fixed(rollout.sampling_params, SAMPLING, "model.ppo.sampling_params")
+        if self.remote_critic_rm.pad_to_length not in (None, self.model.encoder_seq_length):
+            raise ConfigError("texts are sent, and nothing is padded; leave it out", "remote_critic_rm.pad_to_length")
         at_least(
             1,
             model__micro_batch_size=self.model.micro_batch_size,

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import CHECKPOINTS, MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.errors import ConfigError
 
@@ -38,7 +39,7 @@ class TrainerConfig:
     devices: int = 1  # processes on each node: GPUs, or CPU workers where there is no GPU
     accelerator: str = "auto"  # auto, gpu or cpu
     precision: str = "bf16-mixed"  # 32, bf16 or bf16-mixed (also "32-true", "bf16-true")
-    logger: bool = False  # NeMo YAMLs carry the next four; ours does the logging, so only these values are accepted
+    logger: bool = False  # NeMo's YAMLs carry the next four; only these values are accepted
     enable_checkpointing: bool = False
     use_distributed_sampler: bool = False
     max_time: str | None = None  # use max_time_per_run
@@ -47,9 +48,7 @@ class TrainerConfig:
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__devices=self.devices)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"{self.precision!r} is not one of {', '.join(PRECISIONS)}", "trainer.precision")
-        for name, wanted in (("logger", False), ("enable_checkpointing", False), ("max_time", None)):
-            if getattr(self, name) != wanted:
-                raise ConfigError("set by exp_manager here; leave it as it is", f"trainer.{name}")
+        check_fixed(self, TRAINER, "trainer")
 
 
 @dataclass
@@ -128,7 +127,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
-    bucket_cap_mb: int | None = None  # NeMo tuning keys of the fused optimizer: accepted, not used by megatron-core's
+    bucket_cap_mb: int | None = None
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
     contiguous_grad_buffer: bool = True
@@ -146,7 +145,7 @@ class CheckpointCallbackParams:
     save_nemo_on_train_end: bool = True
     filename: str | None = None
     save_best_model: bool = False
-    model_parallel_size: Any = None  # NeMo YAMLs carry it; the archive reshards at load
+    model_parallel_size: Any = None  # null, or TP × PP of the run; a checkpoint is cut anew at every load
 
 
 @dataclass
@@ -176,6 +175,7 @@ class ExpManagerConfig:
     max_time_per_run: str | None = None  # D:H:M:S; saves, then leaves with exit status 75
 
     def validate(self) -> None:
+        check_fixed(self.checkpoint_callback_params, CHECKPOINTS, "exp_manager.checkpoint_callback_params")
         for name, kwargs in self.external_loggers().items():
             check_logger(name, kwargs)
 
@@ -197,7 +197,7 @@ class ModelOverrides:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
-    megatron_amp_O2: bool = False
+    megatron_amp_O2: bool | None = None  # True needs bf16, which always has it
     encoder_seq_length: int | None = None
     seed: int = 1234
     hidden_dropout: float | None = None
@@ -207,3 +207,15 @@ class ModelOverrides:
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def check_model(self, exp: ExpManagerConfig) -> None:
+        """What every training script asks of `model`. Raises ConfigError."""
+        check_fixed(self, MODEL, "model")
+        check_fixed(self.optim, OPTIM, "model.optim")
+        check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
+        own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if exp.checkpoint_callback_params.model_parallel_size not in (None, own):
+            raise ConfigError(
+                "not the run's own; leave it out, and give model.tensor_model_parallel_size",
+                "exp_manager.checkpoint_callback_params.model_parallel_size",
+            )

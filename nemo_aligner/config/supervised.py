@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import SFT_ROWS, WORKERS, check_fixed
 from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
 
 
@@ -43,7 +44,7 @@ class SFTDatasetConfig:
     micro_batch_size: int = 1
     shuffle: bool = True
     max_seq_length: int = 2048
-    min_seq_length: int = 1
+    min_seq_length: int = 1  # rows of fewer tokens are left out, and counted
     add_eos: bool = True
     add_bos: bool = False
     add_sep: bool = False
@@ -83,6 +84,11 @@ class SFTConfig:
     def validate(self) -> None:
         self.trainer.validate()
         self.exp_manager.validate()
+        self.model.check_model(self.exp_manager)
+        check_fixed(self.model.data, WORKERS, "model.data")
+        for part in ("train_ds", "validation_ds"):
+            if (rows := getattr(self.model.data, part)) is not None:
+                check_fixed(rows, SFT_ROWS, f"model.data.{part}")
         data = self.model.data.train_ds
         at_least(
             1,
@@ -129,6 +135,8 @@ class RMConfig:
     def validate(self) -> None:
         self.trainer.validate()
         self.exp_manager.validate()
+        self.model.check_model(self.exp_manager)
+        check_fixed(self.model.data, WORKERS, "model.data")
         at_least(
             1,
             model__micro_batch_size=self.model.micro_batch_size,

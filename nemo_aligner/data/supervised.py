@@ -85,7 +85,10 @@ class PromptTemplate:
 def sft_examples(
     rows: Rows, config: SFTDatasetConfig, tokenizer: _Tokenizer, *, answer_only: bool, max_length: int, key: str
 ) -> list[Example]:
-    """SFT rows through the prompt template. Rows whose answer is empty or cut away are left out and counted."""
+    """SFT rows through the prompt template.
+
+    Rows whose answer is empty or cut away, and those of fewer than `min_seq_length` tokens, are left out and counted.
+    """
     template = PromptTemplate(config.prompt_template, config.label_key, key)
     limit = min(config.max_seq_length, max_length)
     examples, dropped, cut = [], 0, 0
@@ -105,7 +108,15 @@ def sft_examples(
         mask = [0] * len(tokens) if answer_only else [0] * len(front) + [1] * (len(tokens) - len(front))
         examples.append(Example(([*tokens, *label, *end],), ([*mask, *[1] * (len(label) + len(end))],)))
     _report(rows, dropped, cut, limit)
-    return examples
+    return long_enough(examples, config.min_seq_length, str(rows.path))
+
+
+def long_enough(examples: list[Example], least: int, source: str) -> list[Example]:
+    """Examples of at least `least` tokens; the others are counted in the log."""
+    kept = [example for example in examples if example.longest >= least]
+    if len(kept) < len(examples):
+        log.warning("%s: %d rows left out: under min_seq_length=%d tokens", source, len(examples) - len(kept), least)
+    return kept
 
 
 def truncated(

@@ -45,7 +45,7 @@ class Checkpoints:
         self.root = log_dir(config) / "checkpoints"
         self.archive = self.root / f"{config.name}.nemo"
         self._name, self._top_k, self._cluster = config.name, params.save_top_k, cluster
-        self._resume = config.resume_if_exists
+        self._resume, self._may_begin = config.resume_if_exists, config.resume_ignore_no_checkpoint
 
     @property
     def logged_before_any(self) -> int | None:
@@ -53,9 +53,18 @@ class Checkpoints:
         return 0 if self._resume else None
 
     def newest(self) -> Path | None:
-        """The checkpoint to resume from, the same on every rank."""
+        """The checkpoint to resume from, the same on every rank.
+
+        Raises ConfigError where there is none and `resume_ignore_no_checkpoint` is False.
+        """
         found = latest(self.root) if self._resume and self._cluster.is_main else None
-        return self._cluster.broadcast(found)
+        found = self._cluster.broadcast(found)
+        if found is None and self._resume and not self._may_begin:
+            raise ConfigError(
+                f"no checkpoint to resume from in {self.root}; set it to True to begin anew",
+                "exp_manager.resume_ignore_no_checkpoint",
+            )
+        return found
 
     def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
         """Write one more checkpoint as the newest, then drop those that need not be kept. Collective."""

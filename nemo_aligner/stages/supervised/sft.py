@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template, messages_of
 from nemo_aligner.data.jsonl import Rows, load_rows
-from nemo_aligner.data.supervised import Example, PromptTemplate, chat_examples, required_texts, sft_examples
+from nemo_aligner.data.supervised import (
+    Example,
+    PromptTemplate,
+    chat_examples,
+    long_enough,
+    required_texts,
+    sft_examples,
+)
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
@@ -95,4 +102,5 @@ def make_examples(
         raise ConfigError("the archive's tokenizer has no chat template; give one", "model.data.chat_template")
     limit = min(config.max_seq_length, policy.max_sequence_length)
     chat = ChatTemplate(template, policy.tokenizer, "model.data.chat_template")
-    return chat_examples(rows, chat, policy.tokenizer, answer_only=answer_only, limit=limit)
+    examples = chat_examples(rows, chat, policy.tokenizer, answer_only=answer_only, limit=limit)
+    return long_enough(examples, config.min_seq_length, str(rows.path))

@@ -115,3 +115,16 @@ def test_pairs_are_adjacent_lines_and_too_long_ones_are_skipped_pair_by_pair(tmp
 def test_an_odd_number_of_lines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:3: 3 rows"):
         pairs_of(rows(tmp_path, *({"text": t} for t in "abc")))
+
+
+@pytest.mark.parametrize(("least", "kept"), [(1, ["a", "bcd"]), (4, ["bcd"]), (5, ["bcd"]), (6, [])])
+def test_rows_of_fewer_tokens_than_min_seq_length_are_left_out_and_counted(
+    tmp_path: Path, least: int, kept: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SFTDatasetConfig(prompt_template="{input}{output}", min_seq_length=least)
+    found = sft_examples(
+        rows(tmp_path, {"input": "a", "output": "x"}, {"input": "bcd", "output": "x"}),  # 3 and 5 tokens with EOS
+        settings, ByteTokenizer(), answer_only=True, max_length=1000, key="k",
+    )  # fmt: skip
+    assert ["".join(map(chr, example.rows[0][:-2])) for example in found] == kept
+    assert (f"{2 - len(kept)} rows left out: under min_seq_length={least}" in caplog.text) == (len(kept) < 2)

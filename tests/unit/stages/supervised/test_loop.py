@@ -202,3 +202,13 @@ def test_what_does_not_change_the_result_may_change_and_a_run_may_be_made_longer
         changed(loop=LoopConfig(max_epochs=2, skip_validation=True), micro_batch_size=3), longer, experiment(tmp_path)
     )
     assert len(longer.seen) == 3
+
+
+def test_a_run_that_must_resume_says_so_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    must = {"resume_ignore_no_checkpoint": False}
+    model = Recorder()
+    with pytest.raises(ConfigError, match=r"^exp_manager.resume_ignore_no_checkpoint: no checkpoint to resume from"):
+        train(task(), model, experiment(tmp_path, **must))
+    assert model.seen == []
+    train(task(), Recorder(), experiment(tmp_path, **must, resume_if_exists=False))
+    train(task(), Recorder(), experiment(tmp_path, **must))

@@ -1,0 +1,83 @@
+"""Keys of NeMo's YAMLs that have one value here: accepted with it, refused with any other, never passed over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aligner.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Values that are accepted, and what to do instead of giving another."""
+
+    values: tuple[Any, ...]
+    instead: str
+
+
+_BY_EXP_MANAGER = "set by exp_manager here; leave it as it is"
+_NO_WORKERS = "rows are read and cut into tokens before the first step, by no worker process; leave it out"
+_CONTIGUOUS = "Megatron's buffers are always contiguous; leave it at True"
+
+TRAINER = {
+    "logger": Fixed((False,), _BY_EXP_MANAGER),
+    "enable_checkpointing": Fixed((False,), _BY_EXP_MANAGER),
+    "use_distributed_sampler": Fixed((False,), "each rank is given its share of a batch here; leave it at False"),
+    "max_time": Fixed((None,), "not used here; give exp_manager.max_time_per_run"),
+}
+MODEL = {
+    "virtual_pipeline_model_parallel_size": Fixed(
+        (None,), "stages are not interleaved; leave it out, and give pipeline_model_parallel_size"
+    ),
+    "gradient_as_bucket_view": Fixed((True,), "gradients always lie in Megatron's buffers; leave it at True"),
+}
+OPTIM = {
+    "contiguous_grad_buffer": Fixed((True,), _CONTIGUOUS),
+    "contiguous_param_buffer": Fixed((True,), _CONTIGUOUS),
+    "overlap_grad_sync": Fixed((False,), "gradients are summed after the backward pass; leave it at False"),
+    "overlap_param_sync": Fixed((False,), "weights are gathered after the optimizer's step; leave it at False"),
+}
+CHECKPOINTS = {
+    "save_best_model": Fixed((False,), "the archive is that of the last step; keep the best with save_top_k"),
+}
+WORKERS = {"num_workers": Fixed((0, 2), _NO_WORKERS)}
+SFT_ROWS = {
+    **WORKERS,
+    "memmap_workers": Fixed((None, 0, 2), _NO_WORKERS),
+    "add_sep": Fixed((False,), "no tokenizer here has a separator; write it into prompt_template"),
+}
+SAMPLING = {
+    "all_probs": Fixed((False,), "rollouts keep the drawn tokens' log-probabilities alone; leave it at False"),
+    "compute_logprob": Fixed((False,), "log-probabilities of rollouts are always computed; leave it at False"),
+}
+
+
+def check_fixed(block: object, table: Mapping[str, Fixed], prefix: str) -> None:
+    """Raises ConfigError for a key of `table` that `block`, found under `prefix`, gives another value."""
+    for name, fixed in table.items():
+        value = getattr(block, name)
+        if value not in fixed.values:
+            raise ConfigError(f"{value!r} is not offered; {fixed.instead}", f"{prefix}.{name}")
+
+
+def check_switched_off(value: Mapping[str, Any] | None, switch: str, key: str) -> None:
+    """A block of NeMo-Aligner's that is absent, or says {switch: False}. Raises ConfigError."""
+    if value is not None and value.get(switch) is not False:
+        raise ConfigError("there is no such thing here; set it to False", f"{key}.{switch}")
+
+
+def check_amp_o2(value: bool | None, precision: str | None, key: str) -> None:
+    """`megatron_amp_O2`: bf16 weights with fp32 master weights, which is what bf16 always means here.
+
+    `precision` None is the archive's own, not known yet. Raises ConfigError for True without bf16.
+    """
+    bf16 = precision is None or precision.startswith("bf16")
+    if value and not bf16:
+        raise ConfigError(f"True needs bf16, and the precision is {precision}; set it to False or leave it out", key)
+    if value is False and bf16:
+        log.info("%s=False: bf16 weights have fp32 master weights in training all the same", key)
