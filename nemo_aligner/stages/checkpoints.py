@@ -18,7 +18,7 @@ from typing import Any
 from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.engine.checkpoints.training_state import latest, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
-from nemo_aligner.errors import CheckpointError
+from nemo_aligner.errors import CheckpointError, ConfigError
 from nemo_aligner.stages.run_checks import check_monitor
 
 log = logging.getLogger(__name__)
