@@ -39,8 +39,6 @@ MODEL = {
 OPTIM = {
     "contiguous_grad_buffer": Fixed((True,), _CONTIGUOUS),
     "contiguous_param_buffer": Fixed((True,), _CONTIGUOUS),
-    "overlap_grad_sync": Fixed((False,), "gradients are summed after the backward pass; leave it at False"),
-    "overlap_param_sync": Fixed((False,), "weights are gathered after the optimizer's step; leave it at False"),
 }
 CHECKPOINTS = {
     "save_best_model": Fixed((False,), "the archive is that of the last step; keep the best with save_top_k"),

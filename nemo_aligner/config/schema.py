@@ -127,9 +127,9 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
-    bucket_cap_mb: int | None = None
-    overlap_grad_sync: bool = False
-    overlap_param_sync: bool = False
+    overlap_grad_sync: bool = False  # ranks sum gradients bucket by bucket during the backward pass
+    bucket_cap_mb: float | None = None  # MiB of a bucket; null: Megatron's choice
+    overlap_param_sync: bool = False  # weights that other ranks updated arrive beside what comes after the step
     contiguous_grad_buffer: bool = True
     contiguous_param_buffer: bool = True
     sched: dict[str, Any] | None = (

@@ -16,18 +16,14 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from nemo_aligner.config.schema import OptimConfig
+from nemo_aligner.engine.checkpoints.optimizer_state import make_checkpointable
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_NAMES = {  # all are AdamW; True: its state is sharded over data-parallel ranks
-    "distributed_fused_adam": True,
-    "mcore_distributed_optim": True,
-    "fused_adam": False,
-    "adamw": False,
-    "adam": False,
-}
+_NAMES = ("distributed_fused_adam", "mcore_distributed_optim", "fused_adam", "adamw", "adam")  # all are AdamW
+_BYTES = 4  # of a gradient: they are summed in fp32
 
 
 def build_optimizer(
@@ -36,21 +32,11 @@ def build_optimizer(
     """Wrap `model` for data-parallel training and build its optimizer.
 
     Adam is AdamW (arXiv 1711.05101): decay is decoupled, and not applied to biases and norms. bf16 weights get fp32
-    master weights. Raises ConfigError for an unknown name.
+    master weights. Raises ConfigError for an unknown name, and for overlap_param_sync without sharded state.
     """
-    if optim.name not in _NAMES:
-        raise ConfigError(f"{optim.name!r} is not one of {', '.join(_NAMES)}", "model.optim.name")
-    distributed = _NAMES[optim.name]
-    if distributed and not torch.cuda.is_available():
-        log.info("model.optim.name=%s: on a CPU the optimizer state is not sharded over ranks", optim.name)
-        distributed = False
-    wrapped = DistributedDataParallel(
-        config=get_model_config(model),
-        ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-        ),
-        module=model,
-    )
+    sharded = is_sharded(optim)
+    ddp = data_parallel_settings(optim, sharded)
+    wrapped = DistributedDataParallel(config=get_model_config(model), ddp_config=ddp, module=model)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -61,14 +47,59 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         clip_grad=clip_grad,
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=sharded,
+        overlap_param_gather=ddp.overlap_param_gather,
     )
     with cuda_type_names():
         # the overrides take biases and norms out of weight decay; without them Megatron decays everything
         optimizer = get_megatron_optimizer(settings, [wrapped], get_standard_config_overrides(settings))
     for group in optimizer.param_groups:  # Megatron leaves this to its own schedule class, which is not used here
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
+    make_checkpointable(optimizer)
     config = get_model_config(model)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        config.no_sync_func = wrapped.no_sync  # all micro-batches but the last
+    if ddp.overlap_param_gather:
+        wrapped.start_param_sync()  # as after every step; or a first forward pass would ask for it
     return wrapped, optimizer
+
+
+def is_sharded(optim: OptimConfig) -> bool:
+    """Whether Adam's state is cut over data-parallel ranks. Raises ConfigError for an unknown name."""
+    if optim.name not in _NAMES:
+        raise ConfigError(f"{optim.name!r} is not one of {', '.join(_NAMES)}", "model.optim.name")
+    if optim.name == "distributed_fused_adam" and not torch.cuda.is_available():
+        log.info(
+            "model.optim.name=%s: on a CPU its state is not sharded over ranks; mcore_distributed_optim does so there",
+            optim.name,
+        )
+        return False
+    return optim.name in ("distributed_fused_adam", "mcore_distributed_optim")
+
+
+def data_parallel_settings(optim: OptimConfig, sharded: bool) -> DistributedDataParallelConfig:
+    """How ranks sum gradients and fetch the weights that others updated: at once, or beside the passes.
+
+    Beside them, gradients go by buckets of `bucket_cap_mb` MiB, each as soon as the backward pass has filled it.
+    """
+    if optim.bucket_cap_mb is not None and not optim.overlap_grad_sync:
+        log.info(
+            "model.optim.bucket_cap_mb: one bucket for all gradients, as overlap_grad_sync=False sums them at once"
+        )
+    if optim.overlap_param_sync and not sharded:
+        if optim.name != "distributed_fused_adam":
+            raise ConfigError(
+                f"with name={optim.name} every rank updates all weights; take mcore_distributed_optim, or leave it out",
+                "model.optim.overlap_param_sync",
+            )
+        log.info("model.optim.overlap_param_sync: every rank updates all weights, there is nothing to fetch")
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=sharded,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optim.overlap_grad_sync,
+        overlap_param_gather=optim.overlap_param_sync and sharded,
+        align_param_gather=optim.overlap_param_sync and sharded,  # all buckets are fetched from the step's end on
+        bucket_size=None if optim.bucket_cap_mb is None else int(optim.bucket_cap_mb * 2**20) // _BYTES,
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine.checkpoints import nemo_archive, training_state
@@ -29,13 +30,26 @@ class MegatronTrainable:
 
     def __init__(self, loaded: LoadedModel, cluster: MegatronCluster) -> None:
         self.cluster = cluster
-        self.module, self.arch, self.tokenizer = loaded.module, loaded.arch, loaded.tokenizer
+        self._module, self.arch, self.tokenizer = loaded.module, loaded.arch, loaded.tokenizer
         self.max_sequence_length, self.vocab_size = loaded.arch.encoder_seq_length, loaded.arch.vocab_size
         self._dtype, self._source = loaded.run.dtype, loaded.source
         self._wrapped: DistributedDataParallel | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._schedule: Callable[[int], float] = lambda step: 0.0
         self._steps_done = 0
+
+    @property
+    def module(self) -> MegatronModule:
+        """The model, with all of its weights in place."""
+        self._await_weights()
+        return self._module
+
+    def _await_weights(self) -> None:
+        """Wait for weights under way from the ranks that updated them (`model.optim.overlap_param_sync`)."""
+        for group in [] if self._wrapped is None else self._wrapped.bucket_groups:
+            if group.param_gather_handle is not None:
+                group.param_gather_handle.wait()
+                group.param_gather_handle = None
 
     def add_optimizer(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
         """Make it trainable for `max_steps` optimizer steps."""
@@ -59,8 +73,11 @@ class MegatronTrainable:
         lr = self._schedule(self._steps_done)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._await_weights()
         with cuda_type_names():
             _, grad_norm, _ = self._optimizer.step()
+        if self._wrapped.ddp_config.overlap_param_gather:
+            self._wrapped.start_param_sync()
         self._steps_done += 1
         return StepMetrics(averages.pop("loss"), float(grad_norm or 0.0), lr, averages)
 
