@@ -40,9 +40,6 @@ OPTIM = {
     "contiguous_grad_buffer": Fixed((True,), _CONTIGUOUS),
     "contiguous_param_buffer": Fixed((True,), _CONTIGUOUS),
 }
-CHECKPOINTS = {
-    "save_best_model": Fixed((False,), "the archive is that of the last step; keep the best with save_top_k"),
-}
 WORKERS = {"num_workers": Fixed((0, 2), _NO_WORKERS)}
 SFT_ROWS = {
     **WORKERS,

@@ -15,8 +15,9 @@ from nemo_aligner.errors import ConfigError
 BASELINES = ("RLOO", "ReMax", "none")
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 KL_REDUCTIONS = ("sum", "mean")
-MONITORS = ("val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", "global_step", "step", "consumed_samples")
-"""What `exp_manager.checkpoint_callback_params.monitor` may name."""
+_POSITION = ("global_step", "step", "consumed_samples", "epoch", "reinforce_optimization_step")
+MONITORS = ("val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", *_POSITION)
+"""What `monitor` and `filename` of exp_manager.checkpoint_callback_params may name."""
 
 
 def one_of(allowed: tuple[str, ...], value: str, key: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_aligner.config.fixed import CHECKPOINTS, MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
+from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.errors import ConfigError
 
@@ -143,8 +143,8 @@ class CheckpointCallbackParams:
     monitor: str = "val_loss"
     mode: str = "min"  # min or max of the monitored value is best
     save_nemo_on_train_end: bool = True
-    filename: str | None = None
-    save_best_model: bool = False
+    filename: str | None = None  # of a checkpoint, with fields like {step} and {val_loss:.3f}; null: as the docs show
+    save_best_model: bool = False  # the archive at the end is that of the best checkpoint, not of the last
     model_parallel_size: Any = None  # null, or TP × PP of the run; a checkpoint is cut anew at every load
 
 
@@ -175,7 +175,6 @@ class ExpManagerConfig:
     max_time_per_run: str | None = None  # D:H:M:S; saves, then leaves with exit status 75
 
     def validate(self) -> None:
-        check_fixed(self.checkpoint_callback_params, CHECKPOINTS, "exp_manager.checkpoint_callback_params")
         for name, kwargs in self.external_loggers().items():
             check_logger(name, kwargs)
 

@@ -3,7 +3,8 @@
     <log dir>/checkpoints/<name>--<monitor>=<value>-step=<s>-consumed_samples=<c>[-last]/
     <log dir>/checkpoints/<name>.nemo
 
-Names are for people; what a run resumes from is read from the state file inside.
+The first is as `filename` has it, where given. Names are for people; what a run resumes from, and whose checkpoint it
+is, is read from the state file inside.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
-from nemo_aligner.engine.checkpoints.training_state import latest, read_state
+from nemo_aligner.engine.checkpoints.training_state import PARTIAL, STATE, latest, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.stages.checkpoint_names import checkpoint_name
 from nemo_aligner.stages.run_checks import check_monitor
 
 log = logging.getLogger(__name__)
 
 _LAST = "-last"
+_COUNTED = ("step", "consumed_samples")
 
 
 class Checkpoints:
@@ -45,6 +48,8 @@ class Checkpoints:
         self.root = log_dir(config) / "checkpoints"
         self.archive = self.root / f"{config.name}.nemo"
         self._name, self._top_k, self._cluster = config.name, params.save_top_k, cluster
+        self._pattern = params.filename or f"{config.name}--{{{self._monitor}:.3f}}-{{step}}-{{consumed_samples}}"
+        self._archives_best = params.save_best_model
         self._resume, self._may_begin = config.resume_if_exists, config.resume_ignore_no_checkpoint
 
     @property
@@ -69,26 +74,26 @@ class Checkpoints:
     def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
         """Write one more checkpoint as the newest, then drop those that need not be kept. Collective."""
         value = values.get(self._monitor, math.nan)
-        position = f"step={state['step']}-consumed_samples={state['consumed_samples']}"
-        label = f"{self._name}--{self._monitor}={value:.3f}-{position}"
+        label = checkpoint_name(self._pattern, {**values, **{name: state[name] for name in _COUNTED}})
         if self._cluster.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         self._cluster.barrier()
-        model.save_training_state(self.root / f"{label}{_LAST}", {**state, "monitored": value})
+        model.save_training_state(self.root / f"{label}{_LAST}", {**state, "monitored": value, "run": self._name})
         if self._cluster.is_main:
             self._prune(keep=f"{label}{_LAST}")
         self._cluster.barrier()
 
+    def restore_best(self, model: TrainableModel) -> None:
+        """With `save_best_model`: the weights of the best checkpoint take the place of the newest. Collective."""
+        if not self._archives_best:
+            return
+        best = self._cluster.broadcast(self._ranked(self._own())[0] if self._cluster.is_main else self.root)
+        state = model.load_training_state(best)
+        log.info("the archive is that of step %d, %s=%g", state["step"], self._monitor, state["monitored"])
+
     def _prune(self, keep: str) -> None:
-        others = [
-            path
-            for path in self.root.glob(f"{self._name}--*/")
-            if path.name != keep and (path / "state.json").is_file()
-        ]
-        for path in self.root.glob(f"{self._name}--*.partial/"):
-            shutil.rmtree(path, ignore_errors=True)
-        everything = [*others, self.root / keep]
-        best = sorted(everything, key=self._rank, reverse=True)
+        others = [path for path in self._own() if path.name != keep]
+        best = self._ranked([*others, self.root / keep])
         kept = best if self._top_k < 0 else best[: self._top_k]
         for path in others:
             if path not in kept:
@@ -96,13 +101,29 @@ class Checkpoints:
             elif path.name.endswith(_LAST):
                 path.rename(path.with_name(path.name.removesuffix(_LAST)))
 
-    def _rank(self, path: Path) -> tuple[float, int]:
-        try:
-            state = read_state(path)
-        except CheckpointError:  # damaged: the first to go
-            return -math.inf, -1
-        value = float(state["monitored"]) * self._sign
-        return (-math.inf if math.isnan(value) else value), int(state["step"])
+    def _own(self) -> list[Path]:
+        """This run's checkpoints, and damaged ones."""
+
+        def is_own(path: Path) -> bool:
+            try:
+                return read_state(path).get("run") == self._name
+            except CheckpointError:
+                return (path / STATE).is_file()
+
+        return [path for path in self.root.glob("*/") if not path.name.endswith(PARTIAL) and is_own(path)]
+
+    def _ranked(self, paths: Iterable[Path]) -> list[Path]:
+        """Best first."""
+
+        def rank(path: Path) -> tuple[float, int]:
+            try:
+                state = read_state(path)
+            except CheckpointError:  # damaged: the first to go
+                return -math.inf, -1
+            value = float(state["monitored"]) * self._sign
+            return (-math.inf if math.isnan(value) else value), int(state["step"])
+
+        return sorted(paths, key=rank, reverse=True)
 
 
 def log_dir(config: ExpManagerConfig) -> Path:

@@ -103,6 +103,7 @@ class Actor:
         with run_logger(exp, cluster, asdict(self.cfg), logged) as self.logger:
             self.steps_from(step, worker, checkpoints)
             if exp.checkpoint_callback_params.save_nemo_on_train_end:
+                checkpoints.restore_best(self.policy)
                 self.policy.save_nemo(checkpoints.archive)
                 if self.logger is not None:
                     self.logger.archived(checkpoints.archive)
@@ -125,7 +126,7 @@ class Actor:
                 reason = None if at_end else control.stop_reason()
                 due = loop.save_interval and (at_end or step % loop.save_interval == 0)
                 if exp.create_checkpoint_callback and (due or reason):
-                    checkpoints.save(self.policy, self.state(step), self.values | {"global_step": step, "step": step})
+                    checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
                 if reason:
                     raise StoppedEarly(f"{reason} at step {step} of {self.steps}; checkpoint in {checkpoints.root}")
         progress.close()
@@ -237,6 +238,10 @@ class Actor:
         if self.logger is not None:
             self.logger.log(step, "timers", self.timers.seconds)
         self.timers.seconds.clear()
+
+    def position(self, step: int) -> dict[str, float]:
+        """Where the run is, by the names of NeMo-Aligner's checkpoints."""
+        return {"global_step": step, "step": step, "reinforce_optimization_step": self.updates}
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of the run."""

@@ -15,7 +15,7 @@ _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 def run(cfg: ReinforceConfig) -> None:
     """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
     train, validation = open_rows(cfg)
-    check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS)
+    check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS, cfg.trainer.ppo.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 

@@ -89,6 +89,7 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapp
     with run_logger(exp, cluster, config or {}, logged) as logger:
         optimize(task, model, exp, checkpoints, logger, step, made_with)
         if exp.checkpoint_callback_params.save_nemo_on_train_end:
+            checkpoints.restore_best(model)
             model.save_nemo(checkpoints.archive, notes(task, model))
             if logger is not None:
                 logger.archived(checkpoints.archive)

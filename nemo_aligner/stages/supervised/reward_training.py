@@ -31,7 +31,7 @@ def run(cfg: RMConfig) -> None:
     pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
-    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(RANKING_METRICS))
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(RANKING_METRICS), cfg.trainer.rm.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
 
     from nemo_aligner.engine.loading import start_for_training

@@ -36,7 +36,7 @@ def run(cfg: SFTConfig) -> None:
     rows = open_rows(cfg, cfg.model.data.train_ds, _TRAIN)
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
-    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()))
+    check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()), cfg.trainer.sft.save_interval)
     check_template(cfg.model.data.chat_template, "model.data.chat_template")
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig
+from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig, OptimConfig
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.run_checks import check_monitor, check_training_settings
+from nemo_aligner.stages.supervised.monitors import monitors
 from tests.fakes import OneProcess
 
 VALUES = [3.0, 1.0, 5.0, 2.0, 4.0]  # of steps 1 to 5
@@ -30,7 +32,7 @@ def checkpoints(folder: Path, *, validates: bool = True, resume: bool = True, **
     exp = ExpManagerConfig(
         explicit_log_dir=str(folder), name="m", checkpoint_callback_params=given, resume_if_exists=resume
     )
-    return Checkpoints(exp, OneProcess(), metrics={"val_loss", "loss", "global_step"}, validates=validates)  # type: ignore[arg-type]
+    return Checkpoints(exp, OneProcess(), metrics=monitors(()), validates=validates)  # type: ignore[arg-type]
 
 
 def save(made: Checkpoints, values: list[float], monitor: str = "val_loss", first: int = 1) -> None:
@@ -100,18 +102,17 @@ def test_equals_are_kept_by_the_later_step(tmp_path: Path) -> None:
     assert steps(made) == [2, 3]
 
 
-def test_damaged_and_half_written_checkpoints_and_others_files_do_not_count(tmp_path: Path) -> None:
+def test_damaged_checkpoints_go_first_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
     made = checkpoints(tmp_path, mode="min", save_top_k=1)
     save(made, [3.0])
-    (made.root / "m--half.partial").mkdir()
-    (made.root / "other--model").mkdir()
+    (made.root / "m--others").mkdir()  # called like ours
+    state = {"format": 1, "run": "other", "step": 9, "monitored": 0.0}
+    (made.root / "m--others" / "state.json").write_text(json.dumps(state))
     (made.root / "m--damaged").mkdir()
     (made.root / "m--damaged" / "state.json").write_text("{")
     save(made, [4.0], first=2)
-    assert {path.name.partition("-")[0] for path in made.root.iterdir()} == {"m", "other"}
-    assert not (made.root / "m--half.partial").exists()
     assert not (made.root / "m--damaged").exists()
-    assert steps(made) == [1, 2]
+    assert steps(made) == [1, 2, 9]
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "loss"])
@@ -145,3 +146,60 @@ def test_the_log_folder_is_the_explicit_one_or_lies_below_exp_dir() -> None:
     assert log_dir(ExpManagerConfig(name="m", explicit_log_dir="/x", exp_dir="/y")) == Path("/x")
     assert log_dir(ExpManagerConfig(name="m", exp_dir="/y")) == Path("/y/m")
     assert log_dir(ExpManagerConfig(name="m")) == Path("nemo_experiments/m")
+
+
+class Loader(Saver):
+    """What it was loaded from last."""
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        self.step = state["step"]
+        return state
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
+def test_save_best_model_goes_back_to_the_best_step_and_only_then(tmp_path: Path, mode: str, best: int) -> None:
+    for asked in (True, False):
+        made = checkpoints(tmp_path / str(asked), mode=mode, save_top_k=1, save_best_model=asked)
+        save(made, VALUES)
+        model = Loader()
+        made.restore_best(model)  # type: ignore[arg-type]
+        assert getattr(model, "step", None) == (best if asked else None)
+
+
+def test_checkpoints_are_called_as_filename_says(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, save_top_k=-1, filename="run-{val_loss:.2f}-{step}-{consumed_samples}")
+    save(made, [1.0, 2.345])
+    names = {path.name for path in made.root.iterdir()}
+    assert names == {"run-val_loss=1.00-step=1-consumed_samples=4", "run-val_loss=2.35-step=2-consumed_samples=8-last"}
+    again = checkpoints(tmp_path, save_top_k=1, filename="{global_step}")
+    save(again, [9.0], first=3)
+    assert {path.name for path in made.root.iterdir()} == {
+        "run-val_loss=1.00-step=1-consumed_samples=4", "global_step=3-last"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("filename", "says"),
+    [
+        ("{step}-{f1:.3f}", "{f1} is not logged; one of consumed_samples, epoch, "),
+        ("{step}-{val_loss:.3q}", "'.3q' is not how a number is written; {val_loss:.3f} would be"),
+        ("{val_loss:.3f}", "{step} has to be in it"),
+        ("a/{step}", "a slash is not for names"),
+        ("{step}-{", "braces are for fields"),
+    ],
+)
+def test_a_filename_that_names_nothing_or_the_same_thing_twice_is_refused(filename: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_monitor(CheckpointCallbackParams(filename=filename), monitors(()))
+    assert str(caught.value).startswith("exp_manager.checkpoint_callback_params.filename: ")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("interval", "callback"), [(0, True), (1, False)])
+def test_the_best_of_no_checkpoints_is_refused(interval: int, callback: bool) -> None:
+    exp = ExpManagerConfig(
+        create_checkpoint_callback=callback, checkpoint_callback_params=CheckpointCallbackParams(save_best_model=True)
+    )
+    with pytest.raises(ConfigError, match=r"save_best_model: the best of the checkpoints, and none is saved"):
+        check_training_settings(exp, OptimConfig(), monitors(()), interval)

@@ -122,6 +122,33 @@ def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path: Path, top_k: int
     assert len(list((tmp_path / "checkpoints").glob("*-last"))) == 1
 
 
+@pytest.mark.parametrize(("mode", "best"), [("max", 1), ("min", 6)])
+def test_the_archive_is_that_of_the_best_checkpoint_where_asked_also_after_a_rerun(
+    tmp_path: Path, mode: str, best: int
+) -> None:
+    class Archiver(Recorder):
+        weights: Any = "the last"
+
+        def load_training_state(self, folder: Path) -> dict[str, Any]:
+            state = super().load_training_state(folder)
+            self.weights = state["step"]
+            return state
+
+        def save_nemo(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+            super().save_nemo(path, notes)
+            path.write_text(str(self.weights))
+
+    for asked, archived in ((False, "the last"), (True, str(best))):
+        params = CheckpointCallbackParams(monitor="loss", mode=mode, save_top_k=1, save_best_model=asked)
+        exp = experiment(tmp_path / str(asked), checkpoint_callback_params=params)
+        train(task(max_epochs=2, save_interval=1), Archiver(), exp)  # the loss is 1/step
+        path = tmp_path / str(asked) / "checkpoints" / "m.nemo"
+        assert path.read_text() == archived
+        path.unlink()
+        train(task(max_epochs=2, save_interval=1), Archiver(), exp)
+        assert path.read_text() == ("6" if archived == "the last" else archived)
+
+
 def test_a_monitor_that_is_never_logged_is_refused_with_the_names_that_are(tmp_path: Path) -> None:
     params = CheckpointCallbackParams(monitor="validation_loss")
     with pytest.raises(ConfigError, match=r"monitor: 'validation_loss' is not logged; one of .*val_loss"):
