@@ -40,6 +40,7 @@ class OfflineDataConfig:
 class SamplerDataConfig(OfflineDataConfig):
     n: int = 1  # responses per prompt
     export_metadata: bool = False  # add sample_index, finish_reason, num_tokens and logprob to each row
+    export_tokens: bool = False  # add <output_key>_token_ids, which labeler and SFT then prefer over the text
 
     def validate(self) -> None:
         super().validate()

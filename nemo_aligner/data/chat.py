@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "ass
 def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
     """`messages` [{role, content}] as they are, NeMo's {system, conversations: [{from, value}]} brought to that form.
 
-    Raises DataError.
+    A turn's `weight` is 1, or 0 where it is not trained on. Raises DataError.
     """
     if isinstance(row.get("messages"), list):
         messages = row["messages"]
@@ -32,7 +32,7 @@ def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
         turns = [turn if isinstance(turn, dict) else {} for turn in row["conversations"]]
         roles = [str(turn.get("from", "")).lower() for turn in turns]
         messages = [
-            {"role": _ROLES.get(role, role), "content": turn.get("value")}
+            {"role": _ROLES.get(role, role), "content": turn.get("value"), "weight": turn.get("weight", 1)}
             for role, turn in zip(roles, turns, strict=True)
         ]
         if row.get("system"):
@@ -42,6 +42,8 @@ def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
             raise DataError(f"the turn {message!r} lacks a role or a text", path, line)
+        if message.get("weight", 1) not in (0, 1):
+            raise DataError(f"a turn's weight is 0 or 1, not {message['weight']!r}", path, line)
     return messages
 
 
@@ -130,14 +132,16 @@ class ChatTemplate:
 
         What the template itself puts into `{% generation %}` is the assistant's. Without any, the conversation before
         each assistant turn is rendered with its generation prompt: what the turn adds to that is what the assistant
-        would have to write. Raises DataError.
+        would have to write. Turns of weight 0 are not the assistant's here. Raises DataError.
         """
         messages = messages_of(row, path, line)
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError("the conversation has no assistant turn to train on", path, line)
         try:
             whole = self._marked(messages, generation_prompt=False)
-            return _between_marks(whole) if _BEGIN in whole else self._by_turns(messages, path, line)
+            if _BEGIN not in whole:
+                return self._by_turns(messages, path, line)
+            return _weighted(_between_marks(whole), messages, path, line)
         except jinja2.TemplateError as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
 
@@ -153,9 +157,29 @@ class ChatTemplate:
                 raise DataError(
                     "the chat template does not render a conversation as a prefix of its continuation", path, line
                 )
-            segments += [(before[len(done) :], False), (after[len(before) :], True)]
+            segments += [(before[len(done) :], False), (after[len(before) :], is_target(message))]
             done = after
         return segments
+
+
+def is_target(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's turn is trained on."""
+    return bool(message.get("weight", 1))
+
+
+def _weighted(
+    segments: list[tuple[str, bool]], messages: list[dict[str, str]], path: str, line: int
+) -> list[tuple[str, bool]]:
+    """Segments without those as targets whose turn has weight 0."""
+    wanted = [is_target(message) for message in messages if message["role"] == "assistant"]
+    if all(wanted):
+        return segments
+    if sum(target for _, target in segments) != len(wanted):
+        raise DataError(
+            "the chat template's generation blocks are not one a turn, so weights have no place", path, line
+        )
+    left = iter(wanted)
+    return [(text, target and next(left)) for text, target in segments]
 
 
 def _between_marks(text: str) -> list[tuple[str, bool]]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import os
+import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_aligner.errors import DataError
 from nemo_aligner.files import write_atomically
@@ -14,15 +20,45 @@ from nemo_aligner.files import write_atomically
 Row = dict[str, Any]
 
 
+_DEPTH = 100
+"""Lists and objects within one another, at most: what can be read must be writable too, from any place in the code."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 def parse_line(text: str, path: Path, number: int) -> Row:
-    """One line as an object. Raises DataError with file and line."""
+    """One line as an object that can be written again. Raises DataError with file and line."""
     try:
         row = json.loads(text)
     except json.JSONDecodeError as fault:
         raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
+    except ValueError:  # of a whole number
+        raise DataError("a number has more digits than Python reads (4300)", path, number) from None
+    except RecursionError:
+        raise DataError(f"lists or objects are nested over {_DEPTH} deep", path, number) from None
     if not isinstance(row, dict):
         raise DataError(f'a {type(row).__name__} where an object such as {{"input": ...}} is needed', path, number)
+    if text.count("[") + text.count("{") > _DEPTH and _is_deep(row, _DEPTH):
+        raise DataError(f"lists or objects are nested over {_DEPTH} deep", path, number)
+    if _SURROGATE.search(text):
+        _check_whole_characters(row, path, number)
     return row
+
+
+def _is_deep(value: Any, depth: int) -> bool:
+    """Whether lists and objects are nested more than `depth` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (depth == 0 or any(_is_deep(item, depth - 1) for item in inner))
+
+
+def _check_whole_characters(row: Row, path: Path, number: int) -> None:
+    """Raises DataError for one half of a pair of \\u escapes, which JSON allows and no text file can hold."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as fault:
+            half = f"\\u{ord(fault.object[fault.start]):04x}"
+            raise DataError(f"field {name!r} holds {half}, one half of a character", path, number) from None
 
 
 def check_texts(row: Row, required: Mapping[str, str], path: Path, number: int) -> None:
@@ -57,11 +93,11 @@ class Rows(Sequence[Row]):
 def load_rows(
     path: str | Path, *, required: Mapping[str, str], hf_dataset: bool = False, cache_dir: str | None = None
 ) -> Rows:
-    """Open a JSONL file after checking every line of it.
+    """Open a JSONL file, plain or compressed (.gz, .zst), after checking every line of it.
 
-    `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in `cache_dir`); otherwise lines are
-    found by byte offset. Both give the same rows, with every field as it stands in the file.
-    Raises DataError: missing or empty file, broken line, missing field, value that is not a string.
+    Lines end in LF, CR LF or CR. `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in
+    `cache_dir`); otherwise lines are found by byte offset. Both give the same rows, with every field as it stands in
+    the file. Raises DataError: missing or empty file, broken line, missing field, value that is not a string.
     """
     path = Path(path)
     rows = _arrow_rows(path, cache_dir) if hf_dataset else _offset_rows(path)
@@ -81,21 +117,53 @@ def _check_readable(path: Path) -> None:
 
 def _offset_rows(path: Path) -> Rows:
     _check_readable(path)
-    numbers, offsets = [], []
-    position = 0
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
+    reader = _plain(path)
+    numbers, places = [], []
+    number = position = 0
+    for stretch in reader:
+        for raw in stretch.splitlines(keepends=True):  # of bytes: LF, CR LF and CR, nothing else
+            number += 1
             if raw.strip(b"\xef\xbb\xbf \t\r\n"):
                 numbers.append(number)
-                offsets.append(position)
+                places.append((position, len(raw)))
             position += len(raw)
-    reader = path.open("rb")
 
     def line(index: int) -> str:
-        reader.seek(offsets[index])
-        return _decoded(reader.readline(), path, numbers[index])
+        start, size = places[index]
+        reader.seek(start)
+        return _decoded(reader.read(size), path, numbers[index])
 
     return Rows(path, numbers, line)
+
+
+def _plain(path: Path) -> IO[bytes]:
+    """The file for reading at any place; a compressed one as a temporary file. Raises DataError for a damaged one."""
+    if path.suffix not in (".gz", ".zst"):
+        return path.open("rb")
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the rows)
+    try:
+        with path.open("rb") as packed:
+            (_unzip if path.suffix == ".gz" else _unpack_zstd)(packed, unpacked)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
+        raise DataError(f"cannot be unpacked: {str(fault) or 'it ends too soon'}", path) from None
+    unpacked.seek(0)
+    return unpacked
+
+
+def _unzip(packed: IO[bytes], unpacked: IO[bytes]) -> None:
+    with gzip.open(packed) as stream:
+        shutil.copyfileobj(stream, unpacked)
+
+
+def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
+    import zstandard
+
+    try:
+        # a file may be several frames, one after the other
+        with zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream:
+            shutil.copyfileobj(stream, unpacked)
+    except zstandard.ZstdError as fault:
+        raise EOFError(str(fault)) from None
 
 
 def _decoded(raw: bytes, path: Path, number: int) -> str:
@@ -127,8 +195,16 @@ def dump_row(row: Mapping[str, Any]) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
-        return json.dumps(finite, ensure_ascii=False)
+        return json.dumps(_finite(row), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None in place of every float that is no number."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import Row
 from nemo_aligner.data.prompts import filled, with_bos
+from nemo_aligner.data.token_texts import drawn_tokens, ids_key
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +21,15 @@ def ended(ids: Sequence[int], *, limit: int, eos: int | None) -> tuple[list[int]
 
 
 class _Tokenizer(Protocol):
+    vocab_size: int
     bos_id: int | None
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def piece(self, token: int) -> str: ...
 
 
 class _RewardModel(Protocol):
@@ -40,26 +46,45 @@ class _RewardModel(Protocol):
 
 
 class TextEncoder:
-    """Rows as the reward model was trained to see them: template(prompt) + response, EOS as its archive says."""
+    """Rows as the reward model was trained to see them: template(prompt) + response, EOS as its archive says.
+
+    Of a response that comes with the tokens that were drawn for it, these are read.
+    """
 
     def __init__(self, data: OfflineDataConfig, model: _RewardModel) -> None:
         self._data, self._tokenizer = data, model.tokenizer
         self._limit = min(data.max_seq_length, model.max_sequence_length)
         self._eos = model.append_eod if data.add_eos is None else data.add_eos
-        self._cut = self._empty = 0
+        self._cut = self._empty = self._unspelt = 0
 
     def tokens(self, row: Row) -> list[int]:
         """Token ids of one row with prompt and response, at most the limit."""
         data = self._data
         self._empty += not row[data.output_key]
-        text = filled(data.prompt_template, data.input_key, row[data.input_key]) + row[data.output_key]
-        ids = with_bos(self._tokenizer.encode(text), self._tokenizer.bos_id if data.add_bos else None)
+        prompt, response = filled(data.prompt_template, data.input_key, row[data.input_key]), row[data.output_key]
+        ids = self._as_drawn(row, prompt, response)
+        if ids is None:
+            ids = self._tokenizer.encode(prompt + response)
+        ids = with_bos(ids, self._tokenizer.bos_id if data.add_bos else None)
         found, cut = ended(ids, limit=self._limit, eos=self._tokenizer.eos_id if self._eos or not ids else None)
         self._cut += cut
         return found
+
+    def _as_drawn(self, row: Row, prompt: str, response: str) -> list[int] | None:
+        if row.get(ids_key(self._data.output_key)) is None:
+            return None
+        before = self._tokenizer.encode(prompt)
+        drawn = drawn_tokens(row, self._data.output_key, response, before, self._tokenizer)
+        self._unspelt += drawn is None
+        return None if drawn is None else before + drawn
 
     def report(self) -> None:
         if self._cut:
             log.warning("%d texts were cut to %d tokens before scoring", self._cut, self._limit)
         if self._empty:
             log.warning("%d responses are empty; they were scored as they are", self._empty)
+        if self._unspelt:
+            log.warning(
+                "%d responses were scored by their text: their %s do not say it in this tokenizer",
+                self._unspelt, ids_key(self._data.output_key),
+            )  # fmt: skip

@@ -44,8 +44,13 @@ def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
         return None
     files = [load_rows(name, required={}) for name in names]
     rows = blend(files, weights, key=key)
+    both = 0
     for index in range(len(rows)):
-        field_of(rows[index], rows, index)
+        row = rows[index]
+        field_of(row, rows, index)
+        both += all(isinstance(row.get(name), str) for name in _FIELDS)
+    if both:
+        log.info("%s: %d rows have both text and input; text is the prompt", key, both)
     return rows
 
 

@@ -11,16 +11,22 @@ from typing import Protocol
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Row, Rows
+from nemo_aligner.data.token_texts import continuation, drawn_tokens
 from nemo_aligner.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 
 class _Tokenizer(Protocol):
+    vocab_size: int
     bos_id: int | None
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def piece(self, token: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class PromptTemplate:
 
     Where the template has text of its own, spaces at both ends of a field are the template's business and are stripped
     from the field; "{input}{output}" changes nothing. A space before the label belongs to the label, as tokenizers
-    that keep it with the word want it. Pieces are tokenized one by one, so context tokens do not depend on the label.
+    that keep it with the word want it. Pieces are tokenized one by one, as going on from those before, so that context
+    tokens do not depend on the label; of a label that comes with the tokens that were drawn for it, these are taken.
     """
 
     def __init__(self, template: str, label_key: str, key: str) -> None:
@@ -74,12 +81,18 @@ class PromptTemplate:
         """Context pieces and label token ids."""
         values = {name: row[name].strip(" ") if self._strip else row[name] for name in self._names}
         context: list[_Piece] = []
+        before: list[int] = []
         for literal, name in zip(self._literals, self._names, strict=False):
-            if literal:
-                context.append(_Piece(tokenizer.encode(literal), None))
-            if name != self._label_key:
-                context.append(_Piece(tokenizer.encode(values[name]), name))
-        return context, tokenizer.encode(self._label_lead + values[self._label_key])
+            for text, field in ((literal, None), (values[name], name))[: 1 + (name != self._label_key)]:
+                if text:
+                    tokens = continuation(tokenizer, before, text)
+                    context.append(_Piece(tokens, field))
+                    before += tokens
+        label = self._label_lead + values[self._label_key]
+        drawn = drawn_tokens(row, self._label_key, label, before, tokenizer)
+        if drawn is not None:
+            return context, drawn
+        return context, continuation(tokenizer, before, label)
 
 
 def sft_examples(
@@ -144,7 +157,7 @@ def chat_examples(
         tokens: list[int] = []
         mask: list[int] = []
         for text, is_target in template.segments(row, str(rows.path), rows.numbers[index]):
-            ids = tokenizer.encode(text)
+            ids = continuation(tokenizer, tokens, text)
             tokens += ids
             mask += [int(is_target or not answer_only)] * len(ids)
         tokens, mask = tokens[:limit], mask[:limit]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_aligner.algorithms.sampling import EOS_ALIAS
+from nemo_aligner.data.token_texts import added_text
 from nemo_aligner.engine.interfaces import Tokenizer
-
-CONTEXT = 8
-"""Tokens of the prompt that are decoded together with a response, at most."""
 
 
 class StopCondition:
@@ -68,11 +66,6 @@ class StopCondition:
         return text[: min(cuts)] if cuts else text
 
     def text_of(self, response: Sequence[int], prompt: Sequence[int] = ()) -> str:
-        """What the response adds to the text of its prompt, without its stop token and up to the first end string.
-
-        Some decoders drop the blank before the first word of a text; the first word of a response is none.
-        """
+        """What the response adds to the text of its prompt, without its stop token and up to the first end string."""
         kept = response[:-1] if response and response[-1] in self.stop_ids else response
-        context = list(prompt[-CONTEXT:])
-        before, whole = self._tokenizer.decode(context), self._tokenizer.decode([*context, *kept])
-        return self.before_end(whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(kept))
+        return self.before_end(added_text(self._tokenizer, prompt, kept))

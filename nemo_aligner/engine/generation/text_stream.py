@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_aligner.engine.generation.stopping import CONTEXT, StopCondition
+from nemo_aligner.data.token_texts import CONTEXT
+from nemo_aligner.engine.generation.stopping import StopCondition
 from nemo_aligner.engine.interfaces import Tokenizer
 
 

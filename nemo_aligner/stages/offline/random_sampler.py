@@ -21,6 +21,7 @@ from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import Row, write_jsonl
 from nemo_aligner.data.prompts import filled, with_bos
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.data.token_texts import ids_key, spelling
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
@@ -100,7 +101,10 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
         responses = policy.generate(wanted, sampling_params(cfg.inference, cfg.seed), slots)
         for count, response in enumerate(responses, 1):
             place = (response.prompt_index - chunk.start) * cfg.data.n + response.sample_index
-            journal.add(place, output_row(cfg, rows[response.prompt_index % len(rows)], response))
+            row = output_row(cfg, rows[response.prompt_index % len(rows)], response)
+            if cfg.data.export_tokens:
+                row[ids_key(cfg.data.output_key)] = prompts.spelling(response)
+            journal.add(place, row)
             progress.advance(cluster.dp_size, cluster.dp_size * len(response.tokens))
             if count % interval == 0 if interval else time.monotonic() - flushed >= _FLUSH_EVERY_S:
                 journal.flush()
@@ -124,9 +128,15 @@ class Prompts:
     def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
         self._cfg, self._rows, self._policy = cfg, rows, policy
         self._cut = 0
+        self._tokens: dict[int, tuple[int, ...]] = {}
 
     def tokens(self, position: int) -> tuple[int, ...]:
         """Raises DataError when the prompt leaves the model no room for a response."""
+        if position not in self._tokens:
+            self._tokens[position] = self._encoded(position)
+        return self._tokens[position]
+
+    def _encoded(self, position: int) -> tuple[int, ...]:
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
         ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
@@ -145,6 +155,11 @@ class Prompts:
                 *self._rows.where(index),
             )
         return tuple(ids)
+
+    def spelling(self, response: Response) -> list[int] | None:
+        """The response's tokens without what ended it; None where an end string begins inside a token."""
+        before = self.tokens(response.prompt_index)
+        return spelling(self._policy.tokenizer, before, response.tokens, response.text)
 
     def report(self) -> None:
         if self._cut:
@@ -173,6 +188,7 @@ def fingerprint(cfg: SamplerConfig, archive: str) -> dict[str, Any]:
         "data.n": cfg.data.n,
         "data.output_key": cfg.data.output_key,
         "data.export_metadata": cfg.data.export_metadata,
+        "data.export_tokens": cfg.data.export_tokens,
         **{f"inference.{name}": value for name, value in inference.items()},
         **data_fingerprint(cfg.data),
     }
@@ -181,14 +197,19 @@ def fingerprint(cfg: SamplerConfig, archive: str) -> dict[str, Any]:
 def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> None:
     """Merge the journal into the output file, n responses of a prompt after one another, in prompt order."""
     places: list[int] = []
+    unfinished = 0
 
     def in_order() -> Iterator[Row]:
+        nonlocal unfinished
         for place, row in journal.merged():
             places.append(place)
+            unfinished += row[cfg.data.output_key].endswith("\N{REPLACEMENT CHARACTER}")
             yield row
 
     write_jsonl(cfg.output_file, in_order())
     assert places == list(range(prompts * cfg.data.n)), "every place of the output is taken once"
+    if unfinished:
+        log.warning("%d responses end within a character, which is written as \N{REPLACEMENT CHARACTER}", unfinished)
     counts = {"prompts": prompts, "samples": len(places)}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
     log.info("wrote %d samples of %d prompts to %s", len(places), prompts, cfg.output_file)

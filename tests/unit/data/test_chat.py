@@ -90,3 +90,33 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_line(tokeniz
 def test_what_is_no_template_names_its_key(tokenizer: FastTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"model\.data\.chat_template: not a valid Jinja template"):
         ChatTemplate("{% if %}", tokenizer, "model.data.chat_template")
+
+
+def weighted(*weights: int) -> dict[str, Any]:
+    turns = iter(weights)
+    return {"messages": [{**m, "weight": next(turns)} if m["role"] == "assistant" else m for m in MESSAGES]}
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("weights", [(1, 1), (0, 1), (1, 0), (0, 0)])
+def test_a_turn_of_weight_0_is_read_and_no_target(
+    tokenizer: FastTokenizer, template: str, weights: tuple[int, int]
+) -> None:
+    chat = ChatTemplate(template, tokenizer, "k")
+    found = chat.segments(weighted(*weights), "p", 1)
+    targets = "".join(text for text, is_target in found if is_target)
+    assert [f"a{i + 1}" in targets for i in range(2)] == [weight == 1 for weight in weights]
+    assert "".join(text for text, _ in found) == "".join(
+        text for text, _ in chat.segments({"messages": MESSAGES}, "p", 1)
+    )
+
+
+def test_a_weight_that_is_no_choice_is_refused(tokenizer: FastTokenizer) -> None:
+    with pytest.raises(DataError, match="p:3: a turn's weight is 0 or 1, not 2"):
+        ChatTemplate(PLAIN, tokenizer, "k").segments(weighted(1, 2), "p", 3)
+
+
+def test_weights_and_generation_blocks_that_are_no_turns_do_not_go_together(tokenizer: FastTokenizer) -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(DataError, match="p:3: the chat template's generation blocks are not one a turn"):
+        ChatTemplate(template, tokenizer, "k").segments(weighted(1, 0), "p", 3)

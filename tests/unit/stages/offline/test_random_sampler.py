@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,3 +250,26 @@ def test_ranks_leave_together_when_one_of_them_is_told_to(tmp_path: Path) -> Non
 
     assert on_ranks(2, one) == ["left", "left"]
     assert not Path(cfg.output_file).exists()
+
+
+class Cutter(EchoPolicy):
+    """Ends every second response within a character."""
+
+    def generate(self, *args: Any) -> Iterator[Response]:
+        for response in super().generate(*args):
+            cut = response.sample_index % 2
+            yield dataclasses.replace(response, text=response.text + "\N{REPLACEMENT CHARACTER}" * cut)
+
+
+def test_responses_that_end_within_a_character_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(config(tmp_path), policy=Cutter())
+    assert "5 responses end within a character" in caplog.text
+    caplog.clear()
+    (tmp_path / "whole").mkdir()
+    run(config(tmp_path / "whole"))
+    assert "within a character" not in caplog.text
+
+
+def test_a_prompt_that_was_cut_counts_once_whatever_n_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(config(tmp_path, max_seq_length=1))
+    assert "5 prompts were cut to data.max_seq_length=1" in caplog.text

@@ -1,0 +1,91 @@
+"""Where one text goes on from another: its tokens there, and the text of tokens drawn there.
+
+SentencePiece and its like set a blank before a text and drop the first one of what they decode. In the middle of a text
+neither is so: after "the film" come "▁was ▁good", which say " was good".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+CONTEXT = 8
+"""Tokens before a text that are decoded together with it, at most."""
+
+_FRONTS = ("|", "0", "~", "\n", "x")
+"""Texts that may stand before another without becoming one token with its beginning."""
+
+
+class _Tokenizer(Protocol):
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def piece(self, token: int) -> str: ...
+
+
+def continuation(tokenizer: _Tokenizer, before: Sequence[int], text: str) -> list[int]:
+    """Token ids of `text` behind the tokens `before` it, which stay as they are; of a whole text where there are none.
+
+    Behind a special token some tokenizers begin anew, so there the text is tokenized behind the same one.
+    """
+    if not (before and text and _treats_beginnings(cast(Hashable, tokenizer))):
+        return tokenizer.encode(text)
+    last = [before[-1]]
+    special = [tokenizer.piece(last[0])] if tokenizer.decode(last) == "" else []
+    for front in (*special, *_FRONTS):
+        own, whole = tokenizer.encode(front), tokenizer.encode(front + text)
+        if whole[: len(own)] == own and (front in _FRONTS or own == last):
+            return whole[len(own) :]
+    return tokenizer.encode(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _treats_beginnings(tokenizer: Any) -> bool:
+    """Whether the beginning of a text has other tokens than the same letters further on."""
+    encode = tokenizer.encode
+    return not any(encode(f"{front}was") == encode(front) + encode("was") for front in _FRONTS)
+
+
+def added_text(tokenizer: _Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """What `tokens` add to the text of the tokens `before` them."""
+    context = list(before[-CONTEXT:])
+    shorter, whole = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
+    return whole[len(shorter) :] if whole.startswith(shorter) else tokenizer.decode(tokens)
+
+
+def spelling(tokenizer: _Tokenizer, before: Sequence[int], tokens: Sequence[int], text: str) -> list[int] | None:
+    """As many of `tokens`, from the first on, as say `text` behind those `before` them; None where none do.
+
+    What has no text, as the token that ends a response, is left out at the end.
+    """
+    for end in range(len(tokens), -1, -1):
+        found = added_text(tokenizer, before, tokens[:end])
+        if found == text:
+            while end and tokenizer.decode([tokens[end - 1]]) == "":
+                end -= 1
+            return list(tokens[:end])
+        if len(found) < len(text):
+            break
+    return None
+
+
+def ids_key(text_key: str) -> str:
+    """The field of a row that holds the tokens of its field `text_key`, as a policy drew them."""
+    return f"{text_key}_token_ids"
+
+
+def drawn_tokens(
+    row: Mapping[str, Any], text_key: str, text: str, before: Sequence[int], tokenizer: _Tokenizer
+) -> list[int] | None:
+    """The tokens that a policy drew for the field `text_key`, where the row has them and they say `text` here.
+
+    They do not behind another text, or in the words of another tokenizer.
+    """
+    ids = row.get(ids_key(text_key))
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids):
+        return None
+    return ids if added_text(tokenizer, before, ids) == text else None
