@@ -40,7 +40,7 @@ class SamplingParams:
     @property
     def changes_distribution(self) -> bool:
         """True when tokens are not drawn from the model's own distribution."""
-        return self.filters or self.temperature != 1.0 or self.min_tokens > 0
+        return self.filters or self.temperature != 1.0
 
 
 class Drawn(NamedTuple):

@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.aliases import Aliases, let_through
+from nemo_aligner.config.overrides import explained
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
-from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, StoppedEarly
+from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, ConfigError, StoppedEarly
 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
 _RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
@@ -110,7 +111,11 @@ def script(
             os.environ["HYDRA_FULL_ERROR"] = "1"
             sys.argv[1:] = _with_overrides(let_through(sys.argv[1:], aliases or {}), _RUN_IN_PLACE)
             with one_line_errors():
-                hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
+                try:
+                    hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
+                except HydraException as fault:
+                    ours = explained(fault, config_dir / f"{config_name}.yaml")
+                    raise fault if ours is None else ConfigError(ours) from None
 
         return main
 

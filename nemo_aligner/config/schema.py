@@ -6,6 +6,7 @@ has `None` as its default, or the merge with this schema would bring it back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ from omegaconf import MISSING
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.errors import ConfigError
+
+LEAST_TEMPERATURE = 1e-5
+"""Below it logits no longer fit a float once divided by it, and the likeliest token is all that could be drawn."""
 
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
@@ -64,9 +68,10 @@ class SamplingConfig:
 
     def check_sampling(self, block: str) -> None:
         """Raises ConfigError, naming the key under `block`."""
-        if not self.temperature > 0:
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
-                f"{self.temperature} is not above 0; for the likeliest token use greedy", f"{block}.temperature"
+                f"{self.temperature} is not a number from {LEAST_TEMPERATURE} on; for the likeliest token use greedy",
+                f"{block}.temperature",
             )
         if self.top_k < 0:
             raise ConfigError(f"{self.top_k} is below 0", f"{block}.top_k")
@@ -135,6 +140,17 @@ class OptimConfig:
     sched: dict[str, Any] | None = (
         None  # {name: CosineAnnealing, warmup_steps, constant_steps, min_lr, ...}; null = constant
     )
+
+    def check(self) -> None:
+        """Raises ConfigError for numbers that no optimizer takes."""
+        for name in ("lr", "weight_decay", "eps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{value} is not a number from 0 on", f"model.optim.{name}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"{list(self.betas)} are not two numbers from 0 to below 1", "model.optim.betas")
+        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
+            raise ConfigError(f"{self.bucket_cap_mb} is not above 0", "model.optim.bucket_cap_mb")
 
 
 @dataclass
@@ -211,6 +227,7 @@ class ModelOverrides:
         """What every training script asks of `model`. Raises ConfigError."""
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
+        self.optim.check()
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if exp.checkpoint_callback_params.model_parallel_size not in (None, own):

@@ -50,16 +50,17 @@ def blend(
 ) -> Blend:
     """Interleave `files` so that after every row each file's share is as near its weight as it can be.
 
-    Row i comes from the file with the largest deficit w_d · max(i, 1) − taken_d (ties to the first); each file is read
-    in order, and again from its start when it is used up. Length: `num_samples`, or the sum of the file lengths.
+    Row i comes from the file with the largest deficit w_d · max(i, 1) − taken_d (ties to the first) among those of a
+    weight above 0; each is read in order, and again from its start when it is used up. Length: `num_samples`, or the
+    sum of the lengths of these files.
     """
     check_weights(weights, len(files), key)
-    total = num_samples or sum(len(file) for file in files)
+    total = num_samples or sum(len(file) for file, weight in zip(files, weights, strict=True) if weight > 0)
     share = np.array(weights, dtype=np.float64) / sum(weights)
     taken = np.zeros(len(files), dtype=np.int64)
     sources, positions = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
     for i in range(total):
-        source = int(np.argmax(share * max(i, 1) - taken))
+        source = int(np.argmax(np.where(share > 0, share * max(i, 1) - taken, -np.inf)))
         sources[i], positions[i] = source, taken[source] % len(files[source])
         taken[source] += 1
     for file, used in zip(files, taken, strict=True):

@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(workshop: Workshop, tmp_path: 
         "not valid JSON": sampler(workshop, tmp_path / "o", f"data.file_names=[{bad}]"),
         "nowhere.nemo: no such file": sampler(workshop, tmp_path / "o", "gpt_model_file=nowhere.nemo"),
         "data.max_seq_len": sampler(workshop, tmp_path / "o", "++data.max_seq_len=3"),
-        "Could not override 'data.typo'": sampler(workshop, tmp_path / "o", "data.typo=3"),
+        "data.typo: no such key": sampler(workshop, tmp_path / "o", "data.typo=3"),
         "processor: 'best'": [*labeler, reward, "processor=best"],
         "threshold=1e+06 leaves no sample": [*labeler, reward, "processor=rest", "threshold=1e6"],
         "is a language model, not a reward model": [*labeler, f"gpt_model_file={workshop.path('sft_model.nemo')}"],

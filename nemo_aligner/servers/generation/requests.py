@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nemo_aligner.algorithms.sampling import EOS_ALIAS, SamplingParams
+from nemo_aligner.config.schema import LEAST_TEMPERATURE
 
 Count = Annotated[int, Field(ge=1, le=1024)]
 
@@ -36,7 +37,7 @@ class _OpenAIBody(_Body):
     """What both of OpenAI's forms have, and three fields of ours."""
 
     model: str | None = None
-    temperature: float = Field(1.0, ge=0, le=100)  # 0: the likeliest token
+    temperature: float = Field(1.0, ge=0, le=100)  # below 1e-5: the likeliest token
     top_p: float = Field(1.0, ge=0, le=1)
     n: Count = 1
     stop: str | list[str] | None = None
@@ -65,8 +66,8 @@ class _OpenAIBody(_Body):
     def sampling(self, *, seed: int, end_strings: Sequence[str], max_tokens: int, top_logprobs: int) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
-            greedy=self.temperature == 0,
-            temperature=self.temperature or 1.0,
+            greedy=self.temperature < LEAST_TEMPERATURE,
+            temperature=max(self.temperature, LEAST_TEMPERATURE),
             top_k=self.top_k,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
@@ -171,7 +172,7 @@ class GenerateBody(_Body):
 
     sentences: list[str] = Field(min_length=1)
     tokens_to_generate: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, ge=LEAST_TEMPERATURE, le=100)
     top_k: int = Field(0, ge=0)
     top_p: float = Field(0.9, ge=0, le=1)
     greedy: bool = False

@@ -138,6 +138,11 @@ class Actor:
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
         )  # fmt: skip
+        if self.sampling().min_tokens > 0:
+            log.info(
+                "model.ppo.length_params.min_length=%d: EOS is not drawn before, but log-probabilities, gradient and "
+                "KL are those of the policy without this rule", self.sampling().min_tokens,
+            )  # fmt: skip
         if self.sampling().changes_distribution:
             log.warning(
                 "model.ppo.sampling_params draw from another distribution than the policy's own; "

@@ -57,7 +57,8 @@ def open_pairs(cfg: RMConfig, split: str) -> Pairs:
     if len(files) == 1:
         return pairs_of(files[0])
     paired = [pairs_of(file) for file in files]
-    order = blend(files, weights, sum(map(len, paired)), key=key)
+    drawn = sum(len(own) for own, weight in zip(paired, weights, strict=True) if weight > 0)
+    order = blend(files, weights, drawn, key=key)
     return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
 
 

@@ -166,7 +166,7 @@ def test_rows_drawn_in_chunks_are_those_drawn_alone() -> None:
 
 @pytest.mark.parametrize(
     ("params", "changes"),
-    [({}, False), ({"top_p": 0.0}, False), ({"temperature": 0.9}, True), ({"min_tokens": 1}, True),
+    [({}, False), ({"top_p": 0.0}, False), ({"temperature": 0.9}, True), ({"min_tokens": 1}, False),
      ({"top_k": 1}, True), ({"top_p": 0.9}, True), ({"repetition_penalty": 1.1}, True), ({"greedy": True}, True)],
 )  # fmt: skip
 def test_what_is_drawn_from_another_distribution_than_the_models_own_is_known(

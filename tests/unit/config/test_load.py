@@ -88,7 +88,10 @@ def test_yaml_defaults_and_dataclass_defaults_agree(name: str) -> None:
         ("++data.n=[1]", "data.n: "),
         ("data.file_names=???", "data.file_names: required, but not given"),
         ("data.n=0", "data.n: 0 is below 1"),
-        ("inference.temperature=0", "inference.temperature: 0.0 is not above 0"),
+        ("inference.temperature=0", "inference.temperature: 0.0 is not a number from 1e-05 on; for the likeliest"),
+        ("inference.temperature=1e-40", "inference.temperature: 1e-40 is not a number from 1e-05 on"),
+        ("inference.temperature=nan", "inference.temperature: nan is not a number"),
+        ("inference.temperature=inf", "inference.temperature: inf is not a number"),
         ("inference.top_p=1.5", "inference.top_p: 1.5 is not between 0 and 1"),
         ("data.micro_batch_size=0", "data.micro_batch_size: 0 is below 1"),
         ("trainer.precision=16", "trainer.precision: '16' is not one of"),
@@ -174,7 +177,10 @@ def test_the_guides_name_of_the_servers_batch_size_is_taken() -> None:
         ("trainer.ppo.initial_policy_kl_penalty=-1", "trainer.ppo.initial_policy_kl_penalty: -1.0 is below 0"),
         ("model.ppo.num_rollout_per_prompt=1", "model.ppo.num_rollout_per_prompt: RLOO compares"),
         ("model.ppo.sampling_params.top_p=2", "model.ppo.sampling_params.top_p: 2.0 is not between 0 and 1"),
-        ("model.ppo.sampling_params.temperature=0", "model.ppo.sampling_params.temperature: 0.0 is not above 0"),
+        (
+            "model.ppo.sampling_params.temperature=0",
+            "model.ppo.sampling_params.temperature: 0.0 is not a number from 1e-05 on",
+        ),
         ("++trainer.ppo.trt_llm={enable: True}", "trainer.ppo.trt_llm.enable: there is no such thing here"),
         ("++trainer.reinforce.max_stepz=1", "trainer.ppo.max_stepz: no such key, did you mean trainer.ppo.max_steps"),
     ],
@@ -201,3 +207,31 @@ def test_escapes_of_templates_and_end_strings_become_what_they_mean(typed: str, 
     sft = composed("conf/gpt_sft", ["model.restore_from_path=m.nemo"])
     sft.model.data.train_ds.prompt_template = typed
     assert load_config(sft, SFTConfig).model.data.train_ds.prompt_template == meant
+
+
+@pytest.mark.parametrize("name", ["conf/gpt_sft", "conf/training_rm", "conf/gpt_rs_actor"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr=nan", "nan is not a number from 0 on"),
+        ("lr=-1", "-1.0 is not a number from 0 on"),
+        ("lr=inf", "inf is not a number from 0 on"),
+        ("eps=-1e-8", "-1e-08 is not a number from 0 on"),
+        ("weight_decay=nan", "nan is not a number from 0 on"),
+        ("betas=[0.9,0.9,0.9]", r"[0.9, 0.9, 0.9] are not two numbers from 0 to below 1"),
+        ("betas=[0.9]", "[0.9] are not two numbers"),
+        ("betas=[0.9,1.0]", "[0.9, 1.0] are not two numbers from 0 to below 1"),
+        ("bucket_cap_mb=0", "0.0 is not above 0"),
+    ],
+)
+def test_a_number_that_no_optimizer_takes_is_refused(name: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(composed(name, [*TRAINING[name], f"model.optim.{override}"]), SHIPPED[name])
+    assert str(caught.value).startswith(f"model.optim.{override.partition('=')[0]}: {message}")
+
+
+TRAINING = {
+    "conf/gpt_sft": ["model.restore_from_path=m"],
+    "conf/training_rm": ["pretrained_checkpoint.restore_from_path=m", "model.data.data_prefix={train: [p]}"],
+    "conf/gpt_rs_actor": ACTOR,
+}

@@ -52,3 +52,12 @@ def test_unusable_weights_are_refused_with_their_key(weights: list[float], count
 def test_chunks_tile_the_data_and_go_on_past_its_end() -> None:
     assert [p % 10 for i in range(5) for p in split_chunk(10, 4, i)] == [i % 10 for i in range(20)]
     assert split_chunk(10, None, 3) == range(10)
+
+
+@pytest.mark.parametrize("weights", [[0, 1, 0], [0, 0, 2.5], [1, 0, 3]])
+@pytest.mark.parametrize("count", [None, 50])
+def test_a_file_of_weight_0_gives_no_row(tmp_path: Path, weights: list[float], count: int | None) -> None:
+    given = files(tmp_path, 4, 3, 5)
+    found = blend(given, weights, count)
+    assert {source for source, _ in found.places()} == {i for i, weight in enumerate(weights) if weight}
+    assert len(found) == (count or sum(len(file) for file, weight in zip(given, weights, strict=True) if weight))

@@ -1,0 +1,51 @@
+"""What is wrong with an override on the command line, in one line that names it and says what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_MISSING = re.compile(r"Could not override '([^']+)'|delete from config\. '([^']+)' does not exist")
+
+
+def explained(fault: HydraException, yaml: Path) -> str | None:
+    """The fault in words of ours; None for one that is not about an override. `yaml` is the script's own config."""
+    if isinstance(fault, OverrideParseException):
+        return _unreadable(str(fault.override))
+    found = _MISSING.search(str(fault)) if isinstance(fault, ConfigCompositionException) else None
+    return _unknown(next(filter(None, found.groups())), yaml) if found else None
+
+
+def _unreadable(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: not key=value"
+    inner = value.strip("'\"").replace('"', '\\"')
+    return f"{key}: the command line's grammar has no such value; quote a text twice, '{key}=\"{inner}\"'"
+
+
+def _unknown(key: str, yaml: Path) -> str:
+    known = list(_keys(OmegaConf.load(yaml))) if yaml.is_file() else []
+    # a slip within the key, or the right name in another place
+    close = difflib.get_close_matches(key, known, n=1) or [
+        other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    return f"{key}: no such key" + (f", did you mean {close[0]}" if close else "")
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(node, DictConfig):
+        return
+    for name in map(str, node):
+        yield f"{prefix}{name}"
+        try:
+            yield from _keys(None if OmegaConf.is_interpolation(node, name) else node[name], f"{prefix}{name}.")
+        except OmegaConfBaseException:  # ???
+            continue
