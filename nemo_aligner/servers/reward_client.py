@@ -19,7 +19,7 @@ import numpy as np
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig
 from nemo_aligner.errors import ServerError
-from nemo_aligner.servers.wire import REWARDS, SENTENCES, RequestError
+from nemo_aligner.servers.wire import ERROR, REWARDS, SENTENCES, SERVER_FAILED, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class RewardClient:
                 self._drop_connection()
                 reason = _reason(fault)
                 waited = time.monotonic() - begin
-                if RequestError.__name__ in reason:
-                    raise ServerError(f"the reward server at {self._url} refused a request: {reason}") from None
+                if isinstance(fault, RequestError):
+                    raise ServerError(f"the reward server at {self._url} refused a text: {reason}") from None
                 if self._closed.is_set() or waited >= self._config.inference_timeout_s:
                     raise ServerError(
                         f"no answer from the reward server at {self._url} for {waited:.0f} s ({reason}); "
@@ -100,8 +100,12 @@ class RewardClient:
 
     def _ask(self, texts: list[str]) -> list[float]:
         sentences = np.array([[text.encode()] for text in texts], dtype=object)
-        rewards = self._connection().infer_batch(**{SENTENCES: sentences})[REWARDS]
-        return [float(reward) for reward in rewards[:, 0]]
+        answer = self._connection().infer_batch(**{SENTENCES: sentences})
+        for raw in answer[ERROR][:, 0] if ERROR in answer else []:  # other people's servers have no such output
+            if raw:
+                said = raw.decode()
+                raise ConnectionError(said) if said == SERVER_FAILED else RequestError(said)
+        return [float(reward) for reward in answer[REWARDS][:, 0]]
 
     def _connection(self) -> Any:
         """PyTriton's client is not for several threads, so each has its own."""
@@ -130,6 +134,4 @@ class RewardClient:
 
 def _reason(fault: Exception) -> str:
     """The first line that says something; Triton wraps faults of the model in lines of its own."""
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    named = [line for line in lines if RequestError.__name__ in line]
-    return (named or lines or [type(fault).__name__])[0]
+    return next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import queue
 import socket
@@ -26,15 +25,18 @@ from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
 from nemo_aligner.servers.wire import (
     ADD_EOS,
+    ERROR,
     EXCEEDED,
     LENGTHS,
     REWARDS,
     SENTENCES,
+    SERVER_FAILED,
     TOKENS,
     RequestError,
     RequestReader,
     Texts,
     answer,
+    refusal,
 )
 
 log = logging.getLogger(__name__)
@@ -75,28 +77,29 @@ def answer_requests(
 ) -> list[dict[str, np.ndarray]]:
     """The answers to requests that Triton put into one batch, all scored together.
 
-    A request that is refused must not cost the others of its batch theirs, and PyTriton can only refuse whole batches:
-    alone it raises RequestError, among others its rewards are NaN and `exceeded` is -1.
+    What cannot be scored costs nothing else in the batch its reward: it has none, and says why. A fault in scoring is
+    for the server's own log; clients hear that there was one.
     """
-    texts: list[Texts | None] = []
+    texts: list[Texts | str] = []
     for request in requests:
         try:
             texts.append(reader.read(request))
         except RequestError as fault:
-            if len(requests) == 1:
-                raise
-            log.warning("refused: %s", fault)
-            texts.append(None)
-    rows = [row for found in texts if found is not None for row in found.rows]
-    rewards = iter(score(rows) if rows else [])
-    answers = []
-    for request, found in zip(requests, texts, strict=True):
-        if found is None:
-            count = len(next(iter(request.values()), np.empty(1)))
-            answers.append(answer([math.nan] * count, [-1] * count))
-        else:
-            answers.append(answer(list(itertools.islice(rewards, len(found.rows))), list(map(int, found.exceeded))))
-    return answers
+            texts.append(str(fault))
+    told = [error for found in texts for error in ([found] if isinstance(found, str) else found.errors) if error]
+    if told:
+        log.warning("%d texts or requests refused: %s", len(told), told[0])
+    rows = [row for found in texts if isinstance(found, Texts) for row in found.rows if row]
+    try:
+        rewards = iter(score(rows) if rows else [])
+    except Exception:
+        return [refusal(SERVER_FAILED, request) for request in requests]
+    return [
+        refusal(found, request)
+        if isinstance(found, str)
+        else answer(list(itertools.islice(rewards, sum(map(bool, found.rows)))), found.exceeded, found.errors)
+        for request, found in zip(requests, texts, strict=True)
+    ]
 
 
 def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None]) -> None:
@@ -136,6 +139,7 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
             outputs=[
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
+                Tensor(name=ERROR, dtype=bytes, shape=(1,)),
             ],
             config=ModelConfig(
                 max_batch_size=config.max_batch_size,

@@ -4,13 +4,16 @@ inputs    sentences         bytes  [B, 1]   UTF-8 texts, prompt and response tog
           tokens            int64  [B, S]   token ids, padded at the right at will;       or these two
           sequence_lengths  int64  [B, 1]   how many of them count
           add_EOS           bool   [B, 1]   end the texts with EOS; left out: as the reward model was trained
-outputs   rewards           float32 [B, 1]
-          exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut
+outputs   rewards           float32 [B, 1]  NaN where there is an error
+          exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut; -1: error
+          error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +23,25 @@ from nemo_aligner.engine.interfaces import Tokenizer
 from nemo_aligner.errors import AlignerError
 
 SENTENCES, TOKENS, LENGTHS, ADD_EOS = "sentences", "tokens", "sequence_lengths", "add_EOS"
-REWARDS, EXCEEDED = "rewards", "exceeded"
+REWARDS, EXCEEDED, ERROR = "rewards", "exceeded", "error"
+
+SERVER_FAILED = "the server failed; its log says why"
+"""The error of every row of a request that may be asked again, of this server or one started in its place."""
+
+_Row = Callable[[], list[int]]
 
 
 class RequestError(AlignerError):
-    """A request that cannot be scored; the text names the input. It is all that the client sees of the fault."""
-
-    __traceback__ = property(lambda self: None, lambda self, value: None)  # type: ignore[assignment]
+    """A row, or a request, that cannot be scored; the text names the input."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one request as the reward model reads them."""
+    """The texts of one request as the reward model reads them; no tokens where `errors` says what is wrong with one."""
 
     rows: list[list[int]]
     exceeded: list[bool]
+    errors: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,32 +58,40 @@ class RequestReader:
     max_text_bytes: int
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
-        """Raises RequestError naming the input at fault."""
+        """Raises RequestError, naming the input, for what is wrong with the request as a whole."""
         if (SENTENCES in inputs) == (TOKENS in inputs):
             raise RequestError(f"{SENTENCES}: give either {SENTENCES}, or {TOKENS} with {LENGTHS}")
-        rows = self._from_text(inputs[SENTENCES]) if SENTENCES in inputs else self._from_tokens(inputs)
+        rows = self._texts(inputs[SENTENCES]) if SENTENCES in inputs else self._token_rows(inputs)
         ends = self._ends(inputs.get(ADD_EOS), len(rows))
-        for index, row in enumerate(rows):
-            if not row:
-                raise RequestError(f"{SENTENCES if SENTENCES in inputs else LENGTHS}: row {index} is empty")
-        eos = self.tokenizer.eos_id
-        found = [ended(row, limit=self.limit, eos=eos if end else None) for row, end in zip(rows, ends, strict=True)]
-        return Texts([row for row, _ in found], [cut for _, cut in found])
-
-    def _from_text(self, sentences: np.ndarray) -> list[list[int]]:
-        rows = []
-        for index, raw in enumerate(_column(sentences, SENTENCES)):
-            if len(raw) > self.max_text_bytes:
-                raise RequestError(
-                    f"{SENTENCES}: row {index} has {len(raw)} bytes, inference.max_text_bytes is {self.max_text_bytes}"
-                )
+        found = Texts([], [], [])
+        for row, end in zip(rows, ends, strict=True):
             try:
-                rows.append(self.tokenizer.encode(raw.decode("utf-8")))
-            except UnicodeDecodeError as fault:
-                raise RequestError(f"{SENTENCES}: row {index} is not valid UTF-8 (byte {fault.start})") from None
-        return rows
+                tokens, cut = ended(row(), limit=self.limit, eos=self.tokenizer.eos_id if end else None)
+                error = ""
+            except RequestError as fault:
+                tokens, cut, error = [], False, str(fault)
+            found.rows.append(tokens)
+            found.exceeded.append(cut)
+            found.errors.append(error)
+        return found
 
-    def _from_tokens(self, inputs: Mapping[str, np.ndarray]) -> list[list[int]]:
+    def _texts(self, sentences: np.ndarray) -> list[_Row]:
+        return [functools.partial(self._from_text, i, raw) for i, raw in enumerate(_column(sentences, SENTENCES))]
+
+    def _from_text(self, index: int, raw: bytes) -> list[int]:
+        if len(raw) > self.max_text_bytes:
+            raise RequestError(
+                f"{SENTENCES}: row {index} has {len(raw)} bytes, inference.max_text_bytes is {self.max_text_bytes}"
+            )
+        try:
+            row = self.tokenizer.encode(raw.decode("utf-8"))
+        except UnicodeDecodeError as fault:
+            raise RequestError(f"{SENTENCES}: row {index} is not valid UTF-8 (byte {fault.start})") from None
+        if not row:
+            raise RequestError(f"{SENTENCES}: row {index} is empty")
+        return row
+
+    def _token_rows(self, inputs: Mapping[str, np.ndarray]) -> list[_Row]:
         tokens = inputs[TOKENS]
         if LENGTHS not in inputs:
             raise RequestError(f"{LENGTHS}: needed with {TOKENS}")
@@ -85,18 +100,22 @@ class RequestReader:
         lengths = _column(inputs[LENGTHS], LENGTHS)
         if len(lengths) != len(tokens):
             raise RequestError(f"{LENGTHS}: {len(lengths)} for {len(tokens)} rows of {TOKENS}")
-        rows = []
-        for index, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
-            if not 0 <= length <= tokens.shape[1]:
-                raise RequestError(f"{LENGTHS}: row {index} says {length}, {TOKENS} has {tokens.shape[1]} columns")
-            ids = row[: int(length)]
-            if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
-                wrong = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
-                raise RequestError(
-                    f"{TOKENS}: row {index} has id {wrong}, the vocabulary is 0 to {self.vocab_size - 1}"
-                )
-            rows.append(ids.tolist())
-        return rows
+        return [
+            functools.partial(self._from_tokens, index, row, length)
+            for index, (row, length) in enumerate(zip(tokens, lengths, strict=True))
+        ]
+
+    def _from_tokens(self, index: int, row: np.ndarray, length: int) -> list[int]:
+        if not 0 < length <= len(row):
+            said = "is empty" if length == 0 else f"says {length}, {TOKENS} has {len(row)} columns"
+            raise RequestError(f"{LENGTHS}: row {index} {said}")
+        ids = row[: int(length)]
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise RequestError(
+                f"{TOKENS}: row {index} has id {int(wrong[0])}, the vocabulary is 0 to {self.vocab_size - 1}"
+            )
+        return [int(i) for i in ids]
 
     def _ends(self, add_eos: np.ndarray | None, count: int) -> list[bool]:
         if add_eos is None:
@@ -114,9 +133,19 @@ def _column(values: np.ndarray, name: str) -> list:
     return values[:, 0].tolist()
 
 
-def answer(rewards: list[float], exceeded: list[int]) -> dict[str, np.ndarray]:
-    """The outputs of one request."""
+def answer(rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[str]) -> dict[str, np.ndarray]:
+    """The outputs of one request; `rewards` of the rows without an error, `exceeded` and `errors` of all."""
+    left = iter(rewards)
+    every = [math.nan if error else next(left) for error in errors]
+    flags = [-1 if error else int(cut) for cut, error in zip(exceeded, errors, strict=True)]
     return {
-        REWARDS: np.array(rewards, dtype=np.float32).reshape(-1, 1),
-        EXCEEDED: np.array(exceeded, dtype=np.int32).reshape(-1, 1),
+        REWARDS: np.array(every, dtype=np.float32).reshape(-1, 1),
+        EXCEEDED: np.array(flags, dtype=np.int32).reshape(-1, 1),
+        ERROR: np.array([error.encode() for error in errors], dtype=object).reshape(-1, 1),
     }
+
+
+def refusal(error: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a request of which no row could be scored."""
+    count = len(next(iter(inputs.values()), np.empty(1)))
+    return answer([], [False] * count, [error] * count)

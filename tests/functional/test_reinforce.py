@@ -166,11 +166,6 @@ def tritonclient_rewards(port: int, whole: list[str]) -> list[float]:
     ("inputs", "named"),
     [
         ([{"name": "tokens", "datatype": "INT32", "shape": [1, 1], "data": [1]}], "tokens"),
-        ([{"name": "sentences", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}], "sentences"),
-        ([*tokens([[1, 2]], [3])], "sequence_lengths: row 0 says 3"),
-        ([*tokens([[1, 259]], [2])], "tokens: row 0 has id 259"),
-        ([texts("")], "sentences: row 0 is empty"),
-        ([texts("a" * (1 << 20) + "b")], "sentences: row 0 has 1048577 bytes"),
         ([], "input"),
     ],
 )
@@ -184,14 +179,34 @@ def test_a_malformed_request_is_refused_by_name_and_the_server_goes_on(
     assert ask(server, texts("a film"))["rewards"] == before
 
 
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([{"name": "sentences", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}], "sentences: shape [1, 2]"),
+        ([*tokens([[1, 2]], [3])], "sequence_lengths: row 0 says 3"),
+        ([*tokens([[1, 259]], [2])], "tokens: row 0 has id 259"),
+        ([texts("")], "sentences: row 0 is empty"),
+        ([texts("a" * (1 << 20) + "b")], "sentences: row 0 has 1048577 bytes"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_says_why_in_one_line(server: int, inputs: list[dict[str, Any]], said: str) -> None:
+    found: dict[str, Any] = ask(server, *inputs)
+    assert found["error"][0].startswith(said)
+    assert "\n" not in found["error"][0]
+    assert "/" not in found["error"][0], "no path"
+    assert found["exceeded"] == [-1]
+    assert ask(server, texts("a film"))["error"] == [""]
+
+
 def test_invalid_utf8_is_refused_by_name(server: int) -> None:
     import tritonclient.http as triton
 
     client = triton.InferenceServerClient(f"127.0.0.1:{server}")
     sentences = triton.InferInput("sentences", [1, 1], "BYTES")
     sentences.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=object))
-    with pytest.raises(triton.InferenceServerException, match="sentences: row 0 is not valid UTF-8"):
-        client.infer("reward_model", [sentences])
+    found = client.infer("reward_model", [sentences])
+    assert found.as_numpy("error").tolist() == [[b"sentences: row 0 is not valid UTF-8 (byte 0)"]]
+    assert np.isnan(found.as_numpy("rewards")).all()
 
 
 def test_a_text_beyond_the_context_is_flagged(server: int) -> None:

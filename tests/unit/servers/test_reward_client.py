@@ -15,6 +15,7 @@ from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
 from nemo_aligner.errors import ServerError
 from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.reward_client import RewardClient
+from nemo_aligner.servers.wire import SERVER_FAILED
 
 Answer = Callable[[list[bytes]], list[float]]
 
@@ -97,13 +98,30 @@ def test_a_server_that_stays_away_is_given_up_at_the_time_out(clock: Clock, time
     assert max(clock.pauses) <= 5.0
 
 
-def test_a_refused_request_is_not_asked_again(clock: Clock) -> None:
-    wrapped = "Failed to process\nTraceback\n  RequestError: sentences: row 0 has 9 bytes\n"
-    server = Server(clock, RuntimeError(wrapped))
-    with pytest.raises(ServerError, match=r"refused a request: RequestError: sentences: row 0 has 9 bytes$"):
-        client_of(server, clock).submit(["ab"]).result(10)
+def saying(server: Server, *errors: str) -> Server:
+    """The same server with an error for each of its first answers; empty: none."""
+    plain, left = server.infer_batch, list(errors)
+
+    def infer_batch(sentences: np.ndarray) -> dict[str, np.ndarray]:
+        error = left.pop(0).encode() if left else b""
+        return {**plain(sentences), "error": np.array([[b""]] * (len(sentences) - 1) + [[error]], dtype=object)}
+
+    server.infer_batch = infer_batch  # type: ignore[method-assign]
+    return server
+
+
+def test_a_refused_text_is_not_asked_about_again(clock: Clock) -> None:
+    server = saying(Server(clock, lengths), "sentences: row 1 has 9 bytes")
+    with pytest.raises(ServerError, match=r"refused a text: sentences: row 1 has 9 bytes$"):
+        client_of(server, clock).submit(["ab", "c"]).result(10)
     assert len(server.asked) == 1
     assert clock.pauses == []
+
+
+def test_a_server_that_failed_is_asked_again(clock: Clock) -> None:
+    server = saying(Server(clock, lengths), SERVER_FAILED, SERVER_FAILED)
+    assert client_of(server, clock).submit(["ab", "c"]).result(10) == [2.0, 1.0]
+    assert len(server.asked) == 3
 
 
 def test_a_client_that_is_closed_asks_no_more(clock: Clock) -> None:

@@ -22,7 +22,7 @@ from nemo_aligner.servers.reward_server import (
     check_port_is_free,
     find_shared_python,
 )
-from nemo_aligner.servers.wire import RequestError, RequestReader
+from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
 from tests.fakes import ByteTokenizer
 
 READER = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=100)
@@ -50,16 +50,29 @@ def test_every_request_of_a_batch_gets_the_rewards_of_its_own_texts() -> None:
     assert batches == [4], "all are scored together"
 
 
-def test_a_refused_request_costs_the_others_of_its_batch_nothing() -> None:
-    found = answer_requests([sentences(b"abc"), sentences(b"ok", b""), sentences(b"a")], READER, length)
-    assert [answer["rewards"][:, 0].tolist() for answer in (found[0], found[2])] == [[3.0], [1.0]]
-    assert np.isnan(found[1]["rewards"]).all()
-    assert found[1]["exceeded"].tolist() == [[-1], [-1]]
+def test_what_is_refused_costs_nothing_else_its_reward_and_says_why() -> None:
+    bad = {"sentences": np.array([[b"a", b"b"]] * 2, dtype=object)}
+    found = answer_requests([sentences(b"abc"), sentences(b"ok", b""), bad, sentences(b"a")], READER, length)
+    assert [answer["rewards"][:, 0].tolist() for answer in (found[0], found[3])] == [[3.0], [1.0]]
+    assert [answer["error"].tolist() for answer in (found[0], found[3])] == [[[b""]], [[b""]]]
+    assert found[1]["rewards"][0, 0] == 2.0
+    assert np.isnan(found[1]["rewards"][1, 0])
+    assert found[1]["exceeded"].tolist() == [[0], [-1]]
+    assert found[1]["error"].tolist() == [[b""], [b"sentences: row 1 is empty"]]
+    assert np.isnan(found[2]["rewards"]).all()
+    assert found[2]["error"].tolist() == [[b"sentences: shape [2, 2] is not [B, 1]"]] * 2
 
 
-def test_a_refused_request_alone_is_an_error() -> None:
-    with pytest.raises(RequestError, match="sentences: row 0 is empty"):
-        answer_requests([sentences(b"")], READER, length)
+def test_of_a_fault_in_scoring_clients_hear_that_there_was_one_and_nothing_of_its_insides() -> None:
+    def fail(rows: list[list[int]]) -> list[float]:
+        raise RuntimeError("/home/somebody/secret.py")
+
+    found = answer_requests([sentences(b"abc", b"d"), sentences(b"")], READER, fail)
+    assert [answer["error"].tolist() for answer in found] == [
+        [[SERVER_FAILED.encode()]] * 2,
+        [[SERVER_FAILED.encode()]],
+    ]
+    assert all(np.isnan(answer["rewards"]).all() and (answer["exceeded"] == -1).all() for answer in found)
 
 
 def test_the_main_thread_answers_the_handler_until_it_is_stopped() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_aligner.servers.wire import RequestError, RequestReader
+from nemo_aligner.servers.wire import RequestError, RequestReader, answer
 from tests.fakes import EOS, ByteTokenizer
 
 READER = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=100)
@@ -45,17 +45,9 @@ def test_eos_is_as_the_model_was_trained_unless_the_request_says() -> None:
     [
         ({}, "sentences"),
         ({**sentences(b"a"), **tokens([[1]], [[1]])}, "sentences"),
-        (sentences(b"fine", b"\xff\xfe"), "sentences: row 1 is not valid UTF-8"),
-        (sentences(b""), "sentences: row 0 is empty"),
-        (sentences(b"a" * 101), "sentences: row 0 has 101 bytes"),
         ({"sentences": np.array([[b"a", b"b"]], dtype=object)}, "sentences: shape [1, 2]"),
         ({"tokens": np.array([[1]])}, "sequence_lengths: needed"),
-        (tokens([[1, 2]], [[3]]), "sequence_lengths: row 0 says 3"),
-        (tokens([[1, 2]], [[-1]]), "sequence_lengths: row 0 says -1"),
-        (tokens([[1, 2]], [[0]]), "sequence_lengths: row 0 is empty"),
         (tokens([[1, 2]], [[1], [1]]), "sequence_lengths: 2 for 1"),
-        (tokens([[1, 258]], [[2]]), "tokens: row 0 has id 258"),
-        (tokens([[1, -1]], [[2]]), "tokens: row 0 has id -1"),
         ({**sentences(b"a"), "add_EOS": np.array([[True], [True]])}, "add_EOS: 2 for 1"),
     ],
 )
@@ -63,6 +55,33 @@ def test_a_bad_request_is_refused_by_the_name_of_its_input(inputs: dict[str, np.
     with pytest.raises(RequestError) as fault:
         READER.read(inputs)
     assert str(fault.value).startswith(named)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (sentences(b"fine", b"\xff\xfe", b"ok"), "sentences: row 1 is not valid UTF-8 (byte 0)"),
+        (sentences(b"fine", b"", b"ok"), "sentences: row 1 is empty"),
+        (sentences(b"fine", b"a" * 101, b"ok"), "sentences: row 1 has 101 bytes, inference.max_text_bytes is 100"),
+        (tokens([[1, 2]] * 3, [[1], [3], [2]]), "sequence_lengths: row 1 says 3, tokens has 2 columns"),
+        (tokens([[1, 2]] * 3, [[1], [-1], [2]]), "sequence_lengths: row 1 says -1, tokens has 2 columns"),
+        (tokens([[1, 2]] * 3, [[1], [0], [2]]), "sequence_lengths: row 1 is empty"),
+        (tokens([[1, 2], [1, 258], [1, 2]], [[2]] * 3), "tokens: row 1 has id 258, the vocabulary is 0 to 257"),
+        (tokens([[1, 2], [1, -1], [1, 2]], [[2]] * 3), "tokens: row 1 has id -1, the vocabulary is 0 to 257"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_says_why_and_costs_the_others_nothing(
+    inputs: dict[str, np.ndarray], said: str
+) -> None:
+    found = READER.read({**inputs, "add_EOS": np.array([[True]] * 3)})
+    assert found.errors == ["", said, ""]
+    assert found.rows[1] == []
+    assert all(row[-1] == EOS and len(row) > 1 for row in (found.rows[0], found.rows[2]))
+    answered = answer([1.5, 2.5], found.exceeded, found.errors)
+    assert answered["rewards"][[0, 2], 0].tolist() == [1.5, 2.5]
+    assert np.isnan(answered["rewards"][1, 0])
+    assert answered["exceeded"][:, 0].tolist() == [0, -1, 0]
+    assert answered["error"][:, 0].tolist() == [b"", said.encode(), b""]
 
 
 def test_ids_past_the_length_are_padding_and_may_be_anything() -> None:
