@@ -88,7 +88,8 @@ class PromptTemplate:
                     tokens = continuation(tokenizer, before, text)
                     context.append(_Piece(tokens, field))
                     before += tokens
-        label = self._label_lead + values[self._label_key]
+        answer = values[self._label_key]
+        label = self._label_lead + answer if answer else ""
         drawn = drawn_tokens(row, self._label_key, label, before, tokenizer)
         if drawn is not None:
             return context, drawn
@@ -170,9 +171,9 @@ def chat_examples(
 
 
 def preference_examples(
-    rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int
+    rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int, source: str
 ) -> list[Example]:
-    """Pairs of texts; a pair with a side longer than `limit` tokens is left out and counted."""
+    """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`."""
     examples = []
     for pair in rows:
         sides = tuple(tokenizer.encode(row["text"]) + ([tokenizer.eos_id] if eos else []) for row in pair)
@@ -180,7 +181,8 @@ def preference_examples(
             examples.append(Example(sides, tuple([1] * len(side) for side in sides)))
     if len(examples) < len(rows):
         log.warning(
-            "%d of %d pairs left out: a side is empty or has over %d tokens",
+            "%s: %d of %d pairs left out: a side is empty or has over %d tokens",
+            source,
             len(rows) - len(examples),
             len(rows),
             limit,

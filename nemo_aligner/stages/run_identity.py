@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 def short_hash(parts: Iterable[bytes]) -> str:
@@ -49,3 +52,13 @@ def check_same_run(checkpoint: Path, made_with: Mapping[str, Any], wanted: Mappi
                 f"{checkpoint} was made with {name} = {made_with.get(name)}, this run has {value}; choose another "
                 "exp_manager.explicit_log_dir, or set exp_manager.resume_if_exists=False"
             )
+
+
+def tell_resumed(checkpoint: Path, done: int, before: int, now: int) -> None:
+    """Say where a run goes on that was begun for `before` steps and now has `now`."""
+    if done >= now:
+        log.info("%s: %d steps are done, nothing is left to train", checkpoint, done)
+        return
+    log.info("resuming at step %d of %d from %s", done, now, checkpoint)
+    if before != now:
+        log.info("the run was begun for %d steps: from here on its schedule is that of %d", before, now)

@@ -28,7 +28,7 @@ from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
 from nemo_aligner.stages.reinforce.advantages import Scored, check_finite, examples_of, rollout_metrics, score
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_identity import archive_of, check_same_run, optimizer_settings, tokens_hash
+from nemo_aligner.stages.run_identity import archive_of, check_same_run, optimizer_settings, tell_resumed, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
@@ -253,6 +253,7 @@ class Actor:
         values = {name: value for name, value in self.values.items() if math.isfinite(value)}
         return {
             "step": step,
+            "steps": self.steps,
             "consumed_samples": self.plan.consumed(step),
             "updates": self.updates,
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
@@ -289,5 +290,6 @@ class Actor:
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
         self.updates, self.values = state["updates"], state["values"]
-        log.info("resuming at step %d from %s", state["step"], newest)
-        return int(state["step"]), state["metrics_bytes"]
+        step = int(state["step"])
+        tell_resumed(newest, step, int(state["steps"]), self.steps)
+        return step, state["metrics_bytes"]

@@ -24,7 +24,7 @@ from nemo_aligner.metrics import MetricsLogger, Progress
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_identity import archive_of, check_same_run, tokens_hash
+from nemo_aligner.stages.run_identity import archive_of, check_same_run, tell_resumed, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
 from nemo_aligner.stages.supervised.monitors import monitors
 
@@ -51,8 +51,8 @@ class Task:
     loop: LoopConfig
     settings: Mapping[str, Any] = field(default_factory=dict)  # what decides a step besides the examples
     metric_names: frozenset[str] = frozenset()  # what the objective reports besides the loss
-    # after training: what validation says that the archive should carry
-    archive_notes: Callable[[StepMetrics, int], dict[str, Any]] = lambda metrics, count: {}
+    # after training: what examples, held out or not, say that the archive should carry
+    archive_notes: Callable[[StepMetrics, int, bool], dict[str, Any]] = lambda metrics, count, held_out: {}
 
     @property
     def validates(self) -> bool:
@@ -85,7 +85,7 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapp
     cluster = model.cluster
     checkpoints = Checkpoints(exp, cluster, metrics=monitors(task.metric_names), validates=task.validates)
     made_with = identity(task, model)
-    step, logged = resume(model, checkpoints, made_with)
+    step, logged = resume(task, model, checkpoints, made_with)
     with run_logger(exp, cluster, config or {}, logged) as logger:
         optimize(task, model, exp, checkpoints, logger, step, made_with)
         if exp.checkpoint_callback_params.save_nemo_on_train_end:
@@ -154,7 +154,9 @@ def identity(task: Task, model: TrainableModel) -> dict[str, Any]:
     }
 
 
-def resume(model: TrainableModel, checkpoints: Checkpoints, made_with: Mapping[str, Any]) -> tuple[int, int | None]:
+def resume(
+    task: Task, model: TrainableModel, checkpoints: Checkpoints, made_with: Mapping[str, Any]
+) -> tuple[int, int | None]:
     """Optimizer steps already done and metrics already logged: those of the newest checkpoint, which is loaded.
 
     Raises CheckpointError where it belongs to another run.
@@ -164,8 +166,9 @@ def resume(model: TrainableModel, checkpoints: Checkpoints, made_with: Mapping[s
         return 0, checkpoints.logged_before_any
     state = model.load_training_state(newest)
     check_same_run(newest, state["fingerprint"], made_with)
-    log.info("resuming at step %d from %s", state["step"], newest)
-    return int(state["step"]), state.get("metrics_bytes")
+    step = int(state["step"])
+    tell_resumed(newest, step, int(state["steps"]), task.steps)
+    return step, state.get("metrics_bytes")
 
 
 def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indices: Sequence[int]) -> list[Microbatch]:
@@ -197,9 +200,9 @@ def notes(task: Task, model: TrainableModel) -> dict[str, Any]:
     """What the archive should say of its model, from the validation examples (or the training ones without any)."""
     examples = task.validation or task.train
     if not task.metric_names:
-        return task.archive_notes(StepMetrics(0.0, 0.0, 0.0), 0)
+        return task.archive_notes(StepMetrics(0.0, 0.0, 0.0), 0, False)
     found = model.evaluate(batch(task, model, examples, range(len(examples))), task.objective)
-    return task.archive_notes(found, len(examples))
+    return task.archive_notes(found, len(examples), bool(task.validation))
 
 
 def token_count(task: Task, step: int) -> int:
@@ -224,13 +227,15 @@ def scalars(metrics: StepMetrics, prefix: str) -> dict[str, float]:
     return {**named, **own, "lr": metrics.lr, "grad_norm": metrics.grad_norm} if prefix == "train_" else named
 
 
-def reward_notes(append_eod: bool, reward_model_type: str, metrics: StepMetrics, count: int) -> dict[str, Any]:
+def reward_notes(
+    append_eod: bool, reward_model_type: str, metrics: StepMetrics, count: int, held_out: bool
+) -> dict[str, Any]:
     """Mean and (unbiased) std of the rewards of `count` pairs, for the labeler's standardisation."""
     mean, n = metrics.terms["rewards_all_mean"], 2 * count
     variance = max(0.0, metrics.terms["rewards_all_square"] - mean**2) * n / max(1, n - 1)
     log.info(
-        "held-out pairs: %d, accuracy %.4f, reward mean %.4f, std %.4f",
-        count, metrics.terms["accuracy"], mean, math.sqrt(variance),
+        "%s pairs: %d, accuracy %.4f, reward mean %.4f, std %.4f",
+        "held-out" if held_out else "training", count, metrics.terms["accuracy"], mean, math.sqrt(variance),
     )  # fmt: skip
     return {
         "reward_standardization": {"mean": mean, "std": math.sqrt(variance)},
@@ -244,5 +249,11 @@ def check_not_empty(examples: Sequence[Example], path: str) -> None:
         raise TrainingError(f"{path}: no row is left to train on")
 
 
-def ranking_task_notes(append_eod: bool, reward_model_type: str) -> Callable[[StepMetrics, int], dict[str, Any]]:
+def check_held_out(examples: Sequence[Example], given: int, key: str) -> None:
+    """Say that nothing is left of what was given for validation, where that is so."""
+    if given and not examples:
+        log.warning("%s: none of the %d given can be used, so there is no validation", key, given)
+
+
+def ranking_task_notes(append_eod: bool, reward_model_type: str) -> Callable[[StepMetrics, int, bool], dict[str, Any]]:
     return functools.partial(reward_notes, append_eod, reward_model_type)

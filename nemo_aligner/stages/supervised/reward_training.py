@@ -66,6 +66,7 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
     from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import (
         Task,
+        check_held_out,
         check_not_empty,
         ranking_objective,
         ranking_task_notes,
@@ -74,10 +75,11 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
     data = cfg.model.data
     limit = min(data.seq_length, model.max_sequence_length)
     splits = {
-        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit)
+        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit, source=split)
         for split, rows in pairs.items()
     }
     check_not_empty(splits["train"], "model.data.data_prefix.train")
+    check_held_out(splits["validation"], len(pairs["validation"]), "model.data.data_prefix.validation")
     return Task(
         train=splits["train"],
         validation=splits["validation"],

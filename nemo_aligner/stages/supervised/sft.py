@@ -70,7 +70,7 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
     from nemo_aligner.stages.batches import BatchPlan
-    from nemo_aligner.stages.supervised.loop import Task, check_not_empty, sft_objective
+    from nemo_aligner.stages.supervised.loop import Task, check_held_out, check_not_empty, sft_objective
 
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
     examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
@@ -78,6 +78,7 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
     validation = []
     if held_out is not None and data.validation_ds is not None:
         validation = make_examples(cfg, data.validation_ds, policy, held_out, _VALIDATION)
+        check_held_out(validation, len(held_out), f"{_VALIDATION}.file_path")
     return Task(
         train=examples,
         validation=validation,

@@ -66,9 +66,10 @@ def test_training_on_all_tokens_is_a_choice(tmp_path: Path) -> None:
     assert example(tmp_path, ROW, answer_only=False)[1] == "a b c$"
 
 
-def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["{input}{output}", "{input} {output}"])
+def test_rows_without_an_answer_are_left_out(tmp_path: Path, template: str) -> None:
     data = rows(tmp_path, {"input": "a", "output": ""}, ROW)
-    config = SFTDatasetConfig(prompt_template="{input}{output}")
+    config = SFTDatasetConfig(prompt_template=template)
     assert len(sft_examples(data, config, ByteTokenizer(), answer_only=True, max_length=99, key="k")) == 1
 
 
@@ -107,7 +108,7 @@ def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> No
 
 def test_pairs_are_adjacent_lines_and_too_long_ones_are_skipped_pair_by_pair(tmp_path: Path) -> None:
     data = rows(tmp_path, *({"text": text} for text in ("good", "bad", "good" * 9, "bad", "fine", "poor")))
-    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=True, limit=10)
+    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=True, limit=10, source="k")
     assert [[bytes(side[:-1]).decode() for side in e.rows] for e in found] == [["good", "bad"], ["fine", "poor"]]
     assert all(side[-1] == EOS for e in found for side in e.rows)
 

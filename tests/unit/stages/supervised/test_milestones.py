@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,12 @@ def test_mean_and_unbiased_std_of_the_held_out_rewards_go_into_the_archive(tmp_p
         "rewards_all_mean": mean,
         "rewards_all_square": sum(r * r for r in rewards) / 6,
     }
-    found = reward_notes(True, "binary_ranking", StepMetrics(0.0, 0.0, 0.0, terms), 3)
+    found = reward_notes(True, "binary_ranking", StepMetrics(0.0, 0.0, 0.0, terms), 3, True)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 5)
     assert found["reward_standardization"] == pytest.approx({"mean": mean, "std": std})
     assert (found["append_eod"], found["reward_model_type"]) == (True, "binary_ranking")
     same = {"accuracy": 0.0, "rewards_all_mean": 2.0, "rewards_all_square": 4.0 - 1e-12}
-    assert reward_notes(False, "t", StepMetrics(0.0, 0.0, 0.0, same), 1)["reward_standardization"]["std"] == 0.0
+    assert reward_notes(False, "t", StepMetrics(0.0, 0.0, 0.0, same), 1, True)["reward_standardization"]["std"] == 0.0
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -153,7 +154,8 @@ def test_the_archives_notes_are_of_all_validation_examples_or_of_the_training_on
 ) -> None:
     noted: list[int] = []
 
-    def note(metrics: StepMetrics, count: int) -> dict[str, Any]:
+    def note(metrics: StepMetrics, count: int, is_held_out: bool) -> dict[str, Any]:
+        assert is_held_out == held_out
         noted.append(count)
         return {}
 
@@ -164,6 +166,28 @@ def test_the_archives_notes_are_of_all_validation_examples_or_of_the_training_on
     train(noting, model, experiment(tmp_path))
     assert noted == [7 if held_out else 11]
     assert model.validated == [(1, [100 + i for i in range(noted[0])])]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_figures_of_training_pairs_are_not_called_held_out(held_out: bool, caplog: pytest.LogCaptureFixture) -> None:
+    terms = {"accuracy": 0.0, "rewards_all_mean": 2.0, "rewards_all_square": 4.0}
+    with caplog.at_level(logging.INFO):
+        reward_notes(False, "t", StepMetrics(0.0, 0.0, 0.0, terms), 1, held_out)
+    assert caplog.messages[0].startswith("held-out pairs: 1," if held_out else "training pairs: 1,")
+
+
+def test_a_run_that_was_made_longer_says_so_and_one_that_is_done_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for epochs in (1, 1, 2):
+            train(changed(loop=LoopConfig(max_epochs=epochs, skip_validation=True)), Recorder(), experiment(tmp_path))
+    told = [message for message in caplog.messages if "steps are done" in message or "resuming" in message]
+    assert [message.partition(": ")[2] or message.partition(" from ")[0] for message in told] == [
+        "3 steps are done, nothing is left to train",
+        "resuming at step 3 of 6",
+    ]
+    assert "the run was begun for 3 steps: from here on its schedule is that of 6" in caplog.messages
 
 
 def test_nothing_left_to_train_on_is_named(tmp_path: Path) -> None:

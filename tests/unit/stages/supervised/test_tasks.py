@@ -143,7 +143,7 @@ def test_a_reward_model_trains_on_pairs_with_eos_as_its_archive_will_say(tmp_pat
     assert (task.micro_batch_size, task.loop, task.objective) == (2, cfg.trainer.rm, ranking_objective)
     assert task.settings["gradient_clip_val"] == 0.5
     terms = {"accuracy": 1.0, "rewards_all_mean": 0.0, "rewards_all_square": 1.0}
-    found = task.archive_notes(StepMetrics(0.0, 0.0, 0.0, terms), 4)
+    found = task.archive_notes(StepMetrics(0.0, 0.0, 0.0, terms), 4, True)
     assert (found["append_eod"], found["reward_model_type"]) == (True, "binary_ranking")
 
 
@@ -158,3 +158,23 @@ def test_pairs_longer_than_the_limit_are_left_out_together(tmp_path: Path, limit
             reward_training.make_task(cfg, Model(), splits)  # type: ignore[arg-type]
         return
     assert len(reward_training.make_task(cfg, Model(), splits).train) == left  # type: ignore[arg-type]
+
+
+def test_validation_of_which_nothing_can_be_used_is_said_by_its_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = sft_config(tmp_path)
+    cfg.model.data.validation_ds = SFTDatasetConfig(file_path=write(tmp_path / "v", [{"input": "x", "output": ""}] * 2))
+    assert sft_task(cfg).validation == []
+    assert "model.data.validation_ds.file_path: none of the 2 given can be used" in caplog.text
+    caplog.clear()
+    long = write(tmp_path / "long", [{"text": "x" * 99}, {"text": "y" * 99}] * 3)
+    short = write(tmp_path / "short", [{"text": "good"}, {"text": "bad"}])
+    rm = RMConfig()
+    rm.model.data.data_prefix = {"train": [short], "validation": [long]}
+    pairs = {split: reward_training.open_pairs(rm, split) for split in ("train", "validation")}
+    assert reward_training.make_task(rm, Model(), pairs).validation == []  # type: ignore[arg-type]
+    assert "validation: 3 of 3 pairs left out" in caplog.text
+    assert (
+        "model.data.data_prefix.validation: none of the 3 given can be used, so there is no validation" in caplog.text
+    )
