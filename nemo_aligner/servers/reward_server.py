@@ -159,6 +159,7 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
         try:
             run()
         finally:
+            log.info("the reward server stops, which takes some seconds")
             triton.stop()
             log.info("reward server stopped")
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,38 @@ def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> 
     assert len(summary["iterations"]) == (3 if method else 4)
     assert (tmp_path / "reward.png").stat().st_size > 5000
     assert "- after" in (tmp_path / "samples.md").read_text()
+
+
+def test_a_quickstart_of_other_settings_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("reinforce=false tiny=true seed=1234\n")
+    found = run("bash", "scripts/quickstart.sh", QUICKSTART_DIR=str(tmp_path), check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith(
+        f"error: {tmp_path} was made with reinforce=false tiny=true seed=1234, this run has "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["settings"]
+
+
+def test_a_quickstart_whose_server_dies_ends_at_once_and_names_its_log(tmp_path: Path) -> None:
+    command = ["bash", "scripts/quickstart.sh", "--tiny", "--reinforce"]
+    environment = {**ENV, "QUICKSTART_DIR": str(tmp_path)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: (tmp_path / "reward_server.log").exists() or process.poll() is not None, 120)
+        server = f"serve_reward_model.py rm_model_file={tmp_path}"
+        wait_for(lambda: subprocess.run(["pkill", "-KILL", "-f", server], check=False).returncode == 0, 20)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    assert f"error: the reward server has ended; its log, {tmp_path}/reward_server.log, says: " in said
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    for _ in range(int(seconds * 10)):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
