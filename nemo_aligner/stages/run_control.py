@@ -1,7 +1,8 @@
-"""When a stage must stop before its end: the time limit, SIGTERM, or SIGUSR1 (Slurm's warning)."""
+"""When a stage must stop before its end: the time limit, SIGTERM, SIGUSR1 (Slurm's warning), or Ctrl-C."""
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import time
@@ -12,6 +13,9 @@ from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.launch import signal_siblings
 from nemo_aligner.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _FORM = re.compile(r"^(?:(\d+):)?(\d+):(\d+):(\d+)$")
 
 
@@ -25,15 +29,17 @@ def parse_duration(text: str, key: str) -> float:
 
 
 class StopSignal:
-    """Used as a context manager: notes SIGTERM, SIGUSR1 and, with `interrupt`, SIGINT; passes them to our own ranks."""
+    """Used as a context manager: notes SIGTERM, SIGUSR1 and SIGINT, and passes them on to our own ranks.
 
-    def __init__(self, *, interrupt: bool = True) -> None:
+    Raises KeyboardInterrupt at a second SIGINT: who is in a hurry need not wait for the work to be saved.
+    """
+
+    def __init__(self) -> None:
         self.name: str | None = None  # of the signal that came
-        self._numbers = (signal.SIGTERM, signal.SIGUSR1, *((signal.SIGINT,) if interrupt else ()))
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in self._numbers:
+        for number in _SIGNALS:
             self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -44,8 +50,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.name == "SIGINT":
+                raise KeyboardInterrupt
+            log.warning("stopping as soon as the work is saved; Ctrl-C once more leaves at once")
+            signal_siblings(signal.SIGTERM)  # a terminal sends SIGINT to them as well, and two would be a hurry
+        else:
+            signal_siblings(number)
         self.name = signal.Signals(number).name
-        signal_siblings(number)
 
 
 class RunControl:
@@ -55,7 +67,7 @@ class RunControl:
         self._cluster = cluster
         self._limit = None if max_time is None else parse_duration(max_time, key)
         self._max_time, self._start = max_time, time.monotonic()
-        self._signal = StopSignal(interrupt=False)
+        self._signal = StopSignal()
 
     def __enter__(self) -> RunControl:
         self._signal.__enter__()

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1 end every stage with its work saved and exit status 75; another run does not go on from it."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end every stage with its work saved and exit status 75; no other run goes on from it."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -122,6 +123,22 @@ def test_a_stage_that_is_told_to_stop_says_so_saves_and_is_not_gone_on_with_by_a
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert says in last
+
+
+def test_ctrl_c_saves_as_sigterm_does_on_all_ranks(workshop: Workshop, tmp_path: Path) -> None:
+    command, sign = stage("SFT", workshop, tmp_path, 0, tmp_path, "trainer.devices=2")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**ENV, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and not (sign.exists() and sign.stat().st_size):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # to every process, as a terminal does
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "stopped early: SIGINT" in said
+    assert "Traceback" not in said
+    assert len(list((tmp_path / "checkpoints").glob("*-last/state.json"))) == 1
 
 
 def another(shop: Workshop, name: str) -> Path:

@@ -64,14 +64,21 @@ def test_a_sibling_that_is_gone_takes_no_signal_from_the_others(
     assert sibling.communicate(timeout=10)[0] == b"SIGTERM\n"
 
 
-@pytest.mark.parametrize("interrupt", [True, False])
-def test_ctrl_c_stops_a_server_but_interrupts_a_stage(interrupt: bool) -> None:
-    with StopSignal(interrupt=interrupt) as stop:
-        if interrupt:
+def test_ctrl_c_is_a_reason_to_stop_and_reaches_siblings_as_sigterm(sibling: subprocess.Popen[bytes]) -> None:
+    with RunControl(None, OneProcess()) as control:  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert control.stop_reason() == "SIGINT"
+    assert sibling.communicate(timeout=10)[0] == b"SIGTERM\n"
+
+
+def test_ctrl_c_a_second_time_leaves_at_once_and_sigterm_never_does() -> None:
+    with StopSignal() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.name == "SIGINT"
-        else:
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_handlers_are_as_before_when_the_work_is_done() -> None:
