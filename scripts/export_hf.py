@@ -6,7 +6,10 @@ python scripts/export_hf.py --input policy.nemo --output folder
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it is not installed
 
 from nemo_aligner.config.entry import one_line_errors
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it is not installed
 
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import CheckpointError

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # the clone, where it is not installed
 
 from nemo_aligner.config.aliases import SERVING
 from nemo_aligner.config.entry import script
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.serving import ServerConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @script("inference_rm", Path(__file__).resolve().parent / "conf", SERVING)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # the clone, where it is not installed
 
 from nemo_aligner.config.entry import script
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.supervised import SFTConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @script("gpt_sft", Path(__file__).resolve().parent / "conf")
