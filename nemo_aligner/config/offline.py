@@ -81,6 +81,7 @@ class LabelerConfig(OfflineConfig):
     data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
     processor: str | None = None  # rs, rest, dt or null
     threshold: float = 0.0  # rest keeps rewards strictly above it
+    skip_empty: bool = False  # leave out rows whose response is empty, whatever their reward
     reward_template: str = "{input} <rm_score>: {reward} "  # dt
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
     print_reward_info: bool = True

@@ -55,12 +55,11 @@ class TextEncoder:
         self._data, self._tokenizer = data, model.tokenizer
         self._limit = min(data.max_seq_length, model.max_sequence_length)
         self._eos = model.append_eod if data.add_eos is None else data.add_eos
-        self._cut = self._empty = self._unspelt = 0
+        self._cut = self._unspelt = 0
 
     def tokens(self, row: Row) -> list[int]:
         """Token ids of one row with prompt and response, at most the limit."""
         data = self._data
-        self._empty += not row[data.output_key]
         prompt, response = filled(data.prompt_template, data.input_key, row[data.input_key]), row[data.output_key]
         ids = self._as_drawn(row, prompt, response)
         if ids is None:
@@ -81,8 +80,6 @@ class TextEncoder:
     def report(self) -> None:
         if self._cut:
             log.warning("%d texts were cut to %d tokens before scoring", self._cut, self._limit)
-        if self._empty:
-            log.warning("%d responses are empty; they were scored as they are", self._empty)
         if self._unspelt:
             log.warning(
                 "%d responses were scored by their text: their %s do not say it in this tokenizer",

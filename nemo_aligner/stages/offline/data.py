@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from nemo_aligner.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+
+log = logging.getLogger(__name__)
 
 
 def check_archive(cfg: OfflineConfig) -> None:
@@ -76,3 +79,14 @@ def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:
         "data.add_bos": data.add_bos,
         "data.sample_split": [data.sample_split_size, data.sample_split_iter],
     }
+
+
+def tell_empty(responses: Sequence[str]) -> None:
+    """Say what may be behind it where a tenth of all responses, or more, are empty."""
+    empty = sum(not response for response in responses)
+    if empty and empty * 10 >= len(responses):
+        log.warning(
+            "%d of %d responses are empty (%.0f %%): was a chat model sampled without its chat template, did prompts "
+            "leave no room for a response, or does an end string come at once?",
+            empty, len(responses), 100 * empty / len(responses),
+        )  # fmt: skip

@@ -84,6 +84,10 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     archive = cluster.broadcast(policy.archive_hash() if cluster.is_main else "")
     journal = Journal(cfg.output_file, fingerprint(cfg, archive), cluster)
     prompts = Prompts(cfg, rows, policy)
+    if policy.tokenizer.chat_template is not None and cfg.data.prompt_template is None:
+        log.info(
+            "the model has a chat template, and prompts go to it as they are: data.prompt_template may hold its turns"
+        )
     wanted = [
         GenerationRequest(position, s, prompts.tokens(position))
         for place, position in enumerate(chunk)

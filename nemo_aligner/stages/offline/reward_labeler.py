@@ -19,7 +19,7 @@ from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
-from nemo_aligner.errors import StoppedEarly
+from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
 from nemo_aligner.stages.offline.data import (
@@ -29,6 +29,7 @@ from nemo_aligner.stages.offline.data import (
     data_fingerprint,
     open_rows,
     start_cluster,
+    tell_empty,
 )
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
@@ -120,14 +121,24 @@ def finish(
         scored(rows[position % len(rows)], reward, keys)
         for position, reward in zip(chunk, standardize(cfg, rewards, stored), strict=True)
     ]
+    tell_empty([sample.output for sample in samples])
+    if cfg.skip_empty:
+        samples = [sample for sample in samples if sample.output]
+        if not samples:
+            raise DataError("skip_empty=True leaves no sample: every response is empty")
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
+    chosen = sum(not sample.output for sample in kept)
+    if chosen:
+        log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", chosen, len(kept))
     export = cfg.export_reward or cfg.processor is None
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
     counts = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
-    log.info("wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor)
+    log.info(
+        "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
+    )
 
 
 def scored(row: dict[str, Any], reward: float, keys: Keys) -> ScoredSample:

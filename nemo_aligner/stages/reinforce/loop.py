@@ -138,6 +138,8 @@ class Actor:
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
         )  # fmt: skip
+        if self.policy.tokenizer.chat_template is not None:
+            log.info("the model has a chat template, and prompts go to it as they are: they may hold its turns")
         if self.sampling().min_tokens > 0:
             log.info(
                 "model.ppo.length_params.min_length=%d: EOS is not drawn before, but log-probabilities, gradient and "

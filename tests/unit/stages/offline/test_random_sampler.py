@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,22 @@ def test_responses_that_end_within_a_character_are_counted(tmp_path: Path, caplo
 def test_a_prompt_that_was_cut_counts_once_whatever_n_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(config(tmp_path, max_seq_length=1))
     assert "5 prompts were cut to data.max_seq_length=1" in caplog.text
+
+
+class Chatting(EchoPolicy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = ByteTokenizer()
+        self.tokenizer.chat_template = "{{ messages }}"  # type: ignore[misc, assignment]
+
+
+@pytest.mark.parametrize(
+    ("policy", "template", "told"),
+    [(Chatting(), None, True), (Chatting(), "<user>{input}", False), (EchoPolicy(), None, False)],
+)
+def test_a_chat_model_that_is_asked_without_a_template_is_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: EchoPolicy, template: str | None, told: bool
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(config(tmp_path, prompt_template=template), policy=policy)
+    assert ("the model has a chat template, and prompts go to it as they are" in caplog.text) == told

@@ -12,9 +12,9 @@ import pytest
 
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.config.schema import RewardStandardization
-from nemo_aligner.errors import OutputError, StoppedEarly
+from nemo_aligner.errors import DataError, OutputError, StoppedEarly
 from nemo_aligner.stages import run_control
-from nemo_aligner.stages.offline.data import open_rows
+from nemo_aligner.stages.offline.data import open_rows, tell_empty
 from nemo_aligner.stages.offline.reward_labeler import label, standardize
 from tests.fakes import EOS, ByteTokenizer, OneProcess, on_ranks
 
@@ -228,3 +228,43 @@ def test_a_chunk_of_an_online_loop_is_labeled_alone(tmp_path: Path) -> None:
     run(cfg)
     assert [row["id"] for row in written(cfg)] == [6, 0, 1]
     assert [row["reward"] for row in written(cfg)] == [reward_of(i) for i in (6, 0, 1)]
+
+
+def test_empty_responses_are_counted_and_left_out_only_where_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(tmp_path)
+    rows = [
+        {"input": "q", "output": ""},
+        {"input": "q", "output": "a"},
+        *({"input": f"p{i}", "output": "x"} for i in range(8)),
+    ]
+    Path(cfg.data.file_names[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg.processor = "rs"
+
+    class Terse(ByteSum):
+        def score(self, rows: Sequence[list[int]], micro_batch_size: int) -> list[list[float]]:
+            return [[-float(len(row))] for row in rows]
+
+    run(cfg, model=Terse())
+    assert written(cfg)[0]["output"] == "", "its reward is the best"
+    assert "1 of 10 responses are empty (10 %): was a chat model sampled without its chat template" in caplog.text
+    assert "1 of the 9 rows kept have an empty response; skip_empty=True leaves them out" in caplog.text
+    caplog.clear()
+    cfg.skip_empty = True
+    run(cfg, model=Terse())
+    assert written(cfg)[0]["output"] == "a"
+    assert "rows kept have an empty response" not in caplog.text
+
+
+def test_few_empty_responses_are_no_sign_of_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tell_empty([""] + ["x"] * 10)
+    assert caplog.text == ""
+
+
+def test_nothing_but_empty_responses_is_said_so(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    Path(cfg.data.file_names[0]).write_text('{"input": "q", "output": ""}\n')
+    cfg.skip_empty = True
+    with pytest.raises(DataError, match="skip_empty=True leaves no sample: every response is empty"):
+        run(cfg)
