@@ -6,6 +6,7 @@ python scripts/export_hf.py --input policy.nemo --output folder
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="a policy's .nemo archive")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
     from nemo_aligner.engine.conversion import export_hf
 

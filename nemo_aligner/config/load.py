@@ -116,7 +116,9 @@ def _faults_by_leaf(typed: DictConfig, cfg: DictConfig) -> Iterator[str]:
         try:
             OmegaConf.merge(typed, nested)
         except OmegaConfBaseException as fault:
-            yield f"{'.'.join(path)}: {str(fault).splitlines()[0]}"
+            key = ".".join(path)
+            wants_list = "is not a ListConfig" in str(fault)
+            yield f"{key}: " + (f"a list is needed, {key}=[{value}]" if wants_list else str(fault).splitlines()[0])
 
 
 def _leaves(node: DictConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

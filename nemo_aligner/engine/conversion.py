@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,7 +37,11 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """A Hugging Face folder or a GGUF file. Raises CheckpointError."""
     if not path.exists():
-        raise CheckpointError(f"--input {path}: no such file or folder")
+        # "owner/name" may be a model of the hub, which nothing here downloads
+        hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
+        hint = f"; is it on the hub? huggingface-cli download {path} --local-dir {path.name}" if hub else ""
+        raise CheckpointError(f"--input {path}: no such file or folder{hint}")
+    log.info("reading %s", path)
     return Checkpoint(*(read_hf_folder(path) if path.is_dir() else read_gguf(path)))
 
 
@@ -54,6 +61,7 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
 def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
     """Build the model in this one process, fill it, and save the archive. `precision` is bf16 or 32."""
     arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu")
+    log.info("writing %s: %d layers of %d, vocabulary %d", output, arch.num_layers, arch.hidden_size, arch.vocab_size)
     launch_local_ranks(trainer)
     with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
         tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
@@ -73,4 +81,6 @@ def export_hf(source: Path, target: Path) -> None:
     with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
         loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input")
         tensors = {name: value for name, value in loaded.module.state_dict().items() if hasattr(value, "shape")}
+        log.info("writing %s", target)
         write_hf_folder(target, loaded.arch, tensors, loaded.tokenizer)
+    log.info("wrote %s", target)

@@ -62,3 +62,9 @@ def tell_resumed(checkpoint: Path, done: int, before: int, now: int) -> None:
     log.info("resuming at step %d of %d from %s", done, now, checkpoint)
     if before != now:
         log.info("the run was begun for %d steps: from here on its schedule is that of %d", before, now)
+
+
+def tell_end_of_data(steps: int, max_steps: int, block: str) -> None:
+    """Say that a run ends before its `max_steps`, the data having been seen `max_epochs` times."""
+    if steps < max_steps:
+        log.info("%s.max_steps=%d: the data ends after %d steps; more come with max_epochs", block, max_steps, steps)

@@ -134,16 +134,18 @@ def plot(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure, axes = pyplot.subplots(figsize=(7, 5))
     at = [row[result.unit] for row in result.rows]
     spread = [row["reward_std"] / row["samples"] ** 0.5 for row in result.rows]
-    axes.errorbar(at, [row["reward_mean"] for row in result.rows], yerr=spread, marker="o", capsize=4)
-    axes.set(xlabel=result.unit, ylabel="mean reward, held-out prompts (± standard error)")
+    means = [row["reward_mean"] for row in result.rows]
+    reward = axes.errorbar(at, means, yerr=spread, marker="o", capsize=4, label="reward (± standard error)")
+    axes.set(xlabel=result.unit, ylabel="mean reward on held-out prompts")
     axes.set_xticks(at)
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(at, [row["kl"] for row in result.rows], color="gray", linestyle=":", marker=".")
-    right.set_ylabel("KL to the start model (nats per response, dotted)")
+    [kl] = right.plot(at, [row["kl"] for row in result.rows], color="gray", linestyle=":", marker=".", label="KL")
+    right.set_ylabel("KL to the start model (nats a response)")
+    axes.legend(handles=[reward, kl], loc="upper left")
     figure.tight_layout()
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial, dpi=120)

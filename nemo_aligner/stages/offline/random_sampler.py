@@ -98,8 +98,10 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     prompts.report()
     slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
     interval = cfg.checkpoint_interval and cfg.checkpoint_interval * cfg.data.micro_batch_size * cfg.data.n
-    total = sum(cluster.gather(len(wanted)))
-    progress = Progress("sampling", total, show=cluster.is_main)
+    left, total = sum(cluster.gather(len(wanted))), len(chunk) * cfg.data.n
+    if not left:
+        log.info("all %d samples are drawn already", total)
+    progress = Progress("sampling", total, show=cluster.is_main, done=total - left)
     reason, flushed = None, time.monotonic()
     with RunControl(cfg.max_time_per_run, cluster) as control:
         responses = policy.generate(wanted, sampling_params(cfg.inference, cfg.seed), slots)

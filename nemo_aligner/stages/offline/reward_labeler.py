@@ -71,9 +71,12 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     encoder = TextEncoder(cfg.data, model)
     batch = cfg.data.micro_batch_size
     window = batch * (cfg.checkpoint_interval or _WINDOW)
-    progress = Progress("labeling", sum(cluster.gather(len(mine))), show=cluster.is_main)
+    left = cluster.gather(len(mine))
+    if not any(left):
+        log.info("all %d rows are scored already", len(chunk))
+    progress = Progress("labeling", len(chunk), show=cluster.is_main, done=len(chunk) - sum(left))
     with RunControl(cfg.max_time_per_run, cluster) as control:
-        for start in range(0, max(cluster.gather(len(mine))), window):
+        for start in range(0, max(left), window):
             places = mine[start : start + window]
             tokens = [encoder.tokens(rows[p % len(rows)]) for p in places]
             for place, reward in zip(places, model.score(tokens, batch) if tokens else [], strict=True):

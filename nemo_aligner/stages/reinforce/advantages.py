@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ def examples_of(scored: Scored) -> list[Example]:
         Example((r.row,), ([0] * len(r.prompt.tokens) + [1] * len(r.tokens),), weight=float(advantage))
         for r, advantage, counted in zip(scored.rollouts, scored.advantages, scored.counted, strict=True)
         if counted
+    ]
+
+
+def rollout_rows(scored: Scored) -> list[dict[str, Any]]:
+    """The rollouts for people to read, with what was trained on where something was."""
+    advantages = [None] * len(scored.rollouts) if scored.advantages is None else scored.advantages.tolist()
+    return [
+        {"input": r.prompt.text, "output": r.text, "reward": r.reward, "kl": r.kl}
+        | ({} if advantage is None else {"advantage": advantage, "trained": bool(counted)})
+        for r, advantage, counted in zip(scored.rollouts, advantages, scored.counted, strict=True)
     ]
 
 

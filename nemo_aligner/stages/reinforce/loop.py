@@ -25,10 +25,24 @@ from nemo_aligner.errors import StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
-from nemo_aligner.stages.reinforce.advantages import Scored, check_finite, examples_of, rollout_metrics, score
+from nemo_aligner.stages.reinforce.advantages import (
+    Scored,
+    check_finite,
+    examples_of,
+    rollout_metrics,
+    rollout_rows,
+    score,
+)
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_identity import archive_of, check_same_run, optimizer_settings, tell_resumed, tokens_hash
+from nemo_aligner.stages.run_identity import (
+    archive_of,
+    check_same_run,
+    optimizer_settings,
+    tell_end_of_data,
+    tell_resumed,
+    tokens_hash,
+)
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
@@ -72,6 +86,7 @@ class Actor:
         self.plan = BatchPlan(len(train), self.settings.num_rollout_samples, cfg.model.seed, cfg.model.data.shuffle)
         total = self.plan.steps_per_epoch * self.loop.max_epochs
         self.steps = total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
+        self.folder = log_dir(cfg.exp_manager)
         self.timers = Timers()
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
@@ -134,6 +149,7 @@ class Actor:
     def announce(self) -> None:
         """Say once what was chosen, where the choice changes what the numbers mean."""
         loop = self.loop
+        tell_end_of_data(self.steps, loop.max_steps, "trainer.ppo")
         log.info(
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
@@ -185,6 +201,10 @@ class Actor:
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts])
         scored = score(rollouts, self.loop, greedy)
         self.log_rollouts(step + 1, "train_rollouts", scored)
+        if self.cluster.is_main and self.loop.keep_rollouts:
+            write_jsonl(
+                self.folder / "rollouts" / f"step_{step + 1}.jsonl", rollout_rows(scored)[: self.loop.keep_rollouts]
+            )
         with self.timers.phase("train_time"):
             self.update(scored)
         return scored
@@ -221,10 +241,10 @@ class Actor:
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
             rollouts = worker.run(prompts, 1, self.sampling(seed_offset=1), slots)
-        self.log_rollouts(step, "val_rollouts", score(rollouts, self.loop, None, validation=True))
+        scored = score(rollouts, self.loop, None, validation=True)
+        self.log_rollouts(step, "val_rollouts", scored)
         if self.cluster.is_main:
-            rows = [{"input": r.prompt.text, "output": r.text, "reward": r.reward, "kl": r.kl} for r in rollouts]
-            write_jsonl(log_dir(self.cfg.exp_manager) / "validation" / f"step_{step}.jsonl", rows)
+            write_jsonl(self.folder / "validation" / f"step_{step}.jsonl", rollout_rows(scored))
             shown = rollouts[0]
             log.info(
                 "step %d: validation reward %.4f; %r ─▶ %r (%.3f)",

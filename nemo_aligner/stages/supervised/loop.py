@@ -24,7 +24,7 @@ from nemo_aligner.metrics import MetricsLogger, Progress
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_identity import archive_of, check_same_run, tell_resumed, tokens_hash
+from nemo_aligner.stages.run_identity import archive_of, check_same_run, tell_end_of_data, tell_resumed, tokens_hash
 from nemo_aligner.stages.run_logger import run_logger
 from nemo_aligner.stages.supervised.monitors import monitors
 
@@ -110,6 +110,7 @@ def optimize(
     values: dict[str, float] = {}
     if not task.validates:
         log.info("no validation during training")
+    tell_end_of_data(task.steps, task.loop.max_steps, "trainer")
     with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
         while step < task.steps:
             metrics = model.train_step(batch(task, model, task.train, task.plan.indices(step)), task.objective)

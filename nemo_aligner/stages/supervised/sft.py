@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from nemo_aligner.data.supervised import (
 )
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import optimizer_settings
 from nemo_aligner.stages.supervised.monitors import monitors
@@ -59,9 +60,14 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
     required: Mapping[str, str] = {}
     if not cfg.model.data.chat:
         required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
-    rows = load_rows(
-        config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
-    )
+    try:
+        rows = load_rows(
+            config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
+        )
+    except DataError as fault:
+        if "the row has" in str(fault) and re.search("'(messages|conversations)'", str(fault)):
+            raise DataError(f"{fault}; rows of conversations want model.data.chat=True") from None
+        raise
     if cfg.model.data.chat:
         for row, number in zip(rows, rows.numbers, strict=True):
             messages_of(row, str(rows.path), number)

@@ -94,6 +94,7 @@ def test_yaml_defaults_and_dataclass_defaults_agree(name: str) -> None:
         ("inference.temperature=inf", "inference.temperature: inf is not a number"),
         ("inference.top_p=1.5", "inference.top_p: 1.5 is not between 0 and 1"),
         ("data.micro_batch_size=0", "data.micro_batch_size: 0 is below 1"),
+        ("data.file_names=a.jsonl", "data.file_names: a list is needed, data.file_names=[a.jsonl]"),
         ("trainer.precision=16", "trainer.precision: '16' is not one of"),
     ],
 )

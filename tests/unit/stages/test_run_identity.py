@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.errors import CheckpointError
-from nemo_aligner.stages.run_identity import check_same_run, optimizer_settings, tokens_hash
+from nemo_aligner.stages.run_identity import check_same_run, optimizer_settings, tell_end_of_data, tokens_hash
 
 
 def test_rows_are_told_apart_by_tokens_order_and_where_they_end() -> None:
@@ -50,3 +51,13 @@ def test_what_changed_is_named_with_both_values() -> None:
         check_same_run(Path("c"), {"seed": 1}, {"seed": 2})
     with pytest.raises(CheckpointError, match="was made with seed = None, this run has 2"):
         check_same_run(Path("c"), {}, {"seed": 2})
+
+
+@pytest.mark.parametrize(("steps", "max_steps", "told"), [(3, 10, True), (3, 3, False), (3, -1, False)])
+def test_a_run_that_ends_with_its_data_says_so(
+    steps: int, max_steps: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        tell_end_of_data(steps, max_steps, "trainer.sft")
+    said = "trainer.sft.max_steps=10: the data ends after 3 steps; more come with max_epochs"
+    assert caplog.messages == ([said] if told else [])

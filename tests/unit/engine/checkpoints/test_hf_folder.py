@@ -244,6 +244,7 @@ def test_what_is_written_stops_and_chats_in_transformers_as_here(folder: Path, t
     target = tmp_path / "exported"
     tokenizer = FastTokenizer(content, arch.tokenizer)
     write_hf_folder(target, arch, to_megatron(arch, tensors, padded_vocab_size(arch, 1)), tokenizer)
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1, "whoever may read one file may read all"
     torch.testing.assert_close(their_logits(target), their_logits(folder), atol=0, rtol=0)
     generation = transformers.GenerationConfig.from_pretrained(target)
     assert sorted(generation.eos_token_id) == [10, 257]

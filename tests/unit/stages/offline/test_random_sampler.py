@@ -293,3 +293,13 @@ def test_a_chat_model_that_is_asked_without_a_template_is_said_so(
     with caplog.at_level(logging.INFO):
         run(config(tmp_path, prompt_template=template), policy=policy)
     assert ("the model has a chat template, and prompts go to it as they are" in caplog.text) == told
+
+
+def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config(tmp_path)
+    said = "all 15 samples are drawn already"
+    with caplog.at_level(logging.INFO):
+        run(cfg)
+        assert said not in caplog.text
+        run(cfg)
+        assert said in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -268,3 +269,13 @@ def test_nothing_but_empty_responses_is_said_so(tmp_path: Path) -> None:
     cfg.skip_empty = True
     with pytest.raises(DataError, match="skip_empty=True leaves no sample: every response is empty"):
         run(cfg)
+
+
+def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config(tmp_path)
+    said = "all 7 rows are scored already"
+    with caplog.at_level(logging.INFO):
+        run(cfg)
+        assert said not in caplog.text
+        run(cfg)
+        assert said in caplog.text

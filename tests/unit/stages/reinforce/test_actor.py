@@ -161,6 +161,26 @@ def test_remax_draws_one_greedy_response_to_each_prompt_of_the_step(tmp_path: Pa
     assert (len(greedy), len(drawn)) == (2, 4)
 
 
+@pytest.mark.parametrize("kept", [0, 3, 64])
+def test_rollouts_of_every_step_are_kept_for_people_to_read_with_what_was_trained_on(tmp_path: Path, kept: int) -> None:
+    learner = run(config(tmp_path, max_steps=2, keep_rollouts=kept))
+    assert (tmp_path / "rollouts").exists() == (kept > 0)
+    for step in (1, 2) if kept else ():
+        lines = (tmp_path / "rollouts" / f"step_{step}.jsonl").read_text().splitlines()
+        assert len(lines) == min(kept, 4)
+        trained = dict(learner.trained[step - 1])
+        for row in map(json.loads, lines):
+            text = row["input"] + row["output"]
+            assert (row["reward"], row["trained"]) == (reward_of(text), True)
+            assert row["advantage"] == pytest.approx(trained[tuple(text.encode())], abs=1e-5)
+
+
+def test_rollouts_that_are_not_trained_on_say_so(tmp_path: Path) -> None:
+    run(config(tmp_path, max_steps=1, unfinished="mask", baseline="none"))
+    rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()]
+    assert [row["trained"] for row in rows] == [row["output"].endswith(".0>") for row in rows]  # as EchoPolicy finishes
+
+
 @pytest.mark.parametrize("num_val_samples", [2, 3, 99])
 def test_validation_draws_one_response_to_each_of_the_first_prompts_always_with_the_same_noise(
     tmp_path: Path, num_val_samples: int

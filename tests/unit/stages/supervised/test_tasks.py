@@ -10,7 +10,7 @@ import pytest
 
 from nemo_aligner.config.supervised import RMConfig, SFTConfig, SFTDatasetConfig
 from nemo_aligner.engine.interfaces import StepMetrics
-from nemo_aligner.errors import ConfigError, TrainingError
+from nemo_aligner.errors import ConfigError, DataError, TrainingError
 from nemo_aligner.stages.supervised import reward_training, sft
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
 from tests.fakes import EOS, ByteTokenizer
@@ -178,3 +178,14 @@ def test_validation_of_which_nothing_can_be_used_is_said_by_its_key(
     assert (
         "model.data.data_prefix.validation: none of the 3 given can be used, so there is no validation" in caplog.text
     )
+
+
+def test_rows_of_conversations_where_texts_are_wanted_are_told_of_the_key(tmp_path: Path) -> None:
+    cfg = sft_config(tmp_path, file_path=write(tmp_path / "c", [{"messages": []}]))
+    with pytest.raises(
+        DataError, match=r"c:1: no field 'input' .*; rows of conversations want model\.data\.chat=True$"
+    ):
+        sft.open_rows(cfg, cfg.model.data.train_ds, "model.data.train_ds")
+    cfg = sft_config(tmp_path, file_path=write(tmp_path / "d", [{"text": "x"}]))
+    with pytest.raises(DataError, match=r"the row has 'text'$"):
+        sft.open_rows(cfg, cfg.model.data.train_ds, "model.data.train_ds")
