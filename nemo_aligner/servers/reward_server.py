@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import queue
+import shutil
 import socket
 import sysconfig
 import tempfile
@@ -40,6 +41,8 @@ from nemo_aligner.servers.wire import (
 )
 
 log = logging.getLogger(__name__)
+
+_FOLDER = "nemo_aligner_server_"
 
 Score = Callable[[list[list[int]]], list[float]]
 
@@ -115,7 +118,8 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
 
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
+    remove_leftovers(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}_") as folder:
         own_log = Path(folder) / "triton.log"
         triton = Triton(
             config=TritonConfig(
@@ -125,7 +129,8 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
                 allow_metrics=False,
                 exit_timeout_secs=5,
                 log_file=own_log,
-            )
+            ),
+            workspace=Path(folder) / "workspace",
         )
         triton.bind(
             model_name=config.model_name,
@@ -162,6 +167,15 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
             log.info("the reward server stops, which takes some seconds")
             triton.stop()
             log.info("reward server stopped")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the temporary folders in `root` of servers that were killed and could not do it themselves."""
+    for folder in root.glob(f"{_FOLDER}*_*/"):
+        pid = folder.name.removeprefix(_FOLDER).partition("_")[0]
+        if pid.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+            log.info("removing %s, left by a server that was killed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_port_is_free(ip: str, port: int) -> None:

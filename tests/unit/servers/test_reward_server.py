@@ -21,6 +21,7 @@ from nemo_aligner.servers.reward_server import (
     answer_requests,
     check_port_is_free,
     find_shared_python,
+    remove_leftovers,
 )
 from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
 from tests.fakes import ByteTokenizer
@@ -147,3 +148,17 @@ def test_tritons_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sysconfig, "get_config_var", {**known, **missing}.get)
         with pytest.raises(ServerError, match="--enable-shared"):
             find_shared_python()
+
+
+def test_folders_of_servers_that_are_gone_are_removed_and_no_others(tmp_path: Path) -> None:
+    gone = 2**22 + 1  # above every process number of Linux
+    left = [
+        f"nemo_aligner_server_{gone}_ab",
+        f"nemo_aligner_server_{os.getpid()}_ab",
+        "nemo_aligner_server_x_ab",
+        "other_1_ab",
+    ]
+    for name in left:
+        (tmp_path / name / "workspace").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
