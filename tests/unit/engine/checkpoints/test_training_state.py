@@ -22,6 +22,7 @@ from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.stages.supervised.loop import sft_objective
 from tests.tiny import rows, trainable
+from tests.unit.engine.helpers import weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,10 +36,6 @@ def model(cluster: MegatronCluster) -> MegatronTrainable:
     model = trainable(cluster)
     model.train_step([rows()], sft_objective)
     return model
-
-
-def weights(model: MegatronTrainable) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.module.parameters()]
 
 
 def killed(*_: Any) -> None:

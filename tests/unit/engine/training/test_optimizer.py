@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,26 +11,17 @@ import torch
 from nemo_aligner.algorithms.terms import LossTerms
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.engine.interfaces import Microbatch
-from nemo_aligner.engine.loading import LoadedModel
-from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
-from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import ConfigError, TrainingError
 from nemo_aligner.stages.supervised.loop import sft_objective
-from tests.fakes import ByteTokenizer
-from tests.tiny import ARCH, plain_sft_loss, rows, trainable
+from tests.tiny import plain_sft_loss, rows, trainable
+from tests.unit.engine.helpers import without_optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[MegatronCluster]:
     with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
         yield cluster
-
-
-def without_optimizer(cluster: MegatronCluster, dtype: torch.dtype = torch.float32) -> MegatronTrainable:
-    torch.manual_seed(5)
-    run = RunOptions(dtype=dtype)
-    return MegatronTrainable(LoadedModel(build_model(ARCH, run), ARCH, ByteTokenizer(), run, Path("none")), cluster)  # type: ignore[arg-type]
 
 
 def test_clipping_is_by_the_norm_over_all_parameters(cluster: MegatronCluster) -> None:
@@ -53,7 +43,7 @@ def test_clipping_is_by_the_norm_over_all_parameters(cluster: MegatronCluster) -
 
 
 def test_bf16_weights_move_by_steps_smaller_than_their_resolution(cluster: MegatronCluster) -> None:
-    model = without_optimizer(cluster, torch.bfloat16)
+    model = without_optimizer(cluster, dtype=torch.bfloat16)
     model.add_optimizer(OptimConfig(name="adamw", lr=1e-4, weight_decay=0.0), clip_grad=0.0, max_steps=40)
     matrix = dict(model.module.named_parameters())["decoder.layers.0.mlp.linear_fc1.weight"]
     before = matrix.detach().clone()

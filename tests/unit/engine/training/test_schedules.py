@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+from collections.abc import Callable
 
 import pytest
 
-from nemo_aligner.engine.training.schedules import make_schedule
+from nemo_aligner.engine.training.schedules import check_schedule, make_schedule
 from nemo_aligner.errors import ConfigError
 
 
@@ -122,6 +124,11 @@ def test_keys_of_nemo_that_mean_nothing_here_are_accepted() -> None:
         ({"name": "CosineAnnealing", "min_lr": "low"}, "min_lr", "not a number"),
         ({"name": "CosineAnnealing", "warmup_steps": -1}, "warmup_steps", "0 or more"),
         ({"name": "StepLR", "step_size": 0}, "step_size", "above 0"),
+        ({"name": "StepLR", "step_size": 2, "max_steps": 0}, "max_steps", "above 0"),
+        ({"name": "NoamAnnealing", "d_model": 0}, "d_model", "above 0"),
+        ({"name": "CosineAnnealing", "min_lr": float("nan")}, "min_lr", "nan is not 0 or more"),
+        ({"name": "CosineAnnealing", "warmup_steps": [1]}, "warmup_steps", "not a number"),
+        ({"name": "ExponentialLR"}, "gamma", "needs it"),
         ({"name": "StepLR"}, "step_size", "needs it"),
         ({"name": "NoamAnnealing"}, "d_model", "needs it"),
         ({"name": "NoamHoldAnnealing"}, "warmup_steps", "at least 1"),
@@ -132,3 +139,107 @@ def test_wrong_values_are_refused_by_their_key(sched: dict, key: str, told: str)
     with pytest.raises(ConfigError, match=told) as raised:
         make_schedule(1.0, sched, 10)
     assert raised.value.key == f"model.optim.sched.{key}"
+
+
+PEAK, LOW, STEPS, WARM, HELD, CONSTANT = 2.0, 0.3, 40, 4, 5, 6
+
+
+def done(t: int, held: int = 0, constant: int = 0) -> float:
+    """The part of the decay that is done after t steps."""
+    return min(1.0, max(0.0, (t - WARM - held) / (STEPS - WARM - held - constant)))
+
+
+DEFINITIONS: dict[str, tuple[dict, Callable[[int], float]]] = {
+    "CosineAnnealing": (
+        {"constant_steps": CONSTANT},
+        lambda t: LOW + (PEAK - LOW) * (1 + math.cos(math.pi * done(t, constant=CONSTANT))) / 2,
+    ),
+    "SquareAnnealing": ({}, lambda t: max(LOW, PEAK * (1 - done(t)) ** 2)),
+    "WarmupAnnealing": ({}, lambda t: LOW + (PEAK - LOW) * (1 - done(t))),
+    "PolynomialDecayAnnealing": ({"power": 3}, lambda t: LOW + (PEAK - LOW) * (1 - done(t)) ** 3),
+    "PolynomialHoldDecayAnnealing": (
+        {"power": 3, "hold_steps": HELD},
+        lambda t: LOW + (PEAK - LOW) * (1 - done(t, HELD)) ** 3,
+    ),
+    "WarmupPolicy": ({}, lambda t: PEAK),
+    "WarmupHoldPolicy": ({"hold_steps": HELD}, lambda t: PEAK),
+    "InverseSquareRootAnnealing": ({}, lambda t: max(LOW, PEAK * math.sqrt((WARM + 1) / (t + 1)))),
+    "NoamHoldAnnealing": (
+        {"hold_steps": HELD},
+        lambda t: PEAK if t < WARM + HELD else max(LOW, PEAK * math.sqrt(WARM / (t - HELD))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_after_the_warm_up_each_schedule_is_its_formula_to_its_last_step_and_the_minimum_after_it(name: str) -> None:
+    arguments, formula = DEFINITIONS[name]
+    schedule = make_schedule(PEAK, {"name": name, "warmup_steps": WARM, "min_lr": LOW, **arguments}, STEPS)
+    assert [schedule(t) for t in range(WARM)] == pytest.approx([PEAK * (t + 1) / (WARM + 1) for t in range(WARM)])
+    expected = [formula(t) for t in range(WARM, STEPS + 1)]
+    assert [schedule(t) for t in range(WARM, STEPS + 1)] == pytest.approx(expected)
+    assert [schedule(STEPS + 1), schedule(10 * STEPS)] == [LOW, LOW]
+
+
+def test_noam_rises_from_below_the_minimum_and_falls_to_it() -> None:
+    low = 0.2
+    schedule = make_schedule(PEAK, {"name": "NoamAnnealing", "d_model": 4, "warmup_steps": 9, "min_lr": low}, 20)
+    plain = [PEAK * 4**-0.5 * min((t + 1) ** -0.5, (t + 1) * 9**-1.5) for t in range(60)]
+    assert plain[0] < low
+    assert plain[59] < low
+    assert [schedule(t) for t in range(60)] == pytest.approx([x if t < 9 else max(low, x) for t, x in enumerate(plain)])
+    at_once = make_schedule(PEAK, {"name": "NoamAnnealing", "d_model": 4}, 20)
+    assert [at_once(t) for t in range(5)] == pytest.approx([PEAK / 2 * (t + 1) ** -0.5 for t in range(5)])
+
+
+def test_schedules_of_torch_go_on_past_the_run_and_know_no_minimum() -> None:
+    stairs = make_schedule(PEAK, {"name": "StepLR", "step_size": 3}, 4)
+    assert [stairs(t) for t in (0, 2, 3, 5, 6, 9)] == pytest.approx([PEAK * 0.1**n for n in (0, 0, 1, 1, 2, 3)])
+    falling = make_schedule(PEAK, {"name": "ExponentialLR", "gamma": 0.5}, 4)
+    assert [falling(t) for t in (0, 1, 5, 9)] == pytest.approx([PEAK * 0.5**t for t in (0, 1, 5, 9)])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_warm_up_longer_than_the_run_reaches_the_peak_at_the_last_step(
+    steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = rates({"name": "CosineAnnealing", "warmup_steps": 50, "min_lr": 0.1}, steps)
+    assert found == pytest.approx([(t + 1) / steps for t in range(steps)])
+    assert f"warmup_steps 50 is longer than the run, taken as {steps - 1}" in caplog.text
+
+
+def test_a_warm_up_that_fits_is_taken_as_it_is_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert rates({"name": "WarmupAnnealing", "warmup_steps": 3}, 4) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+        assert rates({"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 2}, 4)[1:] == [1.0, 0.0, 0.0]
+    assert not caplog.records
+
+
+def test_constant_steps_that_leave_no_decay_are_taken_as_none(caplog: pytest.LogCaptureFixture) -> None:
+    sched = {"name": "CosineAnnealing", "warmup_steps": 1, "min_lr": 0.1}
+    with caplog.at_level(logging.INFO):
+        assert rates({**sched, "constant_steps": 9}, 10) == rates(sched, 10)
+    assert "constant_steps 9 leave no decay, taken as 0" in caplog.text
+
+
+def test_a_minimum_above_the_rate_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert rates({"name": "WarmupAnnealing", "min_lr": 1.0}, 4) == [1.0] * 4
+    assert not caplog.records
+    assert make_schedule(1.0, {"name": "WarmupAnnealing", "min_lr": 2.0}, 4)(4) == 2.0
+    assert "min_lr 2 lies above model.optim.lr 1" in caplog.text
+
+
+def test_a_ratio_of_the_schedules_own_length_is_rounded_down() -> None:
+    sched = {"name": "PolynomialHoldDecayAnnealing", "max_steps": 10}
+    assert rates({**sched, "hold_ratio": 0.49}, 40) == rates({**sched, "hold_steps": 4}, 40)
+    assert rates({**sched, "warmup_ratio": 0.49}, 40) == rates({**sched, "warmup_steps": 4}, 40)
+
+
+def test_a_block_is_checked_without_a_run() -> None:
+    check_schedule(None)
+    check_schedule({"name": "NoamHoldAnnealing", "warmup_ratio": 0.1})
+    with pytest.raises(ConfigError, match=r"model\.optim\.sched\.power: CosineAnnealing has no such argument"):
+        check_schedule({"name": "CosineAnnealing", "power": 2})
+    with pytest.raises(ConfigError, match="it takes constant_ratio, constant_steps, max_steps, min_lr, warmup_ratio, "):
+        check_schedule({"name": "CosineAnnealing", "power": 2})
