@@ -114,6 +114,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
     ),
+    "no scaling": ({}, {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}),
+    "the older name of linear scaling": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"llama.rope.scale_linear": 2.0},
+    ),
     "biases of attention": ({"attention_bias": True}, {}),
     "biases of both": ({"attention_bias": True, "mlp_bias": True}, {}),
     "wide heads": ({"head_dim": 16}, {"llama.attention.key_length": 16, "llama.attention.value_length": 16}),

@@ -94,6 +94,7 @@ def test_logits_equal_transformers_and_the_way_back_is_exact(case: str) -> None:
     if case in ONE_WAY:
         return
     back = to_hf(arch, converted)
+    assert set(tensors) - set(back) <= ({"lm_head.weight"} if arch.share_embeddings_and_output_weights else set())
     for name, tensor in back.items():
         assert torch.equal(tensor, tensors[name]), name
     assert architecture_of(to_hf_config(arch, "float32")) == replace(arch, kv_channels=arch.head_dim)
@@ -104,6 +105,13 @@ def test_qkv_split_undoes_fuse() -> None:
     parts = torch.randn(32, 32), torch.randn(16, 32), torch.randn(16, 32)
     for part, again in zip(parts, split_qkv(arch, fuse_qkv(arch, *parts)), strict=True):
         assert torch.equal(part, again)
+
+
+@pytest.mark.parametrize("kinds", [["full_attention", "chunked_attention"], ["full_attention"]])
+def test_kinds_of_attention_that_are_not_known_are_refused(kinds: list[str]) -> None:
+    config = {**SHAPE, "architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-5, "head_dim": 8}
+    with pytest.raises(CheckpointError, match=r"layer_types: \d of .*full_attention.* for 2 layers"):
+        architecture_of({**config, "use_sliding_window": True, "sliding_window": 4, "layer_types": kinds})
 
 
 def test_other_architectures_are_refused_by_name() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,20 +94,53 @@ def test_a_truncated_or_foreign_file_is_refused_in_one_line(
         nemo_archive.read_architecture("nowhere.nemo", key="gpt_model_file")
 
 
-@pytest.mark.parametrize("kind", ["../escape", "/abs/escape", "link"])
-def test_members_that_leave_the_folder_are_refused(
-    kind: str, archive: Path, cluster: MegatronCluster, tmp_path: Path
+@pytest.mark.parametrize("kind", ["..", "absolute", "link", "link out of a folder"])
+def test_members_that_leave_the_folder_are_refused_and_nothing_lands_outside(
+    kind: str, archive: Path, cluster: MegatronCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What would land, lands below tmp_path: that is where the archive is opened."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    names = {
+        "..": "../escape",
+        "absolute": str(tmp_path / "escape"),
+        "link": "escape",
+        "link out of a folder": "escape",
+    }
     path = tmp_path / "evil.nemo"
     shutil.copy(archive, path)
     with tarfile.open(path, "a") as tar:
-        member = tarfile.TarInfo("link" if kind == "link" else kind)
-        if kind == "link":
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        member = tarfile.TarInfo(names[kind])
+        if kind.startswith("link"):
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd" if kind == "link" else "../../evil.nemo"
         tar.addfile(member, io.BytesIO())
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"^k=\S+evil\.nemo: member '"):
         load_for_inference(path, cluster, precision="32", key="k")
-    assert not (tmp_path.parent / "escape").exists()
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["evil.nemo", "temporary"]
+    with tarfile.open(path) as tar:  # as it would be without the refusal
+        tar.extractall(tmp_path / "temporary" / "inside", filter="fully_trusted")
+    assert any(found.name == "escape" for found in tmp_path.rglob("*"))
+
+
+def test_an_archive_lands_in_a_folder_that_is_not_there_yet(cluster: MegatronCluster, tmp_path: Path) -> None:
+    save(tmp_path / "a" / "b" / "m.nemo", cluster)
+    assert (tmp_path / "a" / "b" / "m.nemo").is_file()
+
+
+def test_the_hash_of_a_folder_is_of_its_names_and_contents(tmp_path: Path) -> None:
+    def hash_of(**files: str) -> str:
+        folder = tmp_path / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return nemo_archive.archive_hash(folder)
+
+    first = hash_of(a="1", b="2")
+    assert hash_of(b="2", a="1") == first
+    assert len({first, hash_of(a="2", b="1"), hash_of(a="1", c="2"), hash_of(a="1"), hash_of(a="1", b="3")}) == 5
+    (tmp_path / "file").write_text("x")
+    assert nemo_archive.archive_hash(tmp_path / "file") == hashlib.sha256(b"x").hexdigest()
 
 
 def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path) -> None:

@@ -83,3 +83,7 @@ def test_the_text_of_a_response_is_what_it_adds_to_its_prompt(tmp_path: Path) ->
     stream = TextStream(tokenizer, [], prompt)
     pieces = [stream.more(response[: n + 1]) for n in range(len(response))]
     assert "".join(pieces) + stream.rest(" was good") == " was good"
+
+
+def test_an_end_string_at_the_very_beginning_leaves_nothing() -> None:
+    assert StopCondition(ByteTokenizer(), ["ab"]).text_of(list(b"ab")) == ""

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
+from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.loading import load_for_inference
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import TrainingError
 from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
 from tests.fakes import OneProcess
-from tests.tiny import ARCH, plain_sft_loss, rows, trainable
+from tests.tiny import ARCH, ARCHIVED, plain_sft_loss, rows, trainable
 from tests.unit.engine.helpers import split, weights, without_optimizer
 
 
@@ -137,3 +139,15 @@ def test_a_rate_of_zero_moves_no_weight(cluster: MegatronCluster) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(start, after, strict=True))
     model.train_step([rows()], reinforce_objective)
     assert all(torch.equal(a, b) for a, b in zip(after, weights(model), strict=True))
+
+
+def test_the_archive_is_the_weights_of_now_and_what_is_to_be_noted(cluster: MegatronCluster, tmp_path: Path) -> None:
+    model = trainable(cluster, replace(ARCHIVED, precision="bf16"))
+    model.tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    model.train_step([rows()], sft_objective)
+    noted = {"reward_standardization": {"mean": 1.5, "std": 2.5}}
+    model.save_nemo(tmp_path / "m.nemo", noted)
+    loaded = load_for_inference(tmp_path / "m.nemo", cluster, precision="32", key="k")
+    assert loaded.arch == replace(model.arch, precision="32", **noted)
+    for ours, theirs in zip(model.module.parameters(), loaded.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

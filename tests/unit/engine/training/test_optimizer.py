@@ -42,6 +42,26 @@ def test_clipping_is_by_the_norm_over_all_parameters(cluster: MegatronCluster) -
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+def test_the_steps_are_those_of_adam_with_the_betas_and_the_decay_given(cluster: MegatronCluster) -> None:
+    """Three steps, as the first is the same for any betas."""
+    optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.3, 0.6], eps=1e-3)
+    model, reference = without_optimizer(cluster), without_optimizer(cluster).module
+    parameters = list(reference.parameters())
+    decays = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() == 1]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.3, 0.6), eps=1e-3)
+    model.add_optimizer(optim, clip_grad=0.0, max_steps=3)
+    for _ in range(3):
+        gradients = torch.autograd.grad(plain_sft_loss(reference, rows()), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        adam.step()
+        model.train_step([rows()], sft_objective)
+    for ours, theirs in zip(model.module.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_bf16_weights_move_by_steps_smaller_than_their_resolution(cluster: MegatronCluster) -> None:
     model = without_optimizer(cluster, dtype=torch.bfloat16)
     model.add_optimizer(OptimConfig(name="adamw", lr=1e-4, weight_decay=0.0), clip_grad=0.0, max_steps=40)
