@@ -27,3 +27,28 @@ def standardised(values: Sequence[float], mean: float, std: float) -> list[float
             "give reward_standardization.mean and reward_standardization.std, or more than one distinct reward"
         )
     return [(value - mean) / std for value in values]
+
+
+def standard_error(values: Sequence[float], clusters: Sequence[int]) -> float:
+    """Of the mean of the finite values, where those of one cluster (the samples of one prompt) hang together.
+
+    SE² = G/(G − 1) · Σ_c (Σ_{i in c} (x_i − x̄))² / n², of n values in G clusters (cluster-robust: Miller 2024, arXiv
+    2411.00640, equation 4, with the correction for few clusters); s/√n where each value is a cluster. NaN for one.
+    """
+    kept = [(value, cluster) for value, cluster in zip(values, clusters, strict=True) if math.isfinite(value)]
+    mean, _ = mean_and_std([value for value, _ in kept])
+    sums: dict[int, float] = {}
+    for value, cluster in kept:
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    if len(sums) < 2:
+        return math.nan
+    return math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(total**2 for total in sums.values())) / len(kept)
+
+
+def means_by_cluster(values: Sequence[float], clusters: Sequence[int]) -> dict[int, float]:
+    """Mean of the finite values of each cluster that has any."""
+    members: dict[int, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        if math.isfinite(value):
+            members.setdefault(cluster, []).append(value)
+    return {cluster: math.fsum(own) / len(own) for cluster, own in members.items()}

@@ -6,6 +6,7 @@ never a reward.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -40,11 +41,15 @@ class RewardClient:
         self._closed = threading.Event()
 
     def wait_until_ready(self) -> None:
-        """Return once the model is served. Raises ServerError after `init_timeout_s`, with what to change."""
+        """Return once the model is served.
+
+        Raises ServerError with what to change: after `init_timeout_s`, and at once for a model that will never do.
+        """
         begin = told = time.monotonic()
         while True:
             fault = self._not_ready()
             if fault is None:
+                self._check_model()
                 return
             waited = time.monotonic() - begin
             if waited >= self._config.init_timeout_s:
@@ -63,9 +68,40 @@ class RewardClient:
             with urllib.request.urlopen(f"{self._url}/v2/models/{self._server.name}/ready", timeout=5) as reply:
                 return None if reply.status == 200 else f"HTTP status {reply.status}"
         except urllib.error.HTTPError as fault:
+            self._check_name()
             return f"it serves no model {self._server.name!r} yet (HTTP status {fault.code})"
         except (OSError, ValueError) as fault:
             return str(getattr(fault, "reason", fault))
+
+    def _check_name(self) -> None:
+        """Raises ServerError where other models are served and ours is not: the name is wrong, it will not come."""
+        try:
+            known = self._json("v2/repository/index", data=b"{}")
+        except (OSError, ValueError):  # not every server tells
+            return
+        names = [str(model.get("name")) for model in known if isinstance(model, dict)]
+        if names and self._server.name not in names:
+            raise ServerError(
+                f"the server at {self._url} serves {', '.join(names)}, not {self._server.name}; give {KEY}.name"
+            )
+
+    def _check_model(self) -> None:
+        """Raises ServerError for a model that answers something else than rewards of batches of texts."""
+        path = f"v2/models/{self._server.name}"
+        try:
+            about, batching = self._json(path), self._json(f"{path}/config")
+        except (OSError, ValueError) as fault:
+            raise ServerError(f"{self._url}/{path} does not say what it takes: {fault}") from None
+        for kind, wanted in (("inputs", SENTENCES), ("outputs", REWARDS)):
+            names = [part.get("name") for part in about.get(kind, [])]
+            if wanted not in names:
+                raise ServerError(f"{self._url}/{path} has the {kind} {names}, not {wanted}; is {KEY}.name right?")
+        if not batching.get("max_batch_size"):
+            raise ServerError(f"{self._url}/{path} takes no batches (max_batch_size 0), and texts are sent in batches")
+
+    def _json(self, path: str, data: bytes | None = None) -> Any:
+        with urllib.request.urlopen(f"{self._url}/{path}", data=data, timeout=5) as reply:
+            return json.load(reply)
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """Rewards of `texts`, in their order, to come."""
@@ -105,7 +141,10 @@ class RewardClient:
             if raw:
                 said = raw.decode()
                 raise ConnectionError(said) if said == SERVER_FAILED else RequestError(said)
-        return [float(reward) for reward in answer[REWARDS][:, 0]]
+        rewards = [float(reward) for reward in answer[REWARDS][:, 0]]
+        if len(rewards) != len(texts):
+            raise RequestError(f"{len(rewards)} rewards came back for {len(texts)} texts")
+        return rewards
 
     def _connection(self) -> Any:
         """PyTriton's client is not for several threads, so each has its own."""

@@ -96,6 +96,7 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
     assert (first["reward_mean"], first["reward_std"]) == pytest.approx(mean_and_std(rewards), abs=1e-5)
     assert (first["samples"], first["policy"], second["policy"]) == (12, str(policy), str(again))
     assert first["kl"] == pytest.approx(0.0, abs=1e-4), "it is where it began"
+    assert (second.pop("gain"), second.pop("gain_standard_error"), second.pop("better_on")) == (0.0, 0.0, 0.0)
     assert {**first, "policy": ""} == pytest.approx({**second, "policy": ""})
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.algorithms.statistics import mean_and_std, means_by_cluster, standard_error
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
@@ -21,7 +22,14 @@ from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
-from nemo_aligner.stages.offline.data import check_archive, check_output, check_template, open_rows, start_cluster
+from nemo_aligner.stages.offline.data import (
+    check_archive,
+    check_output,
+    check_template,
+    open_rows,
+    start_cluster,
+    tell_empty,
+)
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
 
 if TYPE_CHECKING:
@@ -40,6 +48,14 @@ class Drawn:
     @property
     def row(self) -> list[int]:
         return [*self.prompt_tokens, *self.response.tokens]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Of all samples of a policy, each with the number of its prompt."""
+
+    values: list[float]
+    prompts: list[int]
 
 
 def run(cfg: EvaluationConfig) -> None:
@@ -63,7 +79,7 @@ def run(cfg: EvaluationConfig) -> None:
         found: list[tuple[list[Drawn], list[Tensor]]] = []
         for path in cfg.policy_files:
             policy = load_policy(path, cluster, precision=precision, key="policy_files")
-            drawn = draw(cfg, rows, policy, cluster)
+            drawn = draw(cfg, rows, policy, cluster, Path(path).name)
             own = [] if cfg.initial_policy_file is None else policy.logprobs(tokens_of(drawn), batch, starts_of(drawn))
             found.append((drawn, own))
             del policy  # one model at a time
@@ -79,10 +95,17 @@ def run(cfg: EvaluationConfig) -> None:
                 ]
             del initial
         judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
-        figures = [
+        reports = [
             report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
             for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
         ]
+        figures = [told for told, _ in reports]
+        for told, rewards in reports[1:]:
+            told.update(gain(rewards, reports[0][1]))
+            log.info(
+                "%s: reward %+.4g ± %.2g over %s on the same prompts, better on %.0f %% of them",
+                told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0], 100 * told["better_on"],
+            )  # fmt: skip
         if cluster.is_main:
             write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
 
@@ -95,7 +118,7 @@ def starts_of(drawn: Sequence[Drawn]) -> list[int]:
     return [len(d.prompt_tokens) for d in drawn]
 
 
-def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -> list[Drawn]:
+def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster, name: str) -> list[Drawn]:
     """`data.n` samples of each of this replica's prompts, in prompt order."""
     prompts = Prompts(cfg, rows, policy)
     requests = [
@@ -104,7 +127,7 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster) -
         for s in range(cfg.data.n)
     ]
     slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
-    progress = Progress("evaluating", len(requests), show=cluster.is_main)
+    progress = Progress(f"evaluating {name}", len(requests), show=cluster.is_main)
     tokens = {request.prompt_index: request.prompt_tokens for request in requests}
     drawn = []
     for response in policy.generate(requests, sampling_params(cfg.inference, cfg.seed), slots):
@@ -130,8 +153,8 @@ def report(
     rewards: Sequence[float],
     kl: Sequence[float] | None,
     cluster: Cluster,
-) -> dict[str, Any]:
-    """One policy's figures over all replicas; its samples are written beside the output file."""
+) -> tuple[dict[str, Any], Rewards]:
+    """One policy's figures over all replicas, and its rewards; its samples are written beside the output file."""
     own = [
         {
             **rows[d.response.prompt_index],
@@ -147,10 +170,12 @@ def report(
     samples: list[dict[str, Any]] = sorted(
         (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
     )
-    mean, std = mean_and_std([sample[cfg.data.reward_key] for sample in samples])
+    found = Rewards([sample[cfg.data.reward_key] for sample in samples], [sample["prompt_index"] for sample in samples])
+    mean, std = mean_and_std(found.values)
     figures = {
         "policy": policy_file,
         "reward_mean": mean,
+        "reward_standard_error": standard_error(found.values, found.prompts),
         "reward_std": std,
         "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
         "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
@@ -161,4 +186,21 @@ def report(
         write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
-    return figures
+        tell_empty([sample[cfg.data.output_key] for sample in samples])
+    return figures, found
+
+
+def gain(rewards: Rewards, first: Rewards) -> dict[str, float]:
+    """What a policy is better than the first by: the mean over prompts of the difference of their mean rewards.
+
+    Both answered the same prompts, so the spread of the prompts themselves drops out: the standard error is that of
+    the differences, s/√G over G prompts.
+    """
+    own, other = (means_by_cluster(each.values, each.prompts) for each in (rewards, first))
+    differences = [own[prompt] - other[prompt] for prompt in own if prompt in other]
+    mean, std = mean_and_std(differences)
+    return {
+        "gain": mean,
+        "gain_standard_error": std / math.sqrt(len(differences)) if differences else math.nan,
+        "better_on": sum(difference > 0 for difference in differences) / max(1, len(differences)),
+    }

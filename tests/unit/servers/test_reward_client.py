@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -192,6 +193,13 @@ def test_every_thread_has_a_connection_of_its_own_that_waits_no_longer_than_the_
     client.close()
 
 
+MODEL, CONFIG, INDEX = "/v2/models/reward_model", "/v2/models/reward_model/config", "/v2/repository/index"
+SERVED: dict[str, Any] = {
+    MODEL: {"inputs": [{"name": "tokens"}, {"name": "sentences"}], "outputs": [{"name": "rewards"}]},
+    CONFIG: {"max_batch_size": 64},
+}
+
+
 @pytest.fixture
 def ready() -> Iterator[tuple[int, list[int], list[str]]]:
     """A port that answers with each of the statuses in turn, the last again and again, and what it was asked."""
@@ -199,9 +207,18 @@ def ready() -> Iterator[tuple[int, list[int], list[str]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path in SERVED:
+                return self.say(200, SERVED[self.path])
             paths.append(self.path)
-            self.send_response(statuses.pop(0) if len(statuses) > 1 else statuses[0])
+            return self.say(statuses.pop(0) if len(statuses) > 1 else statuses[0], None)
+
+        def do_POST(self) -> None:
+            self.say(200 if self.path in SERVED else 404, SERVED.get(self.path))
+
+        def say(self, status: int, body: Any) -> None:
+            self.send_response(status)
             self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -254,3 +271,57 @@ def test_waiting_is_told_of_at_once_and_then_every_ten_seconds(
 def test_where_nobody_listens_the_reason_is_said(clock: Clock) -> None:
     with pytest.raises(ServerError, match=r"after 1 s \(\[Errno \d+\] Connection refused\); check"):
         client_of(None, clock, timeout=1.0).wait_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (
+            MODEL,
+            {"inputs": [{"name": "text"}], "outputs": [{"name": "rewards"}]},
+            r"has the inputs \['text'\], not sent",
+        ),
+        (MODEL, {"inputs": [{"name": "sentences"}], "outputs": []}, r"has the outputs \[\], not rewards; is remote_"),
+        (CONFIG, {"max_batch_size": 0}, r"takes no batches \(max_batch_size 0\)"),
+        (CONFIG, {}, r"takes no batches \(max_batch_size 0\)"),
+    ],
+)
+def test_a_model_that_will_never_do_is_refused_at_once(
+    clock: Clock,
+    ready: tuple[int, list[int], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: Any,
+    says: str,
+) -> None:
+    monkeypatch.setitem(SERVED, path, body)
+    with pytest.raises(ServerError, match=says):
+        client_of(None, clock, port=ready[0]).wait_until_ready()
+    assert clock.pauses == []
+
+
+@pytest.mark.parametrize(
+    ("index", "waits"),
+    [([{"name": "other"}], False), ([], True), ([{"name": "reward_model"}, {"name": "other"}], True), (None, True)],
+)
+def test_a_name_that_is_not_among_those_served_is_refused_and_one_that_may_come_is_waited_for(
+    clock: Clock, ready: tuple[int, list[int], list[str]], monkeypatch: pytest.MonkeyPatch, index: Any, waits: bool
+) -> None:
+    port, statuses, _ = ready
+    statuses[:] = [400, 200]
+    if index is not None:
+        monkeypatch.setitem(SERVED, INDEX, index)
+    client = client_of(None, clock, port=port)
+    if waits:
+        client.wait_until_ready()
+        return
+    with pytest.raises(ServerError, match=r"serves other, not reward_model; give remote_critic_rm\.reward_model\.name"):
+        client.wait_until_ready()
+    assert clock.pauses == []
+
+
+def test_another_number_of_rewards_is_refused_at_once(clock: Clock) -> None:
+    server = Server(clock, lambda texts: [1.0])
+    with pytest.raises(ServerError, match="1 rewards came back for 2 texts"):
+        client_of(server, clock).submit(["a", "b"]).result(10)
+    assert len(server.asked) == 1
