@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -382,3 +384,27 @@ def test_the_server_leaves_cleanly_on_sigterm_and_says_when_its_port_is_taken(
     )  # fmt: skip
     assert taken.returncode == 1
     assert f"inference.port={server}: Address already in use" in taken.stderr.strip().splitlines()[-1]
+
+
+def test_the_actor_learns_from_a_server_of_ones_own(workshop: Workshop, tmp_path: Path) -> None:
+    script = "examples/nlp/gpt/reward_server_of_your_own.py"
+    own: dict[str, Any] = runpy.run_path(str(ROOT / script))
+    port = free_port()
+    process = subprocess.Popen([sys.executable, script, str(port)], cwd=ROOT)
+    try:
+        wait_until_ready(process, port, tmp_path)
+        run(*actor(workshop, tmp_path / "actor", port, "trainer.ppo.max_steps=1"))
+        wrong = run(*actor(workshop, tmp_path / "wrong", port, "remote_critic_rm.reward_model.name=judge"), check=False)
+    finally:
+        process.kill()
+        process.wait()
+    rows = [json.loads(line) for line in (tmp_path / "actor/rollouts/step_1.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert [row["reward"] for row in rows] == pytest.approx(
+        [own["reward"](row["input"] + row["output"]) for row in rows]
+    )
+    assert wrong.returncode == 1
+    [said] = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
+    assert said.endswith(
+        "/v2/models/judge has the inputs [], not sentences; is remote_critic_rm.reward_model.name right?"
+    )
