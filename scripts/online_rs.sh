@@ -7,18 +7,24 @@
 #   RESULT_PATH                                       everything this script writes, unless said otherwise below
 #   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
 #   ITER_LOG_PATH                                     holds the number of finished iterations
+#   KEEP_SAMPLES                                      samples of each iteration to keep in $RESULT_PATH/iterations
 #   PROCESSOR                                         rs, or rest (see online_rest.sh)
 #   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
 #   LAUNCH                                            put before every stage's command: "srun ..."; or empty
+#
+# Relative paths are those of the folder it is started in. Each iteration leaves a line in $RESULT_PATH/iterations.jsonl
+# (rewards, best of n, share kept, lengths, seconds), the same in $RESULT_PATH/tensorboard.
 #
 # A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
 # after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is
 # replaced by one rename.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
+: "${KEEP_SAMPLES:=256}"
 : "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
 : "${REWARD_MODEL_PATH:?the reward model, a .nemo file}" "${RESULT_PATH:?a folder for results}"
 : "${GENERATE_SAMPLES_PATH:=$RESULT_PATH/generated_samples.jsonl}"
@@ -48,7 +54,7 @@ while ((iter < TRAINING_ITERS)); do
 
   if [[ ! -f $trained ]]; then
     if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
-      run_stage sample examples/nlp/gpt/offline/launch_random_sampler.py \
+      run_stage sample "$root"/examples/nlp/gpt/offline/launch_random_sampler.py \
         gpt_model_file="$POLICY_MODEL_PATH" \
         data.file_names="[$PROMPTS_PATH]" \
         data.concat_sampling_probabilities=[1] \
@@ -59,7 +65,7 @@ while ((iter < TRAINING_ITERS)); do
         "${sampler_args[@]}"
     fi
     if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
-      run_stage label examples/nlp/gpt/offline/launch_reward_labeler.py \
+      run_stage label "$root"/examples/nlp/gpt/offline/launch_reward_labeler.py \
         gpt_model_file="$REWARD_MODEL_PATH" \
         data.file_names="[$GENERATE_SAMPLES_PATH]" \
         data.concat_sampling_probabilities=[1] \
@@ -67,7 +73,7 @@ while ((iter < TRAINING_ITERS)); do
         output_file="$LABELED_SAMPLES_PATH" \
         "${labeler_args[@]}"
     fi
-    run_stage train examples/nlp/gpt/train_gpt_sft.py \
+    run_stage train "$root"/examples/nlp/gpt/train_gpt_sft.py \
       model.restore_from_path="$POLICY_MODEL_PATH" \
       model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
       ++trainer.sft.skip_validation=True \
@@ -84,6 +90,10 @@ while ((iter < TRAINING_ITERS)); do
   # iteration's work is done, so a kill anywhere here repeats only these lines.
   ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
   mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  if [[ -f $GENERATE_SAMPLES_PATH && -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after the record was made
+    ${LAUNCH:-} "$PYTHON" -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
+      --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
+  fi
   rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*
   echo $((iter + 1)) >"$ITER_LOG_PATH.new"
   mv -f "$ITER_LOG_PATH.new" "$ITER_LOG_PATH"

@@ -3,6 +3,7 @@
 #   --setup-only   stops after the environment
 #   --fast         leaves out the tests that start processes, and takes less than two minutes
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/installed

@@ -11,9 +11,13 @@
 # Three minutes before the time limit Slurm warns the running step; it saves, and the job queues itself again. A job that
 # is killed outright and requeued goes on in the same way, in the stage it was in.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '/^#SBATCH/d;2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 
 : "${GPFS:=${SLURM_SUBMIT_DIR:-$PWD}}" "${PYTHON:=python}" "${CONTAINER:=}" "${MOUNTS:=}"
-cd "$GPFS"
+if [[ ! -f $GPFS/scripts/online_rs.sh ]]; then
+  echo "error: GPFS=$GPFS is not the checkout; submit from there, or set GPFS to it" >&2
+  exit 1
+fi
 devices=${SLURM_TASKS_PER_NODE%%(*}
 size="trainer.num_nodes=$SLURM_JOB_NUM_NODES trainer.devices=$devices"
 export PYTHON PYTHONUNBUFFERED=1
@@ -21,7 +25,7 @@ export SAMPLER_ARGS="$size ${SAMPLER_ARGS:-}" LABELER_ARGS="$size ${LABELER_ARGS
 export LAUNCH="srun --kill-on-bad-exit=1 ${CONTAINER:+--container-image=$CONTAINER} $MOUNTS"
 
 status=0
-bash scripts/online_rs.sh || status=$?
+bash "$GPFS/scripts/online_rs.sh" || status=$?
 if ((status == 75)); then # stopped on purpose, with everything saved
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -18,6 +18,7 @@
 # The actor waits for the server as long as remote_critic_rm.init_timeout_s says. When either of them fails, the other is
 # stopped and the job fails with its status; when the actor is done, the server is stopped and the job is done.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '/^#SBATCH/d;2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 
 : "${RM_NEMO_FILE:?the reward model, a .nemo file}" "${ACTOR_NEMO_FILE:?the policy to start from, a .nemo file}"
 : "${TRAIN_DATA_PATH:?prompts to train on, a JSONL file}" "${VALID_DATA_PATH:?prompts to validate on, a JSONL file}"
@@ -25,7 +26,10 @@ set -euo pipefail
 : "${GPFS:=${SLURM_SUBMIT_DIR:-$PWD}}" "${PYTHON:=python}" "${CRITIC_PORT:=5567}" "${CONTAINER:=}" "${MOUNTS:=}"
 eval "actor_args=(${ACTOR_ARGS:-})" "rm_args=(${RM_ARGS:-})"
 
-cd "$GPFS"
+if [[ ! -f $GPFS/scripts/online_rs.sh ]]; then
+  echo "error: GPFS=$GPFS is not the checkout; submit from there, or set GPFS to it" >&2
+  exit 1
+fi
 export PYTHONPATH="$GPFS${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 CRITIC_LOG_DIR=$RESULTS_DIR/critic_results ACTOR_LOG_DIR=$RESULTS_DIR/actor_results
 mkdir -p "$CRITIC_LOG_DIR" "$ACTOR_LOG_DIR"
@@ -43,7 +47,7 @@ getent hosts "$host_critic" >/dev/null || host_critic=$(scontrol show node "$hos
 # TERM goes to the tasks of a step, and to the step once more: a step whose srun is gone ends as well
 srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
   -o "$CRITIC_LOG_DIR/critic_output_%j_%t.log" -e "$CRITIC_LOG_DIR/critic_error_%j_%t.err" \
-  "$PYTHON" examples/nlp/gpt/serve_reward_model.py \
+  "$PYTHON" "$GPFS"/examples/nlp/gpt/serve_reward_model.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=inference_rm \
   trainer.num_nodes="$(nodes 0)" trainer.devices="$(devices 0)" \
   rm_model_file="$RM_NEMO_FILE" inference.ip=0.0.0.0 inference.port="$CRITIC_PORT" "${rm_args[@]}" &
@@ -51,7 +55,7 @@ server=$!
 
 srun --het-group=1 --kill-on-bad-exit=1 "${container[@]}" \
   -o "$ACTOR_LOG_DIR/actor_output_%j_%t.log" -e "$ACTOR_LOG_DIR/actor_error_%j_%t.err" \
-  "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py \
+  "$PYTHON" "$GPFS"/examples/nlp/gpt/train_gpt_reinforce_actor.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=gpt_rs_actor \
   "model.data.data_prefix={train: [$TRAIN_DATA_PATH], validation: [$VALID_DATA_PATH], test: [$VALID_DATA_PATH]}" \
   pretrained_checkpoint.restore_from_path="$ACTOR_NEMO_FILE" \

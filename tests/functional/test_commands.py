@@ -130,10 +130,13 @@ def weights(archive: Path, folder: Path) -> list[bytes]:
 
 
 def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop: Workshop, tmp_path: Path) -> None:
+    """From another folder, whose paths are meant."""
+    shutil.copy(workshop.path("prompts_dataset.jsonl"), tmp_path / "prompts.jsonl")
+
     def loop(name: str) -> subprocess.Popen[str]:
         settings = {
-            "TRAINING_ITERS": "1", "ROLLOUT_BATCH_SIZE": "3", "RESULT_PATH": str(tmp_path / name),
-            "PROMPTS_PATH": str(workshop.path("prompts_dataset.jsonl")),
+            "TRAINING_ITERS": "1", "ROLLOUT_BATCH_SIZE": "3", "RESULT_PATH": name, "KEEP_SAMPLES": "4",
+            "PROMPTS_PATH": "prompts.jsonl",
             "POLICY_MODEL_PATH": str(workshop.path("sft_model.nemo")),
             "REWARD_MODEL_PATH": str(workshop.path("reward_model.nemo")),
             "SAMPLER_ARGS": "data.n=3 inference.tokens_to_generate=6 trainer.precision=32",
@@ -141,8 +144,8 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
             "SFT_ARGS": "'model.data.train_ds.prompt_template=\"{input}{output}\"' trainer.precision=32",
         }  # fmt: skip
         return subprocess.Popen(
-            ["bash", "scripts/online_rs.sh"], cwd=ROOT, env={**ENV, **settings}, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            ["bash", ROOT / "scripts/online_rs.sh"], cwd=tmp_path, env={**ENV, **settings}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     whole = loop("whole")
@@ -162,6 +165,14 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
     paths = [tmp_path / name / "checkpoints/megatron_gpt_sft.nemo" for name in ("whole", "killed")]
     assert weights(paths[0], tmp_path / "a") == weights(paths[1], tmp_path / "b")
     assert (tmp_path / "killed/iter.log").read_text() == "1\n"
+    [line], [killed] = (
+        [json.loads(text) for text in (tmp_path / name / "iterations.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    )
+    assert (line["iteration"], line["samples"], line["prompts"]) == (0, 9, 3)
+    assert {**line, "seconds": 0} == {**killed, "seconds": 0} | {k: v for k, v in line.items() if "seconds/" in k}
+    assert len((tmp_path / "whole/iterations/0.jsonl").read_text().splitlines()) == 4
+    assert list((tmp_path / "whole/tensorboard").glob("events.*"))
 
 
 @pytest.mark.parametrize("method", [[], ["--reinforce"]])

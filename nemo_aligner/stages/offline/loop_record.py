@@ -1,0 +1,123 @@
+"""What an iteration of an online loop did, kept when its samples go.
+
+    <result>/iterations/<i>.jsonl    the first of its samples, each with its raw reward and whether it was trained on
+    <result>/iterations.jsonl        one line an iteration: rewards, share kept, lengths, seconds of each stage
+    <result>/tensorboard             the same, to look at
+
+All are written whole, from what is on the disk, so that an iteration may be recorded twice and stands there once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.data.jsonl import load_rows, write_jsonl
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def rewards_of(labeled: Path) -> dict[int, float]:
+    """Raw reward of each row of the labeler's input, from its journal; a NaN is none."""
+    found: dict[int, float] = {}
+    for path in Path(f"{labeled}_temp").glob("rank_*.json"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if entry["row"]["reward"] is not None:
+                found[entry["index"]] = entry["row"]["reward"]
+    return found
+
+
+def samples_of(generated: Path, labeled: Path) -> list[Row]:
+    """The iteration's samples in their order, with `reward` and `kept`."""
+    required = {"input": "data.input_key", "output": "data.output_key"}
+    rewards = rewards_of(labeled)
+    kept = {(row["input"], row["output"]) for row in load_rows(labeled, required=required)}
+    return [
+        {**row, "reward": rewards.get(index), "kept": (row["input"], row["output"]) in kept}
+        for index, row in enumerate(load_rows(generated, required=required))
+    ]
+
+
+def summary(samples: list[Row], trained_on: int) -> dict[str, float]:
+    """Figures of one iteration; `trained_on` rows came out of the labeler."""
+    of_prompt: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample["reward"] is not None:
+            of_prompt.setdefault(sample["input"], []).append(sample["reward"])
+    mean, std = mean_and_std([reward for rewards in of_prompt.values() for reward in rewards])
+    best, _ = mean_and_std([max(rewards) for rewards in of_prompt.values()])
+    return {
+        "samples": len(samples),
+        "prompts": len(of_prompt),
+        "reward_mean": mean,
+        "reward_std": std,
+        "best_of_n_mean": best,
+        "kept": trained_on / len(samples),
+        "response_characters": sum(len(sample["output"]) for sample in samples) / len(samples),
+        "empty": sum(not sample["output"] for sample in samples) / len(samples),
+    }
+
+
+def seconds_of(path: Path, iteration: int) -> dict[str, float]:
+    """Seconds of each stage, from the loop's lines `<iteration> <stage> <seconds>`; a stage run twice counts twice."""
+    found: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        number, stage, spent = line.split()
+        if int(number) == iteration:
+            found[f"seconds/{stage}"] = found.get(f"seconds/{stage}", 0.0) + float(spent)
+    return found
+
+
+def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: int) -> None:
+    """Record one iteration whose samples are still there."""
+    samples = samples_of(generated, labeled)
+    if keep:
+        write_jsonl(result / "iterations" / f"{iteration}.jsonl", samples[:keep])
+    lines = result / "iterations.jsonl"
+    before = [row for row in load_rows(lines, required={})] if lines.exists() else []
+    figures = summary(samples, len(load_rows(labeled, required={})))
+    row = {"iteration": iteration, **figures, **seconds_of(result / "seconds.log", iteration)}
+    rows = [*(earlier for earlier in before if earlier["iteration"] < iteration), row]
+    write_jsonl(lines, rows)
+    to_tensorboard(result / "tensorboard", rows)
+    print(
+        f"iteration {iteration}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name in figures)
+    )
+
+
+def to_tensorboard(folder: Path, rows: list[Row]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as writer:
+        for row in rows:
+            for name, value in row.items():
+                if name != "iteration" and value is not None:
+                    writer.add_scalar(name, value, row["iteration"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, required=True, help="the loop's RESULT_PATH")
+    parser.add_argument("--iteration", type=int, required=True)
+    parser.add_argument("--generated", type=Path, required=True, help="what the sampler wrote")
+    parser.add_argument("--labeled", type=Path, required=True, help="what the labeler wrote, its journal beside it")
+    parser.add_argument("--keep", type=int, default=256, help="samples to keep of the iteration")
+    given = parser.parse_args()
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # srun starts one of us for each device
+        record(given.result, given.iteration, given.generated, given.labeled, given.keep)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

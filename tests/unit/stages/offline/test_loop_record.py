@@ -1,0 +1,75 @@
+"""An iteration of a loop leaves what it did, once, however often it is recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemo_aligner.stages.offline.loop_record import record
+
+SAMPLES = [
+    {"input": "p", "output": "aa", "id": 1}, {"input": "p", "output": "", "id": 1},
+    {"input": "q", "output": "bbbb", "id": 2}, {"input": "q", "output": "cc", "id": 2},
+]  # fmt: skip
+REWARDS = [1.0, 4.0, -2.0, None]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def iteration(folder: Path, number: int, keep: int = 256, rewards: Sequence[float | None] = REWARDS) -> None:
+    generated = write(folder / "g.jsonl", SAMPLES)
+    labeled = write(folder / "l.jsonl", [SAMPLES[1], SAMPLES[2]])
+    entries = [{"index": i, "row": {"reward": reward}} for i, reward in enumerate(rewards)]
+    write(folder / "l.jsonl_temp" / "rank_0.json", entries[::2])
+    write(folder / "l.jsonl_temp" / "rank_1.json", entries[1::2])
+    record(folder, number, generated, labeled, keep)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_figures_are_those_of_the_samples(tmp_path: Path) -> None:
+    (tmp_path / "seconds.log").write_text("0 sample 5\n1 sample 7\n0 label 2\n0 sample 4\n")
+    iteration(tmp_path, 0)
+    [found] = lines(tmp_path / "iterations.jsonl")
+    assert found == {
+        "iteration": 0, "samples": 4, "prompts": 2, "reward_mean": 1.0, "reward_std": pytest.approx(3.0),
+        "best_of_n_mean": (4.0 - 2.0) / 2, "kept": 0.5, "response_characters": 2.0, "empty": 0.25,
+        "seconds/sample": 9.0, "seconds/label": 2.0,
+    }  # fmt: skip
+    kept = lines(tmp_path / "iterations" / "0.jsonl")
+    assert [(row["reward"], row["kept"], row["id"]) for row in kept] == [
+        (1.0, False, 1), (4.0, True, 1), (-2.0, True, 2), (None, False, 2),
+    ]  # fmt: skip
+
+
+def test_an_iteration_recorded_twice_stands_there_once_and_one_begun_anew_ends_those_after_it(tmp_path: Path) -> None:
+    for number in (0, 1, 1, 2, 1):
+        iteration(tmp_path, number)
+    assert [row["iteration"] for row in lines(tmp_path / "iterations.jsonl")] == [0, 1]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("best_of_n_mean")] == [(0, 1.0), (1, 1.0)]
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_no_more_samples_are_kept_than_asked_for(tmp_path: Path, keep: int) -> None:
+    iteration(tmp_path, 0, keep)
+    path = tmp_path / "iterations" / "0.jsonl"
+    assert (len(lines(path)) if path.exists() else 0) == keep
+
+
+def test_without_any_reward_there_is_no_mean(tmp_path: Path) -> None:
+    iteration(tmp_path, 0, rewards=[None] * 4)
+    [found] = lines(tmp_path / "iterations.jsonl")
+    assert (found["reward_mean"], found["best_of_n_mean"], found["prompts"]) == (None, None, 0)
