@@ -43,7 +43,7 @@ class Progress:
         if self._tokens:
             shown["tokens/s"] = f"{self._tokens / max(1e-9, time.monotonic() - self._start):.0f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(count)
+        self._bar.update(min(count, self._bar.total - self._bar.n))  # other ranks are taken to be as far as this one
 
     def close(self) -> None:
         self._bar.close()

@@ -44,9 +44,8 @@ host_critic=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | head -
 # a cluster of several nodes on one machine has names that only Slurm knows
 getent hosts "$host_critic" >/dev/null || host_critic=$(scontrol show node "$host_critic" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 
-# TERM goes to the tasks of a step, and to the step once more: a step whose srun is gone ends as well
 srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
-  -o "$CRITIC_LOG_DIR/critic_output_%j_%t.log" -e "$CRITIC_LOG_DIR/critic_error_%j_%t.err" \
+  -o "$CRITIC_LOG_DIR/critic_output_${SLURM_JOB_ID}_%t.log" -e "$CRITIC_LOG_DIR/critic_error_${SLURM_JOB_ID}_%t.err" \
   "$PYTHON" "$GPFS"/examples/nlp/gpt/serve_reward_model.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=inference_rm \
   trainer.num_nodes="$(nodes 0)" trainer.devices="$(devices 0)" \
@@ -54,7 +53,7 @@ srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
 server=$!
 
 srun --het-group=1 --kill-on-bad-exit=1 "${container[@]}" \
-  -o "$ACTOR_LOG_DIR/actor_output_%j_%t.log" -e "$ACTOR_LOG_DIR/actor_error_%j_%t.err" \
+  -o "$ACTOR_LOG_DIR/actor_output_${SLURM_JOB_ID}_%t.log" -e "$ACTOR_LOG_DIR/actor_error_${SLURM_JOB_ID}_%t.err" \
   "$PYTHON" "$GPFS"/examples/nlp/gpt/train_gpt_reinforce_actor.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=gpt_rs_actor \
   "model.data.data_prefix={train: [$TRAIN_DATA_PATH], validation: [$VALID_DATA_PATH], test: [$VALID_DATA_PATH]}" \
@@ -65,15 +64,30 @@ srun --het-group=1 --kill-on-bad-exit=1 "${container[@]}" \
   "${actor_args[@]}" &
 actor=$!
 
+# ask the tasks of a component's steps to leave: they save and end, and so does their srun by itself
+ask_to_leave() {
+  local job=SLURM_JOB_ID_HET_GROUP_$1 step
+  for step in $(squeue --noheader --steps --job "${!job}" --format %i | grep -E '\.[0-9]+$' || true); do
+    scancel --signal=TERM "$step" || true
+  done
+}
+
+# the first error of a component, with the file it is in
+first_error() {
+  grep -m 1 -H -E '^(\[rank [0-9]+\] )?error: ' "$1"/*_error_"${SLURM_JOB_ID}"_*.err | head -n 1 >&2 || echo "error: see $1" >&2
+}
+
 status=0
 wait -n -p first "$server" "$actor" || status=$?
 if [[ $first == "$actor" ]]; then
-  kill -TERM "$server" 2>/dev/null || true
+  ask_to_leave 0
   wait "$server" || true
+  if ((status != 0 && status != 75)); then first_error "$ACTOR_LOG_DIR"; fi
 else
-  echo "error: the reward server ended with status $status before the actor; see $CRITIC_LOG_DIR" >&2
-  if ((status == 0)); then status=1; fi
-  kill -TERM "$actor" 2>/dev/null || true
+  ask_to_leave 1
   wait "$actor" || true
+  echo "error: the reward server ended with status $status before the actor" >&2
+  if ((status == 0)); then status=1; fi
+  first_error "$CRITIC_LOG_DIR"
 fi
 exit "$status"

@@ -72,6 +72,9 @@ def test_the_hetjob_runs_server_and_actor_on_different_nodes(
     assert "\n   NodeList=n1\n" in shown
     assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists()
     assert any("serving reward_model on http://0.0.0.0" in text for text in logs.values())
+    said = (tmp_path / "job.log").read_text()
+    assert not [word for word in ("Killed", "aborted", "CANCELLED", "forcing") if word in said], said
+    assert any("reward server stopped" in text for text in logs.values()), "it was asked, and had time to leave"
     # two actor tasks, one replica each: rank 0 alone validates aloud
     assert sum("validation reward" in text for text in logs.values()) == 1
 
@@ -110,4 +113,7 @@ def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Wo
         RESULTS_DIR=str(tmp_path),
     )
     assert "JobState=FAILED" in shown
-    assert "the reward server ended with status 1 before the actor" in (tmp_path / "job.log").read_text()
+    *_, told, first = (tmp_path / "job.log").read_text().splitlines()
+    assert told == "error: the reward server ended with status 1 before the actor"
+    job = shown.partition("JobId=")[2].split()[0]
+    assert first.startswith(f"{tmp_path}/critic_results/critic_error_{job}_0.err:error: rm_model_file=")
