@@ -45,7 +45,9 @@ def shows(text: str, lines: list[str]) -> bool:
 
 
 def test_every_script_is_found() -> None:
-    assert len(SCRIPTS) == len([*(ROOT / "examples/nlp/gpt").rglob("*.py")]) > 0
+    sample = "reward_server_of_your_own.py"  # the standard library alone
+    found = [path for path in (ROOT / "examples/nlp/gpt").rglob("*.py") if path.name != sample]
+    assert len(SCRIPTS) == len(found) > 0
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
