@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -16,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_aligner.data.jsonl import Row
+from nemo_aligner.data.token_texts import TextTokenizer
 from nemo_aligner.errors import ConfigError, DataError
 
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -94,20 +95,13 @@ def check_template(text: str | None, key: str) -> None:
         _compiled(text, key)
 
 
-class _Tokenizer(Protocol):
-    bos_id: int | None
-    eos_id: int
-
-    def piece(self, token: int) -> str: ...
-
-
 class ChatTemplate:
     """A Jinja template as Hugging Face tokenizers have it, with the tokens that it may write itself.
 
     `key` is the config key that it comes from, for messages. Raises ConfigError for what is no template.
     """
 
-    def __init__(self, text: str, tokenizer: _Tokenizer, key: str) -> None:
+    def __init__(self, text: str, tokenizer: TextTokenizer, key: str) -> None:
         self._template = _compiled(text, key)
         self._special = {"eos_token": tokenizer.piece(tokenizer.eos_id)}
         if tokenizer.bos_id is not None:

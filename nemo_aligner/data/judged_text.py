@@ -9,7 +9,7 @@ from typing import Protocol
 from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import Row
 from nemo_aligner.data.prompts import filled, with_bos
-from nemo_aligner.data.token_texts import drawn_tokens, ids_key
+from nemo_aligner.data.token_texts import TextTokenizer, drawn_tokens, ids_key
 
 log = logging.getLogger(__name__)
 
@@ -20,23 +20,11 @@ def ended(ids: Sequence[int], *, limit: int, eos: int | None) -> tuple[list[int]
     return [*ids[:room], *([] if eos is None else [eos])], len(ids) > room
 
 
-class _Tokenizer(Protocol):
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def piece(self, token: int) -> str: ...
-
-
 class _RewardModel(Protocol):
     """The part of engine.interfaces.RewardModel that decides what it reads."""
 
     @property
-    def tokenizer(self) -> _Tokenizer: ...
+    def tokenizer(self) -> TextTokenizer: ...
 
     @property
     def max_sequence_length(self) -> int: ...

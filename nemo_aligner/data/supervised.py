@@ -6,27 +6,14 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Row, Rows
-from nemo_aligner.data.token_texts import continuation, drawn_tokens
+from nemo_aligner.data.token_texts import TextTokenizer, continuation, drawn_tokens
 from nemo_aligner.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-
-
-class _Tokenizer(Protocol):
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def piece(self, token: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class PromptTemplate:
         self._label_lead = lead[len(kept) :]
         self._literals[-2] = kept
 
-    def pieces(self, row: Row, tokenizer: _Tokenizer) -> tuple[list[_Piece], list[int]]:
+    def pieces(self, row: Row, tokenizer: TextTokenizer) -> tuple[list[_Piece], list[int]]:
         """Context pieces and label token ids."""
         values = {name: row[name].strip(" ") if self._strip else row[name] for name in self._names}
         context: list[_Piece] = []
@@ -97,7 +84,7 @@ class PromptTemplate:
 
 
 def sft_examples(
-    rows: Rows, config: SFTDatasetConfig, tokenizer: _Tokenizer, *, answer_only: bool, max_length: int, key: str
+    rows: Rows, config: SFTDatasetConfig, tokenizer: TextTokenizer, *, answer_only: bool, max_length: int, key: str
 ) -> list[Example]:
     """SFT rows through the prompt template.
 
@@ -150,7 +137,7 @@ def truncated(
 
 
 def chat_examples(
-    rows: Rows, template: ChatTemplate, tokenizer: _Tokenizer, *, answer_only: bool, limit: int
+    rows: Rows, template: ChatTemplate, tokenizer: TextTokenizer, *, answer_only: bool, limit: int
 ) -> list[Example]:
     """Conversations through a chat template; the assistant's turns are the targets."""
     examples, dropped = [], 0
@@ -171,7 +158,7 @@ def chat_examples(
 
 
 def preference_examples(
-    rows: Sequence[tuple[Row, Row]], tokenizer: _Tokenizer, *, eos: bool, limit: int, source: str
+    rows: Sequence[tuple[Row, Row]], tokenizer: TextTokenizer, *, eos: bool, limit: int, source: str
 ) -> list[Example]:
     """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`."""
     examples = []

@@ -17,8 +17,12 @@ _FRONTS = ("|", "0", "~", "\n", "x")
 """Texts that may stand before another without becoming one token with its beginning."""
 
 
-class _Tokenizer(Protocol):
+class TextTokenizer(Protocol):
+    """The part of engine.interfaces.Tokenizer that texts need."""
+
     vocab_size: int
+    bos_id: int | None
+    eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -27,7 +31,7 @@ class _Tokenizer(Protocol):
     def piece(self, token: int) -> str: ...
 
 
-def continuation(tokenizer: _Tokenizer, before: Sequence[int], text: str) -> list[int]:
+def continuation(tokenizer: TextTokenizer, before: Sequence[int], text: str) -> list[int]:
     """Token ids of `text` behind the tokens `before` it, which stay as they are; of a whole text where there are none.
 
     Behind a special token some tokenizers begin anew, so there the text is tokenized behind the same one.
@@ -50,14 +54,14 @@ def _treats_beginnings(tokenizer: Any) -> bool:
     return not any(encode(f"{front}was") == encode(front) + encode("was") for front in _FRONTS)
 
 
-def added_text(tokenizer: _Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
+def added_text(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
     """What `tokens` add to the text of the tokens `before` them."""
     context = list(before[-CONTEXT:])
     shorter, whole = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
     return whole[len(shorter) :] if whole.startswith(shorter) else tokenizer.decode(tokens)
 
 
-def spelling(tokenizer: _Tokenizer, before: Sequence[int], tokens: Sequence[int], text: str) -> list[int] | None:
+def spelling(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int], text: str) -> list[int] | None:
     """As many of `tokens`, from the first on, as say `text` behind those `before` them; None where none do.
 
     What has no text, as the token that ends a response, is left out at the end.
@@ -79,7 +83,7 @@ def ids_key(text_key: str) -> str:
 
 
 def drawn_tokens(
-    row: Mapping[str, Any], text_key: str, text: str, before: Sequence[int], tokenizer: _Tokenizer
+    row: Mapping[str, Any], text_key: str, text: str, before: Sequence[int], tokenizer: TextTokenizer
 ) -> list[int] | None:
     """The tokens that a policy drew for the field `text_key`, where the row has them and they say `text` here.
 
