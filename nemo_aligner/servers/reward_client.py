@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,6 +28,7 @@ KEY = "remote_critic_rm.reward_model"
 _THREADS = 4
 _TELL_EVERY_S = 10.0
 _REQUEST_TIMEOUT_S = 120.0
+_SURE_AFTER_S = 20.0
 
 
 class RewardClient:
@@ -39,6 +40,7 @@ class RewardClient:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="reward")
         self._local = threading.local()
         self._closed = threading.Event()
+        self._without_since: float | None = None  # the server is ready, and has no such model
 
     def wait_until_ready(self) -> None:
         """Return once the model is served.
@@ -74,16 +76,35 @@ class RewardClient:
             return str(getattr(fault, "reason", fault))
 
     def _check_name(self) -> None:
-        """Raises ServerError where other models are served and ours is not: the name is wrong, it will not come."""
-        try:
-            known = self._json("v2/repository/index", data=b"{}")
-        except (OSError, ValueError):  # not every server tells
-            return
-        names = [str(model.get("name")) for model in known if isinstance(model, dict)]
+        """Raises ServerError for a name that will never come: the server lists others, or has long been ready without.
+
+        Triton is ready before its models are, but not for long; PyTriton's does not let others see the list.
+        """
+        names = self._names()
         if names and self._server.name not in names:
-            raise ServerError(
-                f"the server at {self._url} serves {', '.join(names)}, not {self._server.name}; give {KEY}.name"
-            )
+            self._refuse_name(f"serves {', '.join(names)}, not {self._server.name}")
+        now = time.monotonic()
+        ready = self._answers("v2/health/ready") and not self._answers(f"v2/models/{self._server.name}")
+        self._without_since = (self._without_since or now) if ready else None
+        if self._without_since is not None and now - self._without_since >= _SURE_AFTER_S:
+            self._refuse_name(f"has been ready for {_SURE_AFTER_S:.0f} s without a model {self._server.name}")
+
+    def _refuse_name(self, why: str) -> NoReturn:
+        raise ServerError(f"the server at {self._url} {why}; give {KEY}.name")
+
+    def _names(self) -> list[str]:
+        """The models that the server lists, as far as it does."""
+        try:
+            return [str(model["name"]) for model in self._json("v2/repository/index", data=b"{}")]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _answers(self, path: str) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._url}/{path}", timeout=5):
+                return True
+        except (OSError, ValueError):
+            return False
 
     def _check_model(self) -> None:
         """Raises ServerError for a model that answers something else than rewards of batches of texts."""

@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
+from nemo_aligner.errors import ServerError
+from nemo_aligner.servers.reward_client import RewardClient
 from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
 
 DOCUMENT = ROOT / "tests" / "data" / "mission" / "reinforce.rst"
@@ -408,3 +411,15 @@ def test_the_actor_learns_from_a_server_of_ones_own(workshop: Workshop, tmp_path
     assert said.endswith(
         "/v2/models/judge has the inputs [], not sentences; is remote_critic_rm.reward_model.name right?"
     )
+
+
+def test_a_name_that_the_server_does_not_know_is_refused(server: int) -> None:
+    address = ServerAddress(name="judge", ip="127.0.0.1", port=server)
+    client = RewardClient(RemoteRewardModelConfig(reward_model=address, init_timeout_s=60.0))
+    begin = time.monotonic()
+    with pytest.raises(
+        ServerError, match=r"ready for 20 s without a model judge; give remote_critic_rm\.reward_model\.name"
+    ):
+        client.wait_until_ready()
+    assert time.monotonic() - begin < 50
+    client.close()

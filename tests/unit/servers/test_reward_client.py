@@ -209,6 +209,8 @@ def ready() -> Iterator[tuple[int, list[int], list[str]]]:
         def do_GET(self) -> None:
             if self.path in SERVED:
                 return self.say(200, SERVED[self.path])
+            if self.path != f"{MODEL}/ready":
+                return self.say(404, None)
             paths.append(self.path)
             return self.say(statuses.pop(0) if len(statuses) > 1 else statuses[0], None)
 
@@ -318,6 +320,21 @@ def test_a_name_that_is_not_among_those_served_is_refused_and_one_that_may_come_
     with pytest.raises(ServerError, match=r"serves other, not reward_model; give remote_critic_rm\.reward_model\.name"):
         client.wait_until_ready()
     assert clock.pauses == []
+
+
+def test_a_server_that_is_ready_for_long_without_the_model_has_another_name_for_it(
+    clock: Clock, ready: tuple[int, list[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, statuses, _ = ready
+    statuses[:] = [400]  # of the model; the server itself is ready
+    monkeypatch.setitem(SERVED, "/v2/health/ready", {})
+    monkeypatch.delitem(SERVED, MODEL)
+    with pytest.raises(ServerError, match=r"has been ready for 20 s without a model reward_model; give remote_critic"):
+        client_of(None, clock, port=port, timeout=100.0).wait_until_ready()
+    assert sum(clock.pauses) == pytest.approx(20.0)
+    monkeypatch.delitem(SERVED, "/v2/health/ready")  # one that is not ready may still load it
+    with pytest.raises(ServerError, match="after 100 s"):
+        client_of(None, clock, port=port, timeout=100.0).wait_until_ready()
 
 
 def test_another_number_of_rewards_is_refused_at_once(clock: Clock) -> None:
