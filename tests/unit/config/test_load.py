@@ -236,3 +236,37 @@ TRAINING = {
     "conf/training_rm": ["pretrained_checkpoint.restore_from_path=m", "model.data.data_prefix={train: [p]}"],
     "conf/gpt_rs_actor": ACTOR,
 }
+
+
+COUNTS = {
+    "conf/gpt_rs_actor": (
+        "model.micro_batch_size", "model.global_batch_size", "model.ppo.num_rollout_samples",
+        "model.ppo.num_rollout_per_prompt", "model.ppo.rollout_micro_batch_size", "model.ppo.forward_micro_batch_size",
+        "model.ppo.val_rollout_micro_batch_size", "model.ppo.num_val_samples", "model.ppo.length_params.max_length",
+        "trainer.ppo.max_epochs", "trainer.ppo.val_check_interval",
+    ),
+    "conf/gpt_sft": (
+        "model.data.train_ds.micro_batch_size", "model.data.train_ds.global_batch_size",
+        "model.data.train_ds.max_seq_length", "trainer.sft.max_epochs", "trainer.devices", "trainer.num_nodes",
+    ),
+    "conf/training_rm": (
+        "model.micro_batch_size", "model.global_batch_size", "model.data.seq_length", "trainer.rm.max_epochs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in COUNTS.items() for key in keys])
+def test_what_is_counted_is_1_at_least(name: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(composed(name, [*TRAINING[name], f"{key}=0"]), SHIPPED[name])
+    assert str(caught.value) == f"{key}: 0 is below 1"
+    load_config(composed(name, [*TRAINING[name], f"{key}=2"]), SHIPPED[name])
+
+
+@pytest.mark.parametrize("script", ["megatron_random_sampler", "megatron_reward_labeler"])
+def test_progress_is_written_every_micro_batch_at_the_most(script: str) -> None:
+    name = f"offline/conf/{script}"
+    for interval in ("1", "null"):
+        load_config(composed(name, [*SAMPLER, f"checkpoint_interval={interval}"]), SHIPPED[name])
+    with pytest.raises(ConfigError, match=r"^checkpoint_interval: 0 is below 1$"):
+        load_config(composed(name, [*SAMPLER, "checkpoint_interval=0"]), SHIPPED[name])

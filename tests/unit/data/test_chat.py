@@ -120,3 +120,9 @@ def test_weights_and_generation_blocks_that_are_no_turns_do_not_go_together(toke
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     with pytest.raises(DataError, match="p:3: the chat template's generation blocks are not one a turn"):
         ChatTemplate(template, tokenizer, "k").segments(weighted(1, 0), "p", 3)
+
+
+@pytest.mark.parametrize("turn", ["text", {"role": "user"}, {"content": "x"}, {"role": "user", "content": 1}])
+def test_a_turn_without_a_role_or_a_text_is_named_with_its_line(tokenizer: FastTokenizer, turn: Any) -> None:
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the turn .* lacks a role or a text$"):
+        ChatTemplate(PLAIN, tokenizer, "k").segments({"messages": [*MESSAGES, turn]}, "rows.jsonl", 7)

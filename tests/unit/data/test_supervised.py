@@ -129,3 +129,16 @@ def test_rows_of_fewer_tokens_than_min_seq_length_are_left_out_and_counted(
     )  # fmt: skip
     assert ["".join(map(chr, example.rows[0][:-2])) for example in found] == kept
     assert (f"{2 - len(kept)} rows left out: under min_seq_length={least}" in caplog.text) == (len(kept) < 2)
+
+
+def test_rows_that_are_left_out_or_cut_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = SFTDatasetConfig(prompt_template="{input}{output}", max_seq_length=6)
+    data = rows(
+        tmp_path, {"input": "a", "output": ""}, {"input": "b", "output": ""}, {"input": "c", "output": "d"},
+        {"input": "long prompt", "output": "e"},
+    )  # fmt: skip
+    sft_examples(data, config, ByteTokenizer(), answer_only=True, max_length=99, key="k")
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "1 rows were cut to 6 tokens",
+        "2 of 4 rows left out: nothing of the answer is left to train on",
+    ]

@@ -22,6 +22,7 @@ def tokens(rows: Any, lengths: Any) -> dict[str, np.ndarray]:
 
 
 def test_texts_and_their_tokens_are_the_same_request() -> None:
+    assert READER.read(tokens([[0, 257]], [[2]])).rows == [[0, 257]], "the ends of the vocabulary"
     text = READER.read(sentences(b"abc", "é".encode()))
     padded = READER.read(tokens([[97, 98, 99], [195, 169, 0]], [[3], [2]]))
     assert text == padded

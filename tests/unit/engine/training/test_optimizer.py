@@ -12,6 +12,7 @@ from nemo_aligner.algorithms.terms import LossTerms
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.engine.training.optimizer import data_parallel_settings, is_sharded
 from nemo_aligner.errors import ConfigError, TrainingError
 from nemo_aligner.stages.supervised.loop import sft_objective
 from tests.tiny import plain_sft_loss, rows, trainable
@@ -91,3 +92,33 @@ def test_a_gradient_whose_norm_overflows_changes_no_weight(cluster: MegatronClus
 def test_an_unknown_optimizer_is_refused_with_the_known_ones(cluster: MegatronCluster) -> None:
     with pytest.raises(ConfigError, match=r"model\.optim\.name: 'lion' is not one of .*adamw"):
         without_optimizer(cluster).add_optimizer(OptimConfig(name="lion"), clip_grad=0.0, max_steps=1)
+
+
+def test_ranks_speak_as_the_config_says() -> None:
+    plain = data_parallel_settings(OptimConfig(name="adamw"), sharded=False)
+    assert (plain.use_distributed_optimizer, plain.overlap_grad_reduce, plain.overlap_param_gather) == (False,) * 3
+    assert (plain.grad_reduce_in_fp32, plain.bucket_size) == (True, None)
+    asked = OptimConfig(
+        name="mcore_distributed_optim", overlap_grad_sync=True, overlap_param_sync=True, bucket_cap_mb=2
+    )
+    both = data_parallel_settings(asked, sharded=True)
+    assert (both.use_distributed_optimizer, both.overlap_grad_reduce, both.overlap_param_gather) == (True,) * 3
+    assert both.align_param_gather, "all are fetched from the end of the step on"
+    assert both.bucket_size == 2 * 2**20 // 4, "of gradients of four bytes"
+
+
+def test_weights_that_nobody_else_updates_cannot_be_fetched(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.optim\.overlap_param_sync: with name=adamw every rank"):
+        data_parallel_settings(OptimConfig(name="adamw", overlap_param_sync=True), sharded=False)
+    with caplog.at_level("INFO"):
+        here = data_parallel_settings(
+            OptimConfig(name="distributed_fused_adam", overlap_param_sync=True), sharded=False
+        )
+    assert not here.overlap_param_gather
+    assert "every rank updates all weights, there is nothing to fetch" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("mcore_distributed_optim", True), ("distributed_fused_adam", False),
+                                               ("fused_adam", False), ("adam", False)])  # fmt: skip
+def test_on_a_cpu_adams_state_is_cut_where_asked_by_name(name: str, sharded: bool) -> None:
+    assert is_sharded(OptimConfig(name=name)) == sharded

@@ -208,6 +208,7 @@ def test_a_chat_goes_through_the_template(shop: Shop) -> None:
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     arguments = {"model": "tiny", "messages": messages, "max_completion_tokens": 7, "temperature": 0}
     chat = shop.client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
+    assert chat.model == shop.client.models.list().data[0].id
     plain = shop.client.completions.create(model="tiny", prompt="s:be;u:hi;a:", max_tokens=7, temperature=0, logprobs=2)
     assert chat.choices[0].message.content == plain.choices[0].text
     assert chat.choices[0].message.role == "assistant"

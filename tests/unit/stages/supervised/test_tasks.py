@@ -187,5 +187,6 @@ def test_rows_of_conversations_where_texts_are_wanted_are_told_of_the_key(tmp_pa
     ):
         sft.open_rows(cfg, cfg.model.data.train_ds, "model.data.train_ds")
     cfg = sft_config(tmp_path, file_path=write(tmp_path / "d", [{"text": "x"}]))
-    with pytest.raises(DataError, match=r"the row has 'text'$"):
+    said = r"d:1: no field 'input' \(model\.data\.train_ds\.prompt_template\); the row has 'text'$"
+    with pytest.raises(DataError, match=said):
         sft.open_rows(cfg, cfg.model.data.train_ds, "model.data.train_ds")
