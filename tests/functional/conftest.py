@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +23,26 @@ ENV = {
 }
 
 
+LIMIT_S = 500
+"""Of one command: less than pytest's own limit of a test, which would end it without what the command said."""
+
+
 def run(*command: str, cwd: Path = ROOT, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would, from the repository."""
-    done = subprocess.run(command, cwd=cwd, env={**ENV, **extra}, capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    """Run a command as a user would, from the repository. One that hangs is killed with all that it started."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env={**ENV, **extra}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT_S)
+    except BaseException as fault:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        if not isinstance(fault, subprocess.TimeoutExpired):
+            raise
+        pytest.fail(f"{command} did not end in {LIMIT_S} s:\n{stdout}\n{stderr}")
+    done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{stdout}\n{stderr}"
     return done
 
 

@@ -1,7 +1,9 @@
-"""Unit tests take seconds: one that hangs fails, and the others go on."""
+"""Unit tests take seconds: one that hangs fails, and the others go on. None leaves its logging to the next."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +15,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(LIMIT_S))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Hydra gives the root logger a handler that writes to the stdout of its test, which is closed afterwards.
+
+    Every line would then be a logging fault with a traceback, and Python 3.11 cannot format one while another thread,
+    such as the web server's, compiles a module.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)

@@ -40,6 +40,7 @@ def sibling(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]
     process.communicate()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_reason_to_stop_and_reaches_the_sibling_ranks(
     sibling: subprocess.Popen[bytes], number: signal.Signals
@@ -53,6 +54,7 @@ def test_a_signal_is_a_reason_to_stop_and_reaches_the_sibling_ranks(
     assert sibling.communicate(timeout=10)[0].decode() == f"{number.name}\n"
 
 
+@pytest.mark.processes
 def test_a_sibling_that_is_gone_takes_no_signal_from_the_others(
     sibling: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +66,7 @@ def test_a_sibling_that_is_gone_takes_no_signal_from_the_others(
     assert sibling.communicate(timeout=10)[0] == b"SIGTERM\n"
 
 
+@pytest.mark.processes
 def test_ctrl_c_is_a_reason_to_stop_and_reaches_siblings_as_sigterm(sibling: subprocess.Popen[bytes]) -> None:
     with RunControl(None, OneProcess()) as control:  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
