@@ -67,7 +67,7 @@ class _OpenAIBody(_Body):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             greedy=self.temperature < LEAST_TEMPERATURE,
-            temperature=max(self.temperature, LEAST_TEMPERATURE),
+            temperature=1.0 if self.temperature < LEAST_TEMPERATURE else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,

@@ -11,6 +11,7 @@ from nemo_aligner.algorithms.sampling import (
     SamplingParams,
     draw,
     inverse_cdf,
+    likeliest,
     repetition_penalised,
     top_k_filtered,
     top_p_filtered,
@@ -165,11 +166,32 @@ def test_rows_drawn_in_chunks_are_those_drawn_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "changes"),
-    [({}, False), ({"top_p": 0.0}, False), ({"temperature": 0.9}, True), ({"min_tokens": 1}, False),
-     ({"top_k": 1}, True), ({"top_p": 0.9}, True), ({"repetition_penalty": 1.1}, True), ({"greedy": True}, True)],
-)  # fmt: skip
-def test_what_is_drawn_from_another_distribution_than_the_models_own_is_known(
-    params: dict[str, float], changes: bool
-) -> None:
-    assert SamplingParams(**params).changes_distribution == changes  # type: ignore[arg-type]
+    ("params", "filters", "changes"),
+    [
+        (SamplingParams(), False, False),
+        (SamplingParams(temperature=0.5), False, True),
+        (SamplingParams(greedy=True), True, True),
+        (SamplingParams(top_k=1), True, True),
+        (SamplingParams(top_p=0.0), False, False),
+        (SamplingParams(top_p=0.01), True, True),
+        (SamplingParams(top_p=1.0), False, False),
+        (SamplingParams(repetition_penalty=1.1), True, True),
+        (SamplingParams(repetition_penalty=0.9), True, True),
+        (SamplingParams(min_tokens=3, max_tokens=9, end_strings=("x",), seed=5), False, False),
+    ],
+)
+def test_what_changes_the_distribution_is_known(params: SamplingParams, filters: bool, changes: bool) -> None:
+    assert (params.filters, params.changes_distribution) == (filters, changes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_the_likeliest_tokens_come_with_their_figures_the_likeliest_first(count: int) -> None:
+    logprobs = torch.tensor([[-3.0, -1.0, -2.0, -9.0, -5.0], [-1.0, -2.0, -3.0, -4.0, -5.0]])
+    wanted = [sorted(enumerate(row), key=lambda pair: -pair[1])[:count] for row in logprobs.tolist()]
+    assert likeliest(logprobs, count) == wanted
+
+
+def test_rows_may_have_seeds_of_their_own() -> None:
+    index = np.arange(4)
+    together = uniform_noise(np.array([1, 2, 1, 2]), index, index, index)
+    assert together.tolist() == [uniform_noise(1 + i % 2, index, index, index)[i] for i in range(4)]

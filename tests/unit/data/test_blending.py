@@ -61,3 +61,24 @@ def test_a_file_of_weight_0_gives_no_row(tmp_path: Path, weights: list[float], c
     found = blend(given, weights, count)
     assert {source for source, _ in found.places()} == {i for i, weight in enumerate(weights) if weight}
     assert len(found) == (count or sum(len(file) for file, weight in zip(given, weights, strict=True) if weight))
+
+
+def test_as_many_rows_are_blended_as_are_asked_for_and_each_is_named_by_its_file_and_line(tmp_path: Path) -> None:
+    given = files(tmp_path, 3, 4)
+    for number in (1, 5, 20):
+        drawn = blend(given, [1.0, 1.0], number)
+        assert len(drawn) == number
+        for index, (file, row) in enumerate(drawn.places()):
+            assert drawn[index] == {"input": f"{file}:{row}"}
+            assert drawn.where(index) == (str(given[file].path), row + 1)
+    assert len(blend(given, [1.0, 1.0])) == 7
+
+
+@pytest.mark.parametrize(("total", "size", "iteration", "chunk"), [(10, 4, 0, range(4)), (10, 10, 1, range(10, 20))])
+def test_a_chunk_begins_where_the_one_before_it_ends(total: int, size: int, iteration: int, chunk: range) -> None:
+    assert split_chunk(total, size, iteration) == chunk
+
+
+def test_an_infinite_weight_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        check_weights([1.0, float("inf")], 2, "weights")

@@ -142,3 +142,100 @@ def test_rows_that_are_left_out_or_cut_are_counted(tmp_path: Path, caplog: pytes
         "1 rows were cut to 6 tokens",
         "2 of 4 rows left out: nothing of the answer is left to train on",
     ]
+
+
+class WithBos(ByteTokenizer):
+    bos_id = 1  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("config", "begins", "tokens"),
+    [
+        ({"add_bos": True}, "", [1, *b"q a", EOS]),
+        ({"add_bos": True, "add_eos": False}, "", [1, *b"q a"]),
+        ({"add_bos": False}, "", [*b"q a", EOS]),
+        ({"add_bos": True}, "\x01", [1, *b"q a", EOS]),
+        ({"add_bos": True, "max_seq_length": 4}, "", [1, *b" a", EOS]),
+    ],
+)
+def test_bos_and_eos_are_put_around_a_row_once_and_bos_is_no_target(
+    tmp_path: Path, config: dict[str, Any], begins: str, tokens: list[int]
+) -> None:
+    settings = SFTDatasetConfig(prompt_template=f"{begins}{{input}} {{output}}", **config)
+    data = rows(tmp_path, {"input": "q", "output": "a"})
+    for answer_only in (True, False):
+        [found] = sft_examples(data, settings, WithBos(), answer_only=answer_only, max_length=99, key="k")
+        assert found.rows == (tokens,)
+        [mask] = found.masks
+        assert len(mask) == len(tokens)
+        assert mask[0] == int(not answer_only and (tokens[0] != 1 or begins != ""))
+        answer = tokens.index(ord("a")) - 1
+        assert all(mask[answer:])
+        assert any(mask[1:answer]) == (not answer_only and answer > 1)
+
+
+def test_the_models_context_is_a_limit_too(tmp_path: Path) -> None:
+    data = rows(tmp_path, {"input": "abcdef", "output": "xyz"})
+    config = SFTDatasetConfig(prompt_template="{input}{output}")
+    [found] = sft_examples(data, config, ByteTokenizer(), answer_only=True, max_length=6, key="k")
+    assert found.rows == ([*b"abxyz", EOS],)
+    [whole] = sft_examples(data, config, ByteTokenizer(), answer_only=True, max_length=10, key="k")
+    assert whole.rows == ([*b"abcdefxyz", EOS],)
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "limit", "text"),
+    [
+        ("a,b", "right", 9, "123ABCxy$"),
+        ("a, b", "left", 9, "345CDExy$"),
+        ("a,b", "right", 8, "12ABCxy$"),
+        ("b", "right", 9, "12345Axy$"),
+        ("b", "right", 6, "12345$"),
+        ("", "right", 12, "12345ABCDEx$"),
+    ],
+)
+def test_what_is_too_long_is_taken_in_equal_parts_from_the_fields_named_and_then_off_the_answer(
+    tmp_path: Path, fields: str, method: str, limit: int, text: str
+) -> None:
+    settings = SFTDatasetConfig(
+        prompt_template="{a}{b}{output}", truncation_field=fields, truncation_method=method, max_seq_length=limit
+    )
+    data = rows(tmp_path, {"a": "12345", "b": "ABCDE", "output": "xy"})
+    found = sft_examples(data, settings, ByteTokenizer(), answer_only=True, max_length=99, key="k")
+    told = ["".join("$" if t == EOS else chr(t) for t in example.rows[0]) for example in found]
+    assert told == ([text] if "x" in text else []), "without an answer there is nothing to learn"
+
+
+def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "abc"}]
+    whole = b"<user>u;<assistant>abc;"
+    data = rows(tmp_path, {"messages": turns})
+
+    def made(limit: int, answer_only: bool = True) -> list[tuple[list[int], list[int]]]:
+        found = chat_examples(data, CHAT, ByteTokenizer(), answer_only=answer_only, limit=limit)
+        return [(example.rows[0], example.masks[0]) for example in found]
+
+    begins = whole.index(b"abc")
+    for limit in (begins + 1, len(whole), 99):
+        mask = [0] * begins + [1] * (len(whole) - begins)
+        assert made(limit) == [(list(whole[:limit]), mask[:limit])]
+    assert "left out" not in caplog.text
+    assert made(begins) == []
+    assert "1 of 1 rows left out: nothing of the answer is left to train on" in caplog.text
+    assert made(begins, answer_only=False) == [(list(whole[:begins]), [1] * begins)]
+
+
+@pytest.mark.parametrize(("eos", "limit", "kept"), [(True, 5, 2), (True, 4, 1), (False, 4, 2), (False, 2, 0)])
+def test_a_pair_is_used_where_both_sides_fit_and_every_token_counts(
+    tmp_path: Path, eos: bool, limit: int, kept: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = rows(tmp_path, *({"text": text} for text in ("abcd", "a", "abc", "ab", "", "a")))
+    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=eos, limit=limit, source="k")
+    fit = len(found) - eos * (limit >= 2)  # an empty side is EOS alone
+    assert fit == kept
+    assert all(
+        mask == [1] * len(row) for example in found for row, mask in zip(example.rows, example.masks, strict=True)
+    )
+    assert (f"{3 - len(found)} of 3 pairs left out" in caplog.text) == (len(found) < 3)

@@ -66,6 +66,34 @@ def test_a_sibling_that_is_gone_takes_no_signal_from_the_others(
     assert sibling.communicate(timeout=10)[0] == b"SIGTERM\n"
 
 
+class Sibling:
+    """A rank by what is asked of it; `status` is None while it runs."""
+
+    def __init__(self, status: int | None) -> None:
+        self.status, self.told = status, list[int]()
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        self.told.append(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "passed"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGTERM)],
+)
+def test_a_signal_is_noted_and_passed_to_every_sibling_that_still_runs(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, passed: signal.Signals
+) -> None:
+    siblings = [Sibling(0), Sibling(None), Sibling(-9), Sibling(None)]
+    monkeypatch.setattr(launch, "_siblings", siblings)
+    with RunControl(None, OneProcess()) as control:  # type: ignore[arg-type]
+        os.kill(os.getpid(), number)
+        assert control.stop_reason() == control.replica_reason() == number.name
+    assert [sibling.told for sibling in siblings] == [[], [passed], [], [passed]]
+
+
 @pytest.mark.processes
 def test_ctrl_c_is_a_reason_to_stop_and_reaches_siblings_as_sigterm(sibling: subprocess.Popen[bytes]) -> None:
     with RunControl(None, OneProcess()) as control:  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""What a body asks for is what is drawn: every setting under its own name, with OpenAI's and NeMo's defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def completion(**body: Any) -> CompletionBody:
+    return CompletionBody(**{"prompt": "x", **body})
+
+
+def test_openais_settings_reach_the_engine_each_under_its_name() -> None:
+    body = completion(temperature=0.5, top_k=7, top_p=0.8, repetition_penalty=1.2, min_tokens=3, seed=0, stop="a")
+    found = body.sampling(seed=9, end_strings=("s",), max_tokens=11, top_logprobs=4)
+    assert found == SamplingParams(
+        temperature=0.5, top_k=7, top_p=0.8, repetition_penalty=1.2, min_tokens=3, max_tokens=11,
+        end_strings=("s", "a"), seed=0, top_logprobs=4,
+    )  # fmt: skip
+
+
+def test_openais_defaults_draw_from_the_model_itself_and_temperature_0_is_the_likeliest() -> None:
+    plain = completion().sampling(seed=9, end_strings=(), max_tokens=1, top_logprobs=0)
+    assert plain == SamplingParams(max_tokens=1, seed=9)
+    assert not plain.changes_distribution
+    greedy = completion(temperature=0, stop=["a", "b"]).sampling(seed=9, end_strings=(), max_tokens=1, top_logprobs=0)
+    assert greedy == SamplingParams(greedy=True, temperature=1.0, max_tokens=1, seed=9, end_strings=("a", "b"))
+
+
+def test_nemos_settings_reach_the_engine_each_under_its_name() -> None:
+    body = GenerateBody(
+        sentences=["x"], tokens_to_generate=5, temperature=0.5, top_k=7, top_p=0.8, greedy=True,
+        repetition_penalty=1.2, min_tokens_to_generate=2, end_strings=["a"], random_seed=0,
+    )  # fmt: skip
+    assert body.sampling(seed=9) == SamplingParams(
+        greedy=True, temperature=0.5, top_k=7, top_p=0.8, repetition_penalty=1.2, min_tokens=2, max_tokens=5,
+        end_strings=("a",), seed=0,
+    )  # fmt: skip
+    assert GenerateBody(sentences=["x"]).sampling(seed=9).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_a_prompt_is_one_or_several_texts_or_rows_of_ids(prompt: Any, found: list[Any]) -> None:
+    assert completion(prompt=prompt).prompts() == found
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], ["a", 1], [[1], "a"], [True], [[1], []], 3, None, {"a": 1}, [1.5]])
+def test_nothing_else_is_a_prompt(prompt: Any) -> None:
+    with pytest.raises(ValidationError, match="neither a text nor a list"):
+        completion(prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"echo": True, "stream": True, "logprobs": 0}, "echo with logprobs cannot be streamed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is for stream=true only"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(body: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        completion(**body)
+    for fine in (
+        {"max_tokens": 0, "echo": True},
+        {"echo": True, "stream": True},
+        {"echo": True, "logprobs": 0},
+        {"stream": True, "logprobs": 0, "stream_options": {}},
+    ):
+        completion(**fine)
+
+
+def test_a_chats_length_has_two_names_and_its_likeliest_tokens_need_log_probabilities() -> None:
+    def limit(**body: Any) -> int | None:
+        return ChatBody(messages=MESSAGES, **body).limit
+
+    assert limit() is None
+    assert limit(max_tokens=3) == limit(max_completion_tokens=3) == limit(max_tokens=3, max_completion_tokens=3) == 3
+    with pytest.raises(ValidationError, match="two names of one thing"):
+        limit(max_tokens=3, max_completion_tokens=4)
+    with pytest.raises(ValidationError, match="top_logprobs is for logprobs=true only"):
+        limit(top_logprobs=1)
+    limit(top_logprobs=1, logprobs=True)
+
+
+def test_the_parts_of_a_message_are_one_text_and_a_name_goes_along() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = ChatBody(messages=[{"role": "user", "content": parts, "name": "n"}, *MESSAGES])
+    assert [message.plain() for message in body.messages] == [{"role": "user", "content": "ab", "name": "n"}, *MESSAGES]
