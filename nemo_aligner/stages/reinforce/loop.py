@@ -127,9 +127,9 @@ class Actor:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step, unit="step")
-        if step == 0:
-            self.validate(0, worker)
         with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
+            if step == 0:
+                self.validate(0, worker)
             while step < self.steps:
                 scored = self.step(step, worker)
                 step += 1
