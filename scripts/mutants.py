@@ -116,7 +116,9 @@ def choose(area: str, count: int, seed: int) -> list[str]:
 @functools.cache
 def functions(module: str) -> dict[str, list[str]]:
     """Every function of a module with its mutants, one statement a line."""
-    tree = ast.parse((WORK / module.replace(".", "/")).with_suffix(".py").read_text())
+    path = WORK / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(path.read_text())
     bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return {node.name: [ast.unparse(node.args), *ast.unparse(node.body).splitlines()] for node in bodies}
 
