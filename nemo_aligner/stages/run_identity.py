@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.config.schema import OptimConfig
-from nemo_aligner.engine.interfaces import TrainableModel
+from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
+from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,16 @@ def tokens_hash(rows: Iterable[Sequence[int]]) -> str:
 def archive_of(model: TrainableModel) -> str:
     """The archive that training begins from, the same on every rank. Collective."""
     cluster = model.cluster
-    return cluster.broadcast(model.archive_hash()[:16] if cluster.is_main else "")
+    return cluster.broadcast(_short(model.archive_hash()) if cluster.is_main else "")
+
+
+def _short(archive: str) -> str:
+    return archive[:16]
+
+
+def batch_settings(global_batch_size: int, seed: int, shuffle: bool, drop_last: bool = False) -> dict[str, Any]:
+    """What decides which examples a step is made of."""
+    return {"global_batch_size": global_batch_size, "model.seed": seed, "shuffle": shuffle, "drop_last": drop_last}
 
 
 def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:
@@ -42,6 +53,27 @@ def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:
     return {f"model.optim.{name}": value for name, value in {**own, "sched": sched or None}.items()} | {
         "gradient_clip_val": clip
     }
+
+
+def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:
+    """Raises CheckpointError on every rank where the checkpoint to go on from is of another archive or other settings.
+
+    For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
+    """
+    from nemo_aligner.engine.checkpoints.training_state import latest, read_state
+    from nemo_aligner.stages.checkpoints import log_dir
+
+    fault = None
+    newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
+    if newest is not None:
+        wanted = {"the archive to start from": _short(archive_hash(archive)), **settings}
+        try:
+            check_same_run(newest, read_state(newest).get("fingerprint", {}), json.loads(json.dumps(wanted)))
+        except CheckpointError as found:
+            fault = str(found)
+    fault = cluster.broadcast(fault)
+    if fault:
+        raise CheckpointError(fault)
 
 
 def check_same_run(checkpoint: Path, made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -149,19 +149,21 @@ def _check_files(folder: Path, sizes: dict[str, int]) -> None:
             raise CheckpointError(f"{path}: not as it was saved: it {told}, {size} bytes were written")
 
 
-def latest(root: Path) -> Path | None:
-    """The complete checkpoint below `root` with the most steps by its state file; others are logged."""
+def latest(root: Path, *, tell: bool = True) -> Path | None:
+    """The complete checkpoint below `root` with the most steps by its state file; others are logged if `tell`."""
     best: tuple[int, Path] | None = None
     for path in sorted(root.glob("*/")) if root.is_dir() else []:
         if path.name.endswith(PARTIAL):
-            log.info("%s: passed over, its save was interrupted", path)
+            if tell:
+                log.info("%s: passed over, its save was interrupted", path)
             continue
         try:
             state = read_state(path)
             _check_files(path, state.get("files", {}))
             step = int(state["step"])
         except (CheckpointError, KeyError, TypeError, ValueError) as fault:
-            log.info("passed over: %s", fault if isinstance(fault, CheckpointError) else f"{path} has no step")
+            if tell:
+                log.info("passed over: %s", fault if isinstance(fault, CheckpointError) else f"{path} has no step")
             continue
         if best is None or step >= best[0]:
             best = step, path

@@ -69,6 +69,23 @@ def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
     return reinforce_loss(logprobs, microbatch.fields["loss_mask"], microbatch.fields["weights"])
 
 
+def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
+    """What decides a step besides policy and prompts."""
+    model, loop, ppo = cfg.model, cfg.trainer.ppo, cfg.model.ppo
+    names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
+    return {
+        "model.global_batch_size": model.global_batch_size,
+        **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
+        **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
+        **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
+        **optimizer_settings(model.optim, loop.gradient_clip_val),
+        "model.seed": model.seed,
+        "model.data.shuffle": model.data.shuffle,
+        "model.ppo.num_rollout_samples": ppo.num_rollout_samples,
+        "model.ppo.num_rollout_per_prompt": ppo.num_rollout_per_prompt,
+    }
+
+
 class Actor:
     """One REINFORCE run."""
 
@@ -285,20 +302,10 @@ class Actor:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the result but for the length of the run. Collective."""
-        model, loop = self.cfg.model, self.cfg.trainer.ppo
-        names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
         return {
             "the archive to start from": archive_of(self.policy),
             "training prompts": tokens_hash(prompt.tokens for prompt in self.prompts),
-            "model.global_batch_size": model.global_batch_size,
-            **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
-            **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(self.settings.sampling_params).items()},
-            **{f"model.ppo.length_params.{name}": v for name, v in asdict(self.settings.length_params).items()},
-            **optimizer_settings(model.optim, loop.gradient_clip_val),
-            "model.seed": model.seed,
-            "model.data.shuffle": model.data.shuffle,
-            "model.ppo.num_rollout_samples": self.settings.num_rollout_samples,
-            "model.ppo.num_rollout_per_prompt": self.settings.num_rollout_per_prompt,
+            **step_settings(self.cfg),
         }
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, int | None]:

@@ -8,6 +8,7 @@ from nemo_aligner.data.prompts import open_prompts
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
+from nemo_aligner.stages.run_identity import refuse_other_run
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -22,9 +23,10 @@ def run(cfg: ReinforceConfig) -> None:
     from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
     from nemo_aligner.servers.reward_client import RewardClient
-    from nemo_aligner.stages.reinforce.loop import Actor, encode
+    from nemo_aligner.stages.reinforce.loop import Actor, encode, step_settings
 
     with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
         prompts = encode(cfg, policy, train)
         held_out = [] if validation is None else encode(cfg, policy, validation)

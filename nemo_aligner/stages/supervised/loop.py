@@ -24,7 +24,14 @@ from nemo_aligner.metrics import MetricsLogger, Progress
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_identity import archive_of, check_same_run, tell_end_of_data, tell_resumed, tokens_hash
+from nemo_aligner.stages.run_identity import (
+    archive_of,
+    batch_settings,
+    check_same_run,
+    tell_end_of_data,
+    tell_resumed,
+    tokens_hash,
+)
 from nemo_aligner.stages.run_logger import run_logger
 from nemo_aligner.stages.supervised.monitors import monitors
 
@@ -147,10 +154,7 @@ def identity(task: Task, model: TrainableModel) -> dict[str, Any]:
     return {
         "the archive to start from": archive_of(model),
         "training examples": tokens_hash(rows),
-        "global_batch_size": plan.global_batch_size,
-        "model.seed": plan.seed,
-        "shuffle": plan.shuffle,
-        "drop_last": plan.drop_last,
+        **batch_settings(plan.global_batch_size, plan.seed, plan.shuffle, plan.drop_last),
         **task.settings,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import RMConfig
 from nemo_aligner.data.blending import blend, prefix_files
@@ -13,7 +13,7 @@ from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import optimizer_settings
+from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 
 if TYPE_CHECKING:
@@ -39,12 +39,19 @@ def run(cfg: RMConfig) -> None:
     from nemo_aligner.stages.supervised.loop import train
 
     with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
         model = load_reward_model_for_training(
             cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
         )
         task = make_task(cfg, model, pairs)
         model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
         train(task, model, cfg.exp_manager, asdict(cfg))
+
+
+def settings(cfg: RMConfig) -> dict[str, Any]:
+    """What decides a step besides the examples."""
+    batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
+    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
 
 
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:
@@ -87,7 +94,7 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
         plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
         micro_batch_size=cfg.model.micro_batch_size,
         loop=cfg.trainer.rm,
-        settings=optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val),
+        settings=settings(cfg),
         metric_names=RANKING_METRICS,
         archive_notes=ranking_task_notes(data.append_eod, cfg.model.reward_model_type),
     )

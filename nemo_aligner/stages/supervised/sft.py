@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template, messages_of
@@ -22,7 +22,7 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import optimizer_settings
+from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
 from nemo_aligner.stages.supervised.monitors import monitors
 
 if TYPE_CHECKING:
@@ -47,10 +47,18 @@ def run(cfg: SFTConfig) -> None:
     from nemo_aligner.stages.supervised.loop import train
 
     with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
         policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
         task = make_task(cfg, policy, rows, held_out)
         policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
         train(task, policy, cfg.exp_manager, asdict(cfg))
+
+
+def settings(cfg: SFTConfig) -> dict[str, Any]:
+    """What decides a step besides the examples."""
+    data = cfg.model.data.train_ds
+    batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
+    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
@@ -92,7 +100,7 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
         plan=BatchPlan(len(examples), train_ds.global_batch_size, cfg.model.seed, train_ds.shuffle, train_ds.drop_last),
         micro_batch_size=train_ds.micro_batch_size,
         loop=cfg.trainer.sft,
-        settings=optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val),
+        settings=settings(cfg),
     )
 
 
