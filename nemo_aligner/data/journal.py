@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from nemo_aligner.errors import OutputError
 from nemo_aligner.files import write_atomically
 
 log = logging.getLogger(__name__)
+
+_FINGERPRINT = "fingerprint.json"
 
 
 class _Cluster(Protocol):
@@ -39,6 +41,15 @@ class _Cluster(Protocol):
     def broadcast(self, value: Any) -> Any: ...
 
 
+def refuse_other_run(output_file: str | Path, fingerprint: Callable[[], Mapping[str, Any]], cluster: _Cluster) -> None:
+    """Raises OutputError on every rank where a journal is there and holds the rows of another run. Collective.
+
+    For the time before a model is loaded; nothing is written.
+    """
+    folder = _folder(output_file)
+    _on_main(cluster, lambda: (folder / _FINGERPRINT).exists() and _same_run(folder, fingerprint()))
+
+
 class Journal:
     """Rows of one run, each with its place (`index`) in the final file.
 
@@ -46,43 +57,24 @@ class Journal:
     """
 
     def __init__(self, output_file: str | Path, fingerprint: Mapping[str, Any], cluster: _Cluster) -> None:
-        self.folder = Path(f"{output_file}_temp")
+        self.folder = _folder(output_file)
         self._cluster = cluster
         self._own = self.folder / f"rank_{cluster.dp_rank}.json"
         self._buffer: list[str] = []
-        fault = None
-        if cluster.is_main:
-            try:
-                self._prepare(fingerprint)
-            except OutputError as found:
-                fault = str(found)
-        fault = cluster.broadcast(fault)
-        if fault:
-            raise OutputError(fault)
+        _on_main(cluster, lambda: self._prepare(fingerprint))
         self.done: set[int] = {index for index, _, _ in self._entries()}
         """Indices whose rows are on disk."""
 
     def _prepare(self, fingerprint: Mapping[str, Any]) -> None:
-        path = self.folder / "fingerprint.json"
-        wanted = json.loads(json.dumps(fingerprint))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            begun = _same_run(self.folder, fingerprint)
             for file in self._files():
                 _cut_torn_line(file)
-            found = json.loads(path.read_text()) if path.exists() else None
+            if not begun:
+                write_atomically(self.folder / _FINGERPRINT, [json.dumps(fingerprint, indent=1)])
         except OSError as fault:
             raise OutputError(f"cannot write {self.folder}: {fault.strerror or fault}") from fault
-        except json.JSONDecodeError as fault:
-            raise OutputError(f"{path}: damaged ({fault}); remove {self.folder} to start over") from fault
-        if found is None:
-            write_atomically(path, [json.dumps(wanted, indent=1)])
-            return
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                raise OutputError(
-                    f"{self.folder} holds progress of another run: {key} was {found.get(key)!r}, now "
-                    f"{wanted.get(key)!r}; remove that folder, or choose another output_file"
-                )
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("rank_*.json"))
@@ -129,6 +121,42 @@ class Journal:
         finally:
             for stream in streams.values():
                 stream.close()
+
+
+def _folder(output_file: str | Path) -> Path:
+    return Path(f"{output_file}_temp")
+
+
+def _on_main(cluster: _Cluster, work: Callable[[], object]) -> None:
+    """Do `work` on the main rank; every rank raises the OutputError that it raised there. Collective."""
+    fault = None
+    if cluster.is_main:
+        try:
+            work()
+        except OutputError as found:
+            fault = str(found)
+    fault = cluster.broadcast(fault)
+    if fault:
+        raise OutputError(fault)
+
+
+def _same_run(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether `folder` has rows made with `fingerprint`; False where it has none. Raises OutputError for others."""
+    path = folder / _FINGERPRINT
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as fault:
+        raise OutputError(f"{path}: damaged ({fault}); remove {folder} to start over") from fault
+    if found is None:
+        return False
+    wanted = json.loads(json.dumps(fingerprint))
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            raise OutputError(
+                f"{folder} holds progress of another run: {key} was {found.get(key)!r}, now "
+                f"{wanted.get(key)!r}; remove that folder, or choose another output_file"
+            )
+    return True
 
 
 def _cut_torn_line(path: Path) -> None:

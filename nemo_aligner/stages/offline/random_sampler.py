@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from nemo_aligner.config.offline import SamplerConfig
 from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
-from nemo_aligner.data.journal import Journal
+from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
 from nemo_aligner.data.prompts import filled, with_bos
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.data.token_texts import ids_key, spelling
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
@@ -58,6 +59,7 @@ def run(cfg: SamplerConfig) -> None:
     from nemo_aligner.engine.policy import load_policy
 
     with start_cluster(cfg) as cluster:
+        refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
         sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
 
 

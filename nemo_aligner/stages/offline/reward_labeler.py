@@ -13,10 +13,11 @@ from nemo_aligner.algorithms.processors import apply_processor, check_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.blending import Blend, split_chunk
-from nemo_aligner.data.journal import Journal
+from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_architecture
 from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
@@ -55,7 +56,14 @@ def run(cfg: LabelerConfig) -> None:
     from nemo_aligner.engine.reward_model import load_reward_model
 
     with start_cluster(cfg) as cluster:
+        refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg), cluster)
         label(cfg, rows, load_reward_model(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+
+
+def _fingerprint_of_archive(cfg: LabelerConfig) -> dict[str, Any]:
+    """As the model itself will say, before it is loaded."""
+    arch = read_architecture(cfg.gpt_model_file, key="gpt_model_file")
+    return fingerprint(cfg, arch.append_eod, archive_hash(cfg.gpt_model_file))
 
 
 def keys_of(cfg: LabelerConfig) -> Keys:
@@ -66,7 +74,7 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     """Score what the journal lacks, then process. Raises StoppedEarly at the time limit or SIGTERM, rewards kept."""
     chunk = split_chunk(len(rows), cfg.data.sample_split_size, cfg.data.sample_split_iter)
     archive = cluster.broadcast(model.archive_hash() if cluster.is_main else "")
-    journal = Journal(cfg.output_file, fingerprint(cfg, model, archive), cluster)
+    journal = Journal(cfg.output_file, fingerprint(cfg, model.append_eod, archive), cluster)
     mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
     encoder = TextEncoder(cfg.data, model)
     batch = cfg.data.micro_batch_size
@@ -95,13 +103,13 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     cluster.barrier()
 
 
-def fingerprint(cfg: LabelerConfig, model: RewardModel, archive: str) -> dict[str, Any]:
+def fingerprint(cfg: LabelerConfig, append_eod: bool, archive: str) -> dict[str, Any]:
     """What decides the raw rewards."""
     return {
         "gpt_model_file": archive,
         "trainer.precision": cfg.trainer.precision,
         "data.output_key": cfg.data.output_key,
-        "data.add_eos": model.append_eod if cfg.data.add_eos is None else cfg.data.add_eos,
+        "data.add_eos": append_eod if cfg.data.add_eos is None else cfg.data.add_eos,
         **data_fingerprint(cfg.data),
     }
 
