@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 from nemo_aligner.errors import OutputError
@@ -19,7 +20,10 @@ _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no termi
 
 
 class Progress:
-    """A bar counting samples or steps, with their rate, tokens/s and ETA; silent but on the rank that shows it."""
+    """A bar counting samples or steps, with their rate, tokens/s and ETA; silent but on the rank that shows it.
+
+    A context manager: what is said of the end, good or bad, stands below the bar.
+    """
 
     def __init__(self, name: str, total: int, *, show: bool, done: int = 0, unit: str = "sample") -> None:
         from tqdm import tqdm
@@ -45,7 +49,12 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(min(count, self._bar.total - self._bar.n))  # other ranks are taken to be as far as this one
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
 

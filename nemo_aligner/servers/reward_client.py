@@ -40,6 +40,7 @@ class RewardClient:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="reward")
         self._local = threading.local()
         self._closed = threading.Event()
+        self._hurried = False
         self._without_since: float | None = None  # the server is ready, and has no such model
 
     def wait_until_ready(self) -> None:
@@ -128,6 +129,10 @@ class RewardClient:
         """Rewards of `texts`, in their order, to come."""
         return self._threads.submit(self._rewards, list(texts))
 
+    def hurry(self) -> None:
+        """From now on a server that does not answer is not asked again. For signal handlers: it takes no lock."""
+        self._hurried = True
+
     def close(self) -> None:
         self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -144,7 +149,7 @@ class RewardClient:
                 waited = time.monotonic() - begin
                 if isinstance(fault, RequestError):
                     raise ServerError(f"the reward server at {self._url} refused a text: {reason}") from None
-                if self._closed.is_set() or waited >= self._config.inference_timeout_s:
+                if self._hurried or self._closed.is_set() or waited >= self._config.inference_timeout_s:
                     raise ServerError(
                         f"no answer from the reward server at {self._url} for {waited:.0f} s ({reason}); "
                         "start it again, or wait longer with remote_critic_rm.inference_timeout_s"

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -31,10 +32,12 @@ def parse_duration(text: str, key: str) -> float:
 class StopSignal:
     """Used as a context manager: notes SIGTERM, SIGUSR1 and SIGINT, and passes them on to our own ranks.
 
-    Raises KeyboardInterrupt at a second SIGINT: who is in a hurry need not wait for the work to be saved.
+    `also` is called when one comes, within the handler. Raises KeyboardInterrupt at a second SIGINT: who is in a hurry
+    need not wait for the work to be saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Callable[[], None] = lambda: None) -> None:
+        self._also = also
         self.name: str | None = None  # of the signal that came
         self._old: dict[int, Any] = {}
 
@@ -58,16 +61,27 @@ class StopSignal:
         else:
             signal_siblings(number)
         self.name = signal.Signals(number).name
+        self._also()
 
 
 class RunControl:
-    """Used as a context manager; ask `stop_reason()` between two pieces of work, on every rank at the same place."""
+    """Used as a context manager; ask `stop_reason()` between two pieces of work, on every rank at the same place.
 
-    def __init__(self, max_time: str | None, cluster: Cluster, *, key: str = "max_time_per_run") -> None:
+    `on_signal` is called when a signal comes: it shortens what this process waits for.
+    """
+
+    def __init__(
+        self,
+        max_time: str | None,
+        cluster: Cluster,
+        *,
+        key: str = "max_time_per_run",
+        on_signal: Callable[[], None] = lambda: None,
+    ) -> None:
         self._cluster = cluster
         self._limit = None if max_time is None else parse_duration(max_time, key)
         self._max_time, self._start = max_time, time.monotonic()
-        self._signal = StopSignal()
+        self._signal = StopSignal(on_signal)
 
     def __enter__(self) -> RunControl:
         self._signal.__enter__()

@@ -24,6 +24,14 @@ export PYTHON PYTHONUNBUFFERED=1
 export SAMPLER_ARGS="$size ${SAMPLER_ARGS:-}" LABELER_ARGS="$size ${LABELER_ARGS:-}" SFT_ARGS="$size ${SFT_ARGS:-}"
 export LAUNCH="srun --kill-on-bad-exit=1 ${CONTAINER:+--container-image=$CONTAINER} $MOUNTS"
 
+# scancel asks the stage to leave as well, and leaves it Slurm's KillWait to save
+cancelled() {
+  while squeue --noheader --steps --job "$SLURM_JOB_ID" --format %i | grep -qE '\.[0-9]+$'; do sleep 0.2; done
+  echo "error: cancelled; the same command goes on in the stage it was in" >&2
+  exit 75
+}
+trap cancelled TERM
+
 status=0
 bash "$GPFS/scripts/online_rs.sh" || status=$?
 if ((status == 75)); then # stopped on purpose, with everything saved

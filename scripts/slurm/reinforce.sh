@@ -77,6 +77,15 @@ first_error() {
   grep -m 1 -H -E '^(\[rank [0-9]+\] )?error: ' "$1"/*_error_"${SLURM_JOB_ID}"_*.err | head -n 1 >&2 || echo "error: see $1" >&2
 }
 
+# scancel asks both components to leave as well, and leaves them Slurm's KillWait to do it
+cancelled() {
+  trap '' TERM
+  wait "$server" "$actor" || true
+  echo "error: cancelled; what the actor saved is in $ACTOR_LOG_DIR/checkpoints, and the same command goes on from it" >&2
+  exit 75
+}
+trap cancelled TERM
+
 status=0
 wait -n -p first "$server" "$actor" || status=$?
 if [[ $first == "$actor" ]]; then

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 def submit(cluster: dict[str, str], *command: str, **settings: str) -> str:
     """Run a job to its end; returns what Slurm says of it."""
-    job = run("sbatch", "--parsable", *command, **cluster, **settings).stdout.strip().split(";")[0]
+    return wait_for_end(cluster, start(cluster, *command, **settings))
+
+
+def start(cluster: dict[str, str], *command: str, **settings: str) -> str:
+    """The number of a job that was just submitted."""
+    return run("sbatch", "--parsable", *command, **cluster, **settings).stdout.strip().split(";")[0]
+
+
+def wait_for(sign: Callable[[], bool]) -> None:
+    for _ in range(480):
+        if sign():
+            return
+        time.sleep(0.5)
+    pytest.fail("the job is not at work after 240 s")
+
+
+def wait_for_end(cluster: dict[str, str], job: str) -> str:
     for _ in range(360):
         shown = run("scontrol", "show", "job", job, **cluster).stdout
         if not any(f"JobState={state}" in shown for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")):
@@ -117,3 +133,60 @@ def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Wo
     assert told == "error: the reward server ended with status 1 before the actor"
     job = shown.partition("JobId=")[2].split()[0]
     assert first.startswith(f"{tmp_path}/critic_results/critic_error_{job}_0.err:error: rm_model_file=")
+
+
+def test_after_scancel_the_actor_saves_and_every_log_ends_in_a_line_that_says_so(
+    cluster: dict[str, str], workshop: Workshop, tmp_path: Path
+) -> None:
+    prompts = str(workshop.path("prompts_dataset.jsonl"))
+    job = start(
+        cluster,
+        f"--output={tmp_path}/job.log",
+        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=1"),
+        "scripts/slurm/reinforce.sh",
+        RM_NEMO_FILE=str(workshop.path("reward_model.nemo")),
+        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
+        TRAIN_DATA_PATH=prompts,
+        VALID_DATA_PATH=prompts,
+        RESULTS_DIR=str(tmp_path),
+        CRITIC_PORT=str(free_port()),
+        RM_ARGS="trainer.precision=32",
+        ACTOR_ARGS="trainer.precision=32 trainer.ppo.max_steps=1000 trainer.ppo.max_epochs=1000 "
+        "model.ppo.num_rollout_samples=4 model.global_batch_size=8 model.ppo.length_params.max_length=6 "
+        "trainer.ppo.save_interval=1000",
+    )
+    metrics = tmp_path / "actor_results/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and "train_optim" in metrics.read_text())
+    run("scancel", job, **cluster)
+    assert "JobState=CANCELLED" in wait_for_end(cluster, job)
+    logs = {path: path.read_text() for path in (*tmp_path.rglob("*.err"), tmp_path / "job.log")}
+    last = {path.parent.name: text.splitlines()[-1] for path, text in logs.items()}
+    assert not [path for path, text in logs.items() if "Traceback" in text]
+    assert last.pop("actor_results").startswith("stopped early: SIGTERM at step ")
+    assert "CANCELLED" in last.pop("critic_results")
+    assert [line.partition(";")[0] for line in last.values()] == ["error: cancelled"]
+    assert len(list((tmp_path / "actor_results/checkpoints").glob("*-last/state.json"))) == 1
+
+
+def test_after_scancel_the_loop_has_saved_its_stage_and_says_so_last(
+    cluster: dict[str, str], workshop: Workshop, tmp_path: Path
+) -> None:
+    prompts = workshop.write("many.jsonl", [{"input": f"prompt {i}"} for i in range(5000)])
+    job = start(
+        cluster,
+        *(f"--output={tmp_path}/job.log", "--nodes=2", "--ntasks-per-node=1", "scripts/slurm/online_rs.sh"),
+        PROMPTS_PATH=str(prompts),
+        POLICY_MODEL_PATH=str(workshop.path("sft_model.nemo")),
+        REWARD_MODEL_PATH=str(workshop.path("reward_model.nemo")),
+        RESULT_PATH=str(tmp_path),
+        ROLLOUT_BATCH_SIZE="5000",
+        SAMPLER_ARGS="data.n=1 inference.tokens_to_generate=20 checkpoint_interval=1 trainer.precision=32",
+    )
+    journal = tmp_path / "generated_samples.jsonl_temp"
+    wait_for(lambda: any(path.stat().st_size for path in journal.glob("rank_*.json")))
+    run("scancel", job, **cluster)
+    assert "JobState=CANCELLED" in wait_for_end(cluster, job)
+    said = (tmp_path / "job.log").read_text()
+    assert "stopped early: SIGTERM" in said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: cancelled; the same command goes on"), said

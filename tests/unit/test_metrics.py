@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nemo_aligner import metrics
-from nemo_aligner.errors import OutputError
+from nemo_aligner.errors import OutputError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 
 
@@ -114,27 +117,33 @@ def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(
 ) -> None:
     now = [10.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    bar = Progress("training", 10, show=True, done=4, unit="step")
-    now[0] = 10.5
-    bar.advance(3, 700, loss=0.123456)
-    bar.advance(2, 300, loss=0.123456)
-    bar.close()
+    with Progress("training", 10, show=True, done=4, unit="step") as bar:
+        now[0] = 10.5
+        bar.advance(3, 700, loss=0.123456)
+        bar.advance(2, 300, loss=0.123456)
     said = capsys.readouterr().err
     assert "training" in said
     assert "9/10" in said
     assert "tokens/s=2000" in said, "over all tokens since the start"
     assert "loss=0.1235" in said
     assert "step" in said
-    hidden = Progress("training", 10, show=False)
-    hidden.advance(3, 700)
-    hidden.close()
+    with Progress("training", 10, show=False) as hidden:
+        hidden.advance(3, 700)
     assert capsys.readouterr().err == ""
 
 
+def test_a_bar_ends_before_what_is_said_of_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(StoppedEarly), Progress("labeling", 10, show=True) as bar:
+        bar.advance(2)
+        raise StoppedEarly
+    print("stopped early", file=sys.stderr)
+    gc.collect()
+    assert capsys.readouterr().err.endswith("\nstopped early\n")
+
+
 def test_progress_counts_samples_from_nothing_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = Progress("labeling", 10, show=True)
-    bar.advance(2)
-    bar.close()
+    with Progress("labeling", 10, show=True) as bar:
+        bar.advance(2)
     said = capsys.readouterr().err
     assert "2/10" in said
     assert "sample" in said

@@ -127,13 +127,12 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster, n
         for s in range(cfg.data.n)
     ]
     slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
-    progress = Progress(f"evaluating {name}", len(requests), show=cluster.is_main)
     tokens = {request.prompt_index: request.prompt_tokens for request in requests}
     drawn = []
-    for response in policy.generate(requests, sampling_params(cfg.inference, cfg.seed), slots):
-        drawn.append(Drawn(tokens[response.prompt_index], response))
-        progress.advance(1, len(response.tokens))
-    progress.close()
+    with Progress(f"evaluating {name}", len(requests), show=cluster.is_main) as progress:
+        for response in policy.generate(requests, sampling_params(cfg.inference, cfg.seed), slots):
+            drawn.append(Drawn(tokens[response.prompt_index], response))
+            progress.advance(1, len(response.tokens))
     return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
 
 

@@ -103,9 +103,11 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     left, total = sum(cluster.gather(len(wanted))), len(chunk) * cfg.data.n
     if not left:
         log.info("all %d samples are drawn already", total)
-    progress = Progress("sampling", total, show=cluster.is_main, done=total - left)
     reason, flushed = None, time.monotonic()
-    with RunControl(cfg.max_time_per_run, cluster) as control:
+    with (
+        RunControl(cfg.max_time_per_run, cluster) as control,
+        Progress("sampling", total, show=cluster.is_main, done=total - left) as progress,
+    ):
         responses = policy.generate(wanted, sampling_params(cfg.inference, cfg.seed), slots)
         for count, response in enumerate(responses, 1):
             place = (response.prompt_index - chunk.start) * cfg.data.n + response.sample_index
@@ -122,7 +124,6 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
             if reason:
                 break
         journal.flush()
-        progress.close()
     if cluster.any(reason is not None):
         raise StoppedEarly(f"{reason or 'another rank was told to stop'}; progress is in {journal.folder}")
     if cluster.is_main:

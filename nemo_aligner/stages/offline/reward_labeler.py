@@ -82,8 +82,10 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     left = cluster.gather(len(mine))
     if not any(left):
         log.info("all %d rows are scored already", len(chunk))
-    progress = Progress("labeling", len(chunk), show=cluster.is_main, done=len(chunk) - sum(left))
-    with RunControl(cfg.max_time_per_run, cluster) as control:
+    with (
+        RunControl(cfg.max_time_per_run, cluster) as control,
+        Progress("labeling", len(chunk), show=cluster.is_main, done=len(chunk) - sum(left)) as progress,
+    ):
         for start in range(0, max(left), window):
             places = mine[start : start + window]
             tokens = [encoder.tokens(rows[p % len(rows)]) for p in places]
@@ -95,7 +97,6 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
             reason = control.stop_reason()
             if reason is not None:
                 raise StoppedEarly(f"{reason}; progress is in {journal.folder}")
-        progress.close()
     encoder.report()
     cluster.barrier()
     if cluster.is_main:

@@ -10,18 +10,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from nemo_aligner.algorithms.reinforce import reinforce_loss
-from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
-from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.prompts import PromptRow, encode_prompts
+from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import StoppedEarly
+from nemo_aligner.errors import ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
@@ -33,6 +31,7 @@ from nemo_aligner.stages.reinforce.advantages import (
     rollout_rows,
     score,
 )
+from nemo_aligner.stages.reinforce.drawing import sampling_params, tell_what_changes_the_draw
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import (
@@ -46,23 +45,6 @@ from nemo_aligner.stages.run_identity import (
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
-
-
-def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
-    """Prompts that leave room for a response."""
-    tokenizer = policy.tokenizer
-    return encode_prompts(
-        rows,
-        tokenizer.encode,
-        bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
-        limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
-        key="model.data.data_prefix",
-    )
-
-
-def context_of(cfg: ReinforceConfig, policy: Policy) -> int:
-    """Tokens of prompt and response together, at most."""
-    return min(cfg.trainer.ppo.rollout_batch_seq_length or policy.max_sequence_length, policy.max_sequence_length)
 
 
 def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
@@ -133,22 +115,24 @@ class Actor:
             timers=self.timers,
         )
         with run_logger(exp, cluster, asdict(self.cfg), logged) as self.logger:
-            self.steps_from(step, worker, checkpoints)
+            with RunControl(
+                exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run", on_signal=rewards.hurry
+            ) as control:
+                self.steps_from(step, worker, checkpoints, control)
             if exp.checkpoint_callback_params.save_nemo_on_train_end:
                 checkpoints.restore_best(self.policy)
                 self.policy.save_nemo(checkpoints.archive)
                 if self.logger is not None:
                     self.logger.archived(checkpoints.archive)
 
-    def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints) -> None:
+    def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
-        exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
-        progress = Progress("REINFORCE", self.steps, show=cluster.is_main, done=step, unit="step")
-        with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
+        exp, loop = self.cfg.exp_manager, self.loop
+        with Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress:
             if step == 0:
                 self.validate(0, worker)
             while step < self.steps:
-                scored = self.step(step, worker)
+                scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
                 at_end = step == self.steps
                 if at_end or step % loop.val_check_interval == 0:
@@ -156,12 +140,29 @@ class Actor:
                 self.log_timers(step)
                 progress.advance(1, token_count(scored.rollouts), reward=self.values["rewards"])
                 reason = None if at_end else control.stop_reason()
-                due = loop.save_interval and (at_end or step % loop.save_interval == 0)
-                if exp.create_checkpoint_callback and (due or reason):
-                    checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
                 if reason:
-                    raise StoppedEarly(f"{reason} at step {step} of {self.steps}; checkpoint in {checkpoints.root}")
-        progress.close()
+                    self.stop(reason, step, checkpoints)
+                if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
+                    checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+
+    def step_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> Scored:
+        """`step`; where the run is told to stop as its reward server is, the step begun is given up. Collective."""
+        try:
+            return self.step(step, worker)
+        except ServerError as fault:  # on every rank, before anything is learned or logged
+            reason = control.stop_reason()
+            if reason is None:
+                raise
+            log.info("step %d is given up: %s", step + 1, fault)
+            self.stop(reason, step, checkpoints)
+
+    def stop(self, reason: str, step: int, checkpoints: Checkpoints) -> NoReturn:
+        """Save the run as it is after `step` steps, and raise StoppedEarly. Collective."""
+        kept = "no checkpoint"
+        if self.cfg.exp_manager.create_checkpoint_callback and step > 0:
+            checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+            kept = f"checkpoint in {checkpoints.root}"
+        raise StoppedEarly(f"{reason} at step {step} of {self.steps}; {kept}")
 
     def announce(self) -> None:
         """Say once what was chosen, where the choice changes what the numbers mean."""
@@ -173,32 +174,7 @@ class Actor:
         )  # fmt: skip
         if self.policy.tokenizer.chat_template is not None:
             log.info("the model has a chat template, and prompts go to it as they are: they may hold its turns")
-        if self.sampling().min_tokens > 0:
-            log.info(
-                "model.ppo.length_params.min_length=%d: EOS is not drawn before, but log-probabilities, gradient and "
-                "KL are those of the policy without this rule", self.sampling().min_tokens,
-            )  # fmt: skip
-        if self.sampling().changes_distribution:
-            log.warning(
-                "model.ppo.sampling_params draw from another distribution than the policy's own; "
-                "gradient and KL are those of the policy itself, as if it had drawn the responses"
-            )
-
-    def sampling(self, *, greedy: bool = False, seed_offset: int = 0) -> SamplingParams:
-        """`model.ppo.sampling_params` and `length_params` as the engine takes them."""
-        given, lengths = self.settings.sampling_params, self.settings.length_params
-        context = context_of(self.cfg, self.policy)
-        return SamplingParams(
-            greedy=greedy,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            repetition_penalty=given.repetition_penalty,
-            min_tokens=lengths.min_length,
-            max_tokens=min(lengths.max_length or context // 2, context - 1),
-            end_strings=tuple(given.end_strings),
-            seed=self.cfg.model.seed + seed_offset,
-        )
+        tell_what_changes_the_draw(sampling_params(self.cfg, self.policy))
 
     def step(self, step: int, worker: RolloutWorker) -> Scored:
         """One rollout step: rollouts, advantages, and as many optimizer steps as the responses fill."""
@@ -208,11 +184,11 @@ class Actor:
         prompts = [(first + j, self.prompts[i]) for j, i in enumerate(self.plan.indices(step))]
         slots = self.settings.rollout_micro_batch_size * n
         with self.timers.phase("rollout_time"):
-            rollouts = worker.run(prompts, n, self.sampling(), slots)
+            rollouts = worker.run(prompts, n, sampling_params(self.cfg, self.policy), slots)
             check_finite(rollouts)
             greedy = None
             if self.loop.baseline == "ReMax":
-                best = worker.run(prompts, 1, self.sampling(greedy=True), slots)
+                best = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
                 check_finite(best)
                 of_group = {rollout.group: rollout.reward for rollout in best}
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts])
@@ -257,7 +233,7 @@ class Actor:
         with self.timers.phase("validation_time"):
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
-            rollouts = worker.run(prompts, 1, self.sampling(seed_offset=1), slots)
+            rollouts = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
         scored = score(rollouts, self.loop, None, validation=True)
         self.log_rollouts(step, "val_rollouts", scored)
         if self.cluster.is_main:

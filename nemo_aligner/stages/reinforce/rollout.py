@@ -26,6 +26,9 @@ class Rewards(Protocol):
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]: ...
 
+    def hurry(self) -> None:
+        """Do not wait any longer for what does not come."""
+
 
 @dataclass(frozen=True)
 class Rollout:

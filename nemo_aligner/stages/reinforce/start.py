@@ -23,7 +23,8 @@ def run(cfg: ReinforceConfig) -> None:
     from nemo_aligner.engine.loading import start_for_training
     from nemo_aligner.engine.policy import load_policy_for_training
     from nemo_aligner.servers.reward_client import RewardClient
-    from nemo_aligner.stages.reinforce.loop import Actor, encode, step_settings
+    from nemo_aligner.stages.reinforce.drawing import encode
+    from nemo_aligner.stages.reinforce.loop import Actor, step_settings
 
     with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
         refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))

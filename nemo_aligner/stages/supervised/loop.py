@@ -113,12 +113,14 @@ def optimize(
 ) -> None:
     """The optimizer steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
     cluster = model.cluster
-    progress = Progress("training", task.steps, show=cluster.is_main, done=step, unit="step")
     values: dict[str, float] = {}
     if not task.validates:
         log.info("no validation during training")
     tell_end_of_data(task.steps, task.loop.max_steps, "trainer")
-    with RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control:
+    with (
+        RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control,
+        Progress("training", task.steps, show=cluster.is_main, done=step, unit="step") as progress,
+    ):
         while step < task.steps:
             metrics = model.train_step(batch(task, model, task.train, task.plan.indices(step)), task.objective)
             step += 1
@@ -144,7 +146,6 @@ def optimize(
                 checkpoints.save(model, state, values)
             if reason:
                 raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
-    progress.close()
 
 
 def identity(task: Task, model: TrainableModel) -> dict[str, Any]:

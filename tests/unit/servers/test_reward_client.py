@@ -125,6 +125,16 @@ def test_a_server_that_failed_is_asked_again(clock: Clock) -> None:
     assert len(server.asked) == 3
 
 
+def test_a_client_in_a_hurry_takes_an_answer_and_waits_for_none(clock: Clock) -> None:
+    server = Server(clock, lengths, OSError("refused"))
+    client = client_of(server, clock)
+    client.hurry()
+    assert client.submit(["ab"]).result(10) == [2.0]
+    with pytest.raises(ServerError, match="no answer"):
+        client.submit(["ab"]).result(10)
+    assert (len(server.asked), clock.pauses) == (2, [])
+
+
 def test_a_client_that_is_closed_asks_no_more(clock: Clock) -> None:
     server = Server(clock, OSError("refused"))
     client = client_of(server, clock)

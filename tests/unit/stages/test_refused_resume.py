@@ -89,7 +89,9 @@ def leave_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> None:
 def test_a_checkpoint_of_another_archive_or_setting_is_refused_before_the_load(tmp_path: Path, name: str) -> None:
     stage, cfg, settings = trainers(tmp_path)[name]
     archive = hashlib.sha256(b"model").hexdigest()[:16]
-    leave_checkpoint(tmp_path, {"the archive to start from": archive, **settings, "training examples": "compared later"})
+    leave_checkpoint(
+        tmp_path, {"the archive to start from": archive, **settings, "training examples": "compared later"}
+    )
     with pytest.raises(LoadsAModel):
         stage.run(cfg)
     was = cfg.model.optim.lr

@@ -112,6 +112,16 @@ def test_ctrl_c_a_second_time_leaves_at_once_and_sigterm_never_does() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_who_waits_for_others_is_told_when_the_signal_comes(number: signal.Signals) -> None:
+    told: list[str | None] = []
+    control = RunControl(None, OneProcess(), on_signal=lambda: told.append(control.stop_reason()))  # type: ignore[arg-type]
+    with control:
+        assert told == []
+        os.kill(os.getpid(), number)
+        assert told == [number.name]
+
+
 def test_handlers_are_as_before_when_the_work_is_done() -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]

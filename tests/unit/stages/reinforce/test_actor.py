@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,8 @@ from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
-from nemo_aligner.errors import CheckpointError, StoppedEarly
+from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
+from nemo_aligner.stages.reinforce.drawing import sampling_params
 from nemo_aligner.stages.reinforce.loop import Actor
 from tests.fakes import EchoPolicy, OneProcess
 
@@ -71,12 +73,22 @@ class Learner(EchoPolicy):
 
 
 class Judge:
-    """The reward of a text: its last bytes as a number."""
+    """The reward of a text: its last bytes as a number. From request `dies_at` on it answers no more."""
+
+    def __init__(self, dies_at: float = math.inf) -> None:
+        self.left = dies_at
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         answer: Future[list[float]] = Future()
-        answer.set_result([reward_of(text) for text in texts])
+        self.left -= 1
+        if self.left < 0:
+            answer.set_exception(ServerError("no answer"))
+        else:
+            answer.set_result([reward_of(text) for text in texts])
         return answer
+
+    def hurry(self) -> None:
+        pass
 
 
 def reward_of(text: str) -> float:
@@ -263,6 +275,27 @@ def test_a_run_that_is_told_to_stop_saves_where_it_is_and_goes_on_there(tmp_path
         assert len(rows_of(tmp_path / "parts", name)) == len(rows_of(tmp_path / "whole", name))
 
 
+@pytest.mark.parametrize(("done", "checkpoint"), [(0, False), (1, True), (4, True)])
+def test_told_to_stop_as_its_server_is_a_run_saves_what_is_done_and_goes_on_to_the_same_end(
+    tmp_path: Path, done: int, checkpoint: bool
+) -> None:
+    whole = run(config(tmp_path / "whole", max_epochs=2), validation=HELD_OUT)
+    cfg, first = config(tmp_path / "parts", max_epochs=2, val_check_interval=6), Learner()
+    before = 1 + done  # a request for the validation and one for each step
+    with pytest.raises(ServerError, match="no answer"):
+        Actor(cfg, first, first.cluster, PROMPTS, HELD_OUT).train(Judge(before))  # type: ignore[arg-type]
+    assert not list((tmp_path / "parts").glob("checkpoints/*/")), "without a signal the fault is a fault"
+    first = Learner()
+    first.cluster.any = lambda flag: flag or judge.left < 0  # type: ignore[method-assign]
+    judge = Judge(before)
+    with pytest.raises(StoppedEarly, match=rf"at step {done} of 6; {'checkpoint in' if checkpoint else 'no checkp'}"):
+        Actor(cfg, first, first.cluster, PROMPTS, HELD_OUT).train(judge)  # type: ignore[arg-type]
+    second = run(cfg, validation=HELD_OUT)
+    assert first.trained + second.trained == whole.trained
+    assert [row["step"] for row in rows_of(tmp_path / "parts", "train_rollouts")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows_of(tmp_path / "parts", "val_rollouts")] == [0, 6]
+
+
 def test_figures_of_progress_and_the_seconds_of_every_phase_are_logged_at_each_step(tmp_path: Path) -> None:
     run(config(tmp_path, max_epochs=2, val_check_interval=3), validation=HELD_OUT)
     rollouts = rows_of(tmp_path, "train_rollouts")
@@ -289,7 +322,7 @@ def test_sampling_settings_reach_the_engine_each_under_its_name(tmp_path: Path) 
     def found(**ppo: Any) -> SamplingParams:
         for name, value in ppo.items():
             setattr(cfg.trainer.ppo, name, value)
-        return Actor(cfg, learner, learner.cluster, PROMPTS, []).sampling()  # type: ignore[arg-type]
+        return sampling_params(cfg, learner)  # type: ignore[arg-type]
 
     assert found() == SamplingParams(
         greedy=False, temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, min_tokens=2, max_tokens=11,

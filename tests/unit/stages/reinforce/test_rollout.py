@@ -38,6 +38,9 @@ class Judge:
             answer.set_exception(self.fault)
         return answer
 
+    def hurry(self) -> None:
+        pass
+
 
 class Learner(EchoPolicy):
     """Its initial policy gave every token half of the log-probability, and minus a hundred to those of the prompt."""

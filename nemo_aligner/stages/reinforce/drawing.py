@@ -1,0 +1,63 @@
+"""What responses are drawn to, and how: prompts with room for one, and the settings of `model.ppo` for the engine."""
+
+from __future__ import annotations
+
+import logging
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.reinforce import ReinforceConfig
+from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.prompts import PromptRow, encode_prompts
+from nemo_aligner.engine.interfaces import Policy
+
+log = logging.getLogger(__name__)
+
+
+def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
+    """Prompts that leave room for a response."""
+    tokenizer = policy.tokenizer
+    return encode_prompts(
+        rows,
+        tokenizer.encode,
+        bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
+        limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
+        key="model.data.data_prefix",
+    )
+
+
+def context_of(cfg: ReinforceConfig, policy: Policy) -> int:
+    """Tokens of prompt and response together, at most."""
+    return min(cfg.trainer.ppo.rollout_batch_seq_length or policy.max_sequence_length, policy.max_sequence_length)
+
+
+def sampling_params(
+    cfg: ReinforceConfig, policy: Policy, *, greedy: bool = False, seed_offset: int = 0
+) -> SamplingParams:
+    """`model.ppo.sampling_params` and `length_params` as the engine takes them."""
+    given, lengths = cfg.model.ppo.sampling_params, cfg.model.ppo.length_params
+    context = context_of(cfg, policy)
+    return SamplingParams(
+        greedy=greedy,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        repetition_penalty=given.repetition_penalty,
+        min_tokens=lengths.min_length,
+        max_tokens=min(lengths.max_length or context // 2, context - 1),
+        end_strings=tuple(given.end_strings),
+        seed=cfg.model.seed + seed_offset,
+    )
+
+
+def tell_what_changes_the_draw(sampling: SamplingParams) -> None:
+    """Say where responses are drawn from another distribution than the one that is trained."""
+    if sampling.min_tokens > 0:
+        log.info(
+            "model.ppo.length_params.min_length=%d: EOS is not drawn before, but log-probabilities, gradient and "
+            "KL are those of the policy without this rule", sampling.min_tokens,
+        )  # fmt: skip
+    if sampling.changes_distribution:
+        log.warning(
+            "model.ppo.sampling_params draw from another distribution than the policy's own; "
+            "gradient and KL are those of the policy itself, as if it had drawn the responses"
+        )
