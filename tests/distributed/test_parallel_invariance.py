@@ -1,6 +1,7 @@
 """The same archive gives the same numbers however it is cut: logprobs, rewards, samples, and one training step.
 
-Cuts: TP 2, PP 2, DP 2 against one process. Not covered: sequence parallelism, virtual pipeline stages, NCCL.
+Cuts: TP 2, PP 2, DP 2 against one process, training also with sequence parallelism and with recomputation. Not covered:
+virtual pipeline stages, NCCL.
 """
 
 from __future__ import annotations
@@ -20,9 +21,20 @@ from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, 
 from tests.distributed.helpers import run_ranks
 from tests.tiny import ARCH
 
-ROWS = [[5, 9, 77, 30, 2], [8, 8], [100, 3, 40, 41, 42, 43, 44], [1, 2, 3]]
+SHARED = [100, 3, 40, 41, 42, 43, 44, 9, 8]
+ROWS = [[5, 9, 77, 30, 2], [*SHARED, 7], [*SHARED, 1, 2, 3], [8, 8]]
 EXAMPLES = [Example((row,), ([0] + [1] * (len(row) - 1),)) for row in ROWS]
-CUTS = {"TP 2": (2, 2, 1), "PP 2": (2, 1, 2), "DP 2": (2, 1, 1)}
+CUTS = {
+    "TP 2": (2, 2, 1),
+    "PP 2": (2, 1, 2),
+    "DP 2": (2, 1, 1),
+    "TP 2, sequence parallel": (2, 2, 1),
+    "PP 2, recomputed": (2, 1, 2),
+}
+TRAINED: dict[str, dict[str, Any]] = {
+    "TP 2, sequence parallel": {"sequence_parallel": True},
+    "PP 2, recomputed": {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"},
+}
 
 
 def write_archives(cluster: Any, folder: Path) -> None:
@@ -69,7 +81,7 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     reward_model = load_reward_model(folder / "reward.nemo", cluster, precision="32")
     found["rewards"] = reward_model.score(ROWS, 3)
 
-    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"))
+    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"), **TRAINED.get(name, {}))
     trained = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
     trained.add_optimizer(OptimConfig(name="adamw", lr=1e-2), clip_grad=1.0, max_steps=3)
     for step in range(2):

@@ -14,12 +14,26 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
+
+
+class StreamParams(PackedSeqParams):
+    """What the model is told of a stream: Megatron hands it to every attention, through recomputation too.
+
+    `wanted` `[N']` int64: the places whose logits are asked for; None = all.
+    """
+
+    layout: Layout
+    wanted: Tensor | None
+
+    def __init__(self, layout: Layout, wanted: Tensor | None) -> None:
+        longest = int(layout.positions.max()) + 1  # Megatron makes its rotary table so long
+        super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
+        self.layout, self.wanted = layout, wanted
+
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal attention; plugged into Megatron's layer spec in place of its DotProductAttention.
-
-    Rows are right-padded, so causality alone keeps padding out of every real position.
-    """
+    """Causal attention, of a stream within its rows; plugged into Megatron's layer spec for its DotProductAttention."""
 
     def __init__(
         self,
@@ -50,18 +64,50 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: StreamParams | None = None,
     ) -> Tensor:
         """query `[S, B, n, D]`, key and value `[S, B, G, D]` (G divides n) → context `[S, B, n·D]`.
 
-        With `packed_seq_params` the tensors are `[T, n, D]`, all sequences one after another, and no token sees
-        another sequence's.
+        Without a layout every row is causal by itself, right-padded; with one B is 1 and S the places of the stream.
         """
-        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {
+            "window": self.window,
+            "scale": self.scale,
+            "dropout": self.dropout if self.training else 0.0,
+        }
         if packed_seq_params is None:
-            return causal_attention(query, key, value, window=self.window, scale=self.scale, dropout=dropout)
-        edges = packed_seq_params.cu_seqlens_q.tolist()
-        return packed_attention(query, key, value, edges, window=self.window, scale=self.scale, dropout=dropout)
+            return causal_attention(query, key, value, **options)
+        groups = packed_seq_params.layout.groups
+        return stream_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), groups, **options).unsqueeze(1)
+
+
+def stream_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Suffixes], **options: Any) -> Tensor:
+    """`causal_attention` within the rows of a stream: query `[N, n, D]`, key and value `[N, G, D]` → `[N, n·D]`.
+
+    A prefix is attended once; all suffixes of a group attend as one batch to [prefix, own suffix]. Places after the
+    last group get 0.
+    """
+    dtype, parts = query.dtype, []
+    query, key, value = (_computed(t) for t in (query, key, value))
+    for group in groups:
+        m, prefix = len(group.lengths), slice(group.start, group.start + group.prefix)
+        if group.prefix:
+            parts.append(causal_attention(*(t[prefix].unsqueeze(1) for t in (query, key, value)), **options).squeeze(1))
+        if len(group.padded):
+            own = [t.index_select(0, group.padded).unflatten(0, (m, -1)).transpose(0, 1) for t in (query, key, value)]
+            seen = [
+                torch.cat([t[prefix].unsqueeze(1).expand(-1, m, -1, -1), part]) if group.prefix else part
+                for t, part in zip((key, value), own[1:], strict=True)
+            ]
+            context = causal_attention(own[0], *seen, **options)
+            parts.append(context.transpose(0, 1).flatten(0, 1).index_select(0, group.real))
+    found = torch.cat(parts)
+    return F.pad(found, (0, 0, 0, len(query) - len(found))).to(dtype)
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """In the dtype to compute in: torch's CPU kernel takes three times as long in bf16 as in float32."""
+    return tensor.float() if tensor.device.type == "cpu" else tensor
 
 
 def packed_attention(
@@ -87,13 +133,13 @@ def causal_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention to oneself and what came before, of `window` positions at most: query `[S, B, n, D]`, key and value
-    `[S, B, G, D]` (G divides n) → `[S, B, n·D]`. `scale` is 1/√D unless given."""
+    """Attention to oneself and what came before, of `window` positions at most: query `[L, B, n, D]`, key and value
+    `[S, B, G, D]` (G divides n) → `[L, B, n·D]`; the queries are the last L of the S positions. `scale` is 1/√D unless
+    given."""
     dtype = query.dtype
-    if query.device.type == "cpu":  # torch's CPU kernel takes three times as long in bf16 as in float32
-        query, key, value = query.float(), key.float(), value.float()
-    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    mask = None if window is None else sliding_window_mask(query.size(2), window, query.device)
+    query, key, value = (_computed(t).permute(1, 2, 0, 3) for t in (query, key, value))
+    length, seen = query.size(2), key.size(2)
+    mask = None if window is None and length == seen else causal_mask(length, seen, window, query.device)
     context = F.scaled_dot_product_attention(
         query,
         key,
@@ -107,8 +153,9 @@ def causal_attention(
     return context.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
-def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """`[length, length]` bool: position t sees the `window` positions that end in t."""
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None, :]
-    return (distance >= 0) & (distance < window)
+def causal_mask(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """`[length, seen]` bool, for the last `length` of `seen` positions: each sees those that end in it, `window` at
+    most."""
+    positions = torch.arange(seen, device=device)
+    distance = positions[seen - length :, None] - positions[None, :]
+    return (distance >= 0) & (distance < (seen if window is None else window))

@@ -15,11 +15,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.model.attention import SdpaCoreAttention
+from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 
@@ -170,8 +171,8 @@ class _SelfAttention(SelfAttention):
         super().__init__(config, *args, **kwargs)
 
 
-def _layer_spec(arch: Architecture) -> ModuleSpec:
-    """Megatron's own layer with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
+def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = _Norm
     spec.submodules.pre_mlp_layernorm = _Norm
@@ -185,25 +186,36 @@ def _layer_spec(arch: Architecture) -> ModuleSpec:
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _Norm
-    return spec
+    # of a layer alone Megatron would make a block whose last norm refuses sequence parallelism
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=_Norm)
 
 
-class PolicyGPTModel(GPTModel):
-    """A GPTModel that computes logits only where they are asked for: most of a batch is prompt, and V is large.
+class StreamGPTModel(GPTModel):
+    """A GPTModel that takes a stream of rows (`StreamParams`), with rotary positions counted within the rows."""
 
-    With `wanted` `[B, S]` bool it returns logits `[1, N, V/TP]` of the N true entries, else `[B, S, V/TP]`.
+    def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if rotary is not None and packed_seq_params is not None:
+            rotary = rotary[packed_seq_params.layout.positions]
+        return embedded, rotary, *more
+
+
+class PolicyGPTModel(StreamGPTModel):
+    """A model that computes logits only where they are asked for: most of a batch is prompt, and V is large.
+
+    Of a stream it returns logits `[1, N, V/TP]` at the N places of `StreamParams.wanted`.
     """
 
-    wanted: Tensor | None = None
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any
+    ) -> Tensor:
+        if self.post_process and packed_seq_params is not None and packed_seq_params.wanted is not None:
+            hidden_states = hidden_states.index_select(0, packed_seq_params.wanted)
+        return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.post_process and self.wanted is not None:
-            hidden_states = hidden_states.transpose(0, 1)[self.wanted].unsqueeze(1)
-        return super()._postprocess(hidden_states, *args, **kwargs)
 
-
-class RewardGPTModel(GPTModel):
-    """A GPTModel with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
+class RewardGPTModel(StreamGPTModel):
+    """A model with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
 
     post_process: bool
 
@@ -242,9 +254,10 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
         )
     scaling = arch.rope_scaling
     kind = RewardGPTModel if is_reward_model else PolicyGPTModel
+    config = transformer_config(arch, run)
     model = kind(
-        config=transformer_config(arch, run),
-        transformer_layer_spec=_layer_spec(arch),
+        config=config,
+        transformer_layer_spec=_block_spec(arch, config),
         vocab_size=padded_vocab_size(arch, run.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -256,9 +269,6 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
     )
-    if model.post_process:
-        # Megatron builds the last norm from its own defaults; ours has the same parameters
-        model.decoder.final_layernorm = _Norm(model.config, arch.hidden_size, arch.layernorm_epsilon)
     if scaling is not None and scaling.rope_type == "llama3":
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(

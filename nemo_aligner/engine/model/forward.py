@@ -1,11 +1,14 @@
 """Forward and backward passes over micro-batches, through Megatron's schedules (any TP, PP).
 
-tokens ─▶ model ─▶ output: logprobs `[B, S]` of a policy, rewards `[B, K]` of a reward model ─▶ objective ─▶ LossTerms
+rows ─▶ one stream, what they share once ─▶ model ─▶ output by rows ─▶ objective ─▶ LossTerms
+                                                     (logprobs `[B, S]` of a policy, rewards `[B, K]` of a reward model)
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +18,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
+from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
+from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
 
 T = TypeVar("T")
@@ -24,11 +29,12 @@ T = TypeVar("T")
 def wanted_positions(microbatch: Microbatch) -> Tensor:
     """Where the next token's log-probability is asked for, `[B, S]` bool: before every target of `loss_mask`.
 
-    Without a mask everywhere but at the end. Never empty: a micro-batch of fillers asks for one that no mask counts.
+    Without a mask everywhere but at a row's end. Never empty: fillers ask for one that no mask counts.
     """
-    wanted = torch.zeros_like(microbatch.tokens, dtype=torch.bool)
-    mask = microbatch.fields.get("loss_mask")
-    wanted[:, :-1] = True if mask is None else mask[:, 1:] != 0
+    tokens, mask = microbatch.tokens, microbatch.fields.get("loss_mask")
+    wanted = torch.arange(1, tokens.size(1) + 1, device=tokens.device) < microbatch.lengths[:, None]
+    if mask is not None:
+        wanted[:, :-1] &= mask[:, 1:] != 0
     wanted[0, 0] |= ~wanted.any()
     return wanted
 
@@ -50,36 +56,45 @@ def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: i
     return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
-def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
-    """Of rewards at every position `[B, S, K]`, those at each row's last token: `[B, K]` float32."""
-    return rewards[torch.arange(rewards.size(0), device=rewards.device), lengths - 1]
+@dataclass(frozen=True)
+class _Stream:
+    """A micro-batch on the device, as rows and as the stream that goes through the model."""
+
+    rows: Microbatch
+    layout: Layout
+    wanted: Tensor  # as `wanted_positions`
+
+    @property
+    def wanted_places(self) -> Tensor:
+        """`[N']`: the places of the wanted positions; the last of a prefix is there for each of its rows."""
+        return self.layout.places[self.wanted[:, : self.layout.places.size(1)]]
+
+    def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
+        """The model's output by rows, from its `raw` one by places."""
+        if isinstance(unwrap_model(model), RewardGPTModel):
+            rows = torch.arange(len(self.rows.lengths), device=raw.device)
+            return raw[0].index_select(0, self.layout.places[rows, self.rows.lengths - 1])
+        # sequence parallelism cuts the stream until after the output layer, which then is of every place
+        logits = raw[:, self.wanted_places] if get_model_config(model).sequence_parallel else raw
+        return token_logprobs(logits, self.rows.tokens, self.wanted, vocab_size)
 
 
-def _output(model: nn.Module, raw: Tensor, microbatch: Microbatch, vocab_size: int) -> Tensor:
-    plain = unwrap_model(model)
-    if isinstance(plain, RewardGPTModel):
-        return rewards_at_end(raw, microbatch.lengths)
-    wanted = wanted_positions(microbatch)
-    logits = raw[wanted].unsqueeze(0) if plain.wanted is None else raw
-    return token_logprobs(logits, microbatch.tokens, wanted, vocab_size)
-
-
-def _padded(microbatch: Microbatch, multiple: int, device: torch.device) -> Microbatch:
-    """On the device, with S a multiple of what sequence parallelism cuts it by."""
-    extra = -microbatch.tokens.size(1) % multiple
-
-    def fit(tensor: Tensor) -> Tensor:
-        is_sequence = tensor.dim() > 1 and tensor.size(1) == microbatch.tokens.size(1)
-        return torch.nn.functional.pad(tensor, (0, extra)).to(device) if is_sequence else tensor.to(device)
-
-    fields = {name: fit(tensor) for name, tensor in microbatch.fields.items()}
-    return Microbatch(fit(microbatch.tokens), microbatch.lengths.to(device), fields)
+def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
+    device, config = next(model.parameters()).device, get_model_config(model)
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    # dropout is drawn for every row anew, and what is shared would have one draw for all
+    alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
+    tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
+    layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple)
+    fields = {name: value.to(device) for name, value in microbatch.fields.items()}
+    rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
+    return _Stream(rows, layout.to(device), wanted_positions(rows))
 
 
 def _run(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
-    on_raw: Callable[[Tensor, Microbatch], Callable[..., Any]],
+    on_raw: Callable[[Tensor, _Stream], Callable[..., Any]],
     *,
     forward_only: bool,
     collect: bool,
@@ -88,31 +103,27 @@ def _run(
 
     `on_raw(raw model output, micro-batch)` gives Megatron's loss function.
     """
-    device = next(model.parameters()).device
-    config, plain = get_model_config(model), unwrap_model(model)
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    ready = [_padded(microbatch, multiple, device) for microbatch in microbatches]
+    streams = [_stream(microbatch, model) for microbatch in microbatches]
+    sequence_parallel = get_model_config(model).sequence_parallel
 
-    def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        microbatch = next(data)
-        tokens = microbatch.tokens
-        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
-        if not config.sequence_parallel:  # there each rank holds some positions only, until after the output layer
-            plain.wanted = wanted_positions(microbatch)
-        raw = stage(tokens, positions, None)  # no mask: causal by construction
-        return raw, on_raw(raw, microbatch)
+    def forward_step(data: Iterator[_Stream], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        stream = next(data)
+        layout = stream.layout
+        params = StreamParams(layout, None if sequence_parallel else stream.wanted_places)
+        # no mask: attention takes the layout
+        raw = stage(layout.tokens[None], layout.positions[None], None, packed_seq_params=params)
+        return raw, on_raw(raw, stream)
 
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(ready),
+        data_iterator=iter(streams),
         model=[model],
-        num_microbatches=len(ready),
-        seq_length=max(microbatch.tokens.size(1) for microbatch in ready),
-        micro_batch_size=ready[0].tokens.size(0),
+        num_microbatches=len(streams),
+        seq_length=max(len(stream.layout.tokens) for stream in streams),
+        micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
-    plain.wanted = None
     return from_last_stage(results)
 
 
@@ -135,9 +146,9 @@ def run_objective(
     Returns per micro-batch {"loss": Σ, "count": n, metric: Σ, ...}, the same on every rank of the replica.
     """
 
-    def on_raw(raw: Tensor, microbatch: Microbatch) -> Callable[..., Any]:
+    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
         def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-            terms = objective(_output(model, raw, microbatch, vocab_size), microbatch)
+            terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
             return terms.loss_sum, terms.count.int(), {name: float(value.detach()) for name, value in sums.items()}
 
@@ -150,8 +161,7 @@ def run_objective(
 def forward_outputs(model: nn.Module, microbatches: Sequence[Microbatch], vocab_size: int) -> list[Tensor]:
     """Logprobs `[B, S]` or rewards `[B, K]` of each micro-batch, float32, on every stage; no gradient."""
 
-    def on_raw(raw: Tensor, microbatch: Microbatch) -> Callable[..., Any]:
-        width = microbatch.tokens.size(1)
-        return lambda _, non_loss_data: _output(model, raw, microbatch, vocab_size)[:, :width].cpu()
+    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
+        return lambda _, non_loss_data: stream.output(model, raw, vocab_size).cpu()
 
     return _run(model, microbatches, on_raw, forward_only=True, collect=True)

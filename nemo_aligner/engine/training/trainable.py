@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
 
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine.checkpoints import nemo_archive, training_state
@@ -23,6 +25,8 @@ from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.engine.training.optimizer import build_optimizer
 from nemo_aligner.engine.training.schedules import make_schedule
 from nemo_aligner.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 
 class MegatronTrainable:
@@ -37,6 +41,10 @@ class MegatronTrainable:
         self._optimizer: MegatronOptimizer | None = None
         self._schedule: Callable[[int], float] = lambda step: 0.0
         self._steps_done = 0
+
+    @property
+    def on_cpu(self) -> bool:
+        return next(self._module.parameters()).device.type == "cpu"
 
     @property
     def module(self) -> MegatronModule:
@@ -54,6 +62,9 @@ class MegatronTrainable:
     def add_optimizer(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
         """Make it trainable for `max_steps` optimizer steps."""
         self._schedule = make_schedule(optim.lr, optim.sched, max_steps)
+        config = get_model_config(self.module)
+        if self.cluster.is_main and (config.hidden_dropout > 0 or config.attention_dropout > 0):
+            log.info("with dropout every row is computed by itself: what rows begin with alike is computed for each")
         self._wrapped, self._optimizer = build_optimizer(self.module, optim, self._dtype, clip_grad=clip_grad)
         self.module.train()
 
