@@ -221,6 +221,9 @@ class ModelOverrides:
     activations_checkpoint_method: str | None = None  # uniform or block; with `full`
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
+    micro_batch_tokens: int | None = (
+        None  # tokens of a micro-batch at most, shared ones once; null = as many as there are
+    )
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check_model(self, exp: ExpManagerConfig) -> None:
@@ -228,6 +231,7 @@ class ModelOverrides:
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
+        at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if exp.checkpoint_callback_params.model_parallel_size not in (None, own):

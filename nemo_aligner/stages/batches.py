@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_aligner.algorithms.batching import pad_rows
+from nemo_aligner.algorithms.batching import deal, pad_rows
 from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import Microbatch
 
@@ -48,22 +48,26 @@ class BatchPlan:
 
 
 def microbatches(
-    examples: Sequence[Example], indices: Sequence[int], *, size: int, dp_rank: int, dp_size: int, pad_id: int
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    *,
+    size: int,
+    budget: int | None = None,
+    dp_rank: int,
+    dp_size: int,
+    pad_id: int,
 ) -> list[Microbatch]:
-    """This rank's part of a global batch, in micro-batches of `size` examples of like length.
+    """This rank's part of a global batch, in micro-batches of at most `size` examples and `budget` tokens; see `deal`.
 
-    Every rank gets the same number of micro-batches; places left over are filled with masked examples, which count
+    Every rank gets the same number of micro-batches; one that a rank has nothing for is a masked example, which counts
     for nothing.
     """
-    per_rank = math.ceil(len(indices) / dp_size)
-    count = math.ceil(per_rank / size)
-    ordered = sorted(indices, key=lambda i: -examples[i].longest)
-    mine = [examples[i] for i in ordered[dp_rank::dp_size]]
-    result = []
-    for start in range(0, count * size, size):
-        part = mine[start : start + size]
-        result.append(collate(part or [examples[ordered[-1]]], pad_id, masked=not part))
-    return result
+    asked = [examples[i] for i in indices]
+    filler = min(asked, key=lambda example: example.longest)
+    return [
+        collate([asked[i] for i in part] or [filler], pad_id, masked=not part)
+        for part in deal([example.rows for example in asked], ranks=dp_size, size=size, budget=budget)[dp_rank]
+    ]
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, masked: bool = False) -> Microbatch:

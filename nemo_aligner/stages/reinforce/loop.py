@@ -213,6 +213,7 @@ class Actor:
                 examples,
                 range(start, min(len(examples), start + size)),
                 size=self.cfg.model.micro_batch_size,
+                budget=self.cfg.model.micro_batch_tokens,
                 dp_rank=self.cluster.dp_rank,
                 dp_size=self.cluster.dp_size,
                 pad_id=self.policy.tokenizer.pad_id,

@@ -56,6 +56,7 @@ class Task:
     plan: BatchPlan
     micro_batch_size: int
     loop: LoopConfig
+    micro_batch_tokens: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # what decides a step besides the examples
     metric_names: frozenset[str] = frozenset()  # what the objective reports besides the loss
     # after training: what examples, held out or not, say that the archive should carry
@@ -183,6 +184,7 @@ def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indice
         examples,
         indices,
         size=task.micro_batch_size,
+        budget=task.micro_batch_tokens,
         dp_rank=cluster.dp_rank,
         dp_size=cluster.dp_size,
         pad_id=model.tokenizer.pad_id,

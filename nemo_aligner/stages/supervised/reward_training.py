@@ -93,6 +93,7 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
         objective=ranking_objective,
         plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
         micro_batch_size=cfg.model.micro_batch_size,
+        micro_batch_tokens=cfg.model.micro_batch_tokens,
         loop=cfg.trainer.rm,
         settings=settings(cfg),
         metric_names=RANKING_METRICS,

@@ -99,6 +99,7 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
         objective=sft_objective,
         plan=BatchPlan(len(examples), train_ds.global_batch_size, cfg.model.seed, train_ds.shuffle, train_ds.drop_last),
         micro_batch_size=train_ds.micro_batch_size,
+        micro_batch_tokens=cfg.model.micro_batch_tokens,
         loop=cfg.trainer.sft,
         settings=settings(cfg),
     )

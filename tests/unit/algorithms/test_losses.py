@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
 from nemo_aligner.algorithms.losses import ranking_loss, sft_loss
 
 
@@ -32,16 +31,3 @@ def test_ranking_loss_is_bradley_terry_and_counts_only_real_pairs() -> None:
             "rewards_all_square": 2.75,
         }
     )
-
-
-def test_batches_hold_every_row_once_and_rows_of_like_length() -> None:
-    rows = [[0] * length for length in (3, 9, 1, 7, 7, 2, 5)]
-    batches = list(length_sorted_batches(rows, 3))
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert [[len(rows[i]) for i in batch] for batch in batches] == [[9, 7, 7], [5, 3, 2], [1]]
-
-
-def test_padding_is_on_the_right_and_lengths_are_true() -> None:
-    tokens, lengths = pad_rows([[1, 2, 3], [4]], 0)
-    assert tokens.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert lengths.tolist() == [3, 1]

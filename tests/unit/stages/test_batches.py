@@ -86,6 +86,21 @@ def test_rows_of_a_micro_batch_have_like_lengths_the_longest_first() -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_a_budget_of_tokens_bounds_a_micro_batch_and_counts_a_shared_prompt_once() -> None:
+    prompt = [7] * 20
+    asked = [Example(([*prompt, i],), ([1] * 21,)) for i in range(6)]
+
+    def sizes(budget: int | None) -> list[int]:
+        return [
+            len(batch.tokens)
+            for batch in microbatches(asked, range(6), size=6, budget=budget, dp_rank=0, dp_size=1, pad_id=0)
+        ]
+
+    assert sizes(None) == sizes(26) == [6]
+    assert sizes(25) == [3, 3]
+    assert sizes(1) == [1] * 6
+
+
 def test_a_place_left_over_counts_for_nothing() -> None:
     [batch] = microbatches(EXAMPLES, [3], size=2, dp_rank=1, dp_size=2, pad_id=0)
     assert len(batch.tokens) == 1

@@ -31,6 +31,7 @@ class Learner(EchoPolicy):
     """Remembers every request with how it was drawn, and every optimizer step's rows and weights."""
 
     max_sequence_length = 40
+    rows_together = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +52,7 @@ class Learner(EchoPolicy):
         ]
 
     def train_step(self, microbatches: Sequence[Microbatch], objective: Any) -> StepMetrics:
+        self.rows_together = max(self.rows_together, *(len(m.tokens) for m in microbatches))
         self.trained.append(
             sorted(
                 (tuple(row[:length].tolist()), float(weight))
@@ -217,6 +219,13 @@ def test_validation_draws_one_response_to_each_of_the_first_prompts_always_with_
 
 def test_as_many_responses_are_drawn_at_once_as_the_micro_batch_says(tmp_path: Path) -> None:
     assert {slots for _, _, slots in run(config(tmp_path)).drawn} == {3 * 2}
+
+
+@pytest.mark.parametrize(("budget", "together"), [(None, 4), (1, 1)])
+def test_micro_batches_are_within_the_budget_of_tokens(tmp_path: Path, budget: int | None, together: int) -> None:
+    cfg = config(tmp_path)
+    cfg.model.micro_batch_tokens = budget
+    assert run(cfg).rows_together == together
 
 
 @pytest.mark.parametrize(

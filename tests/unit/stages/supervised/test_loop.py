@@ -37,6 +37,7 @@ class Recorder:
     def train_step(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
         real = [m for m in microbatches if m.fields["weights"].any()]
         self.seen.append(sorted(int(row[0]) for m in real for row in m.tokens))
+        self.rows_together = max(len(m.tokens) for m in real)
         return StepMetrics(1.0 / len(self.seen), 1.0, 0.1)
 
     def evaluate(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
@@ -153,6 +154,13 @@ def test_a_monitor_that_is_never_logged_is_refused_with_the_names_that_are(tmp_p
     params = CheckpointCallbackParams(monitor="validation_loss")
     with pytest.raises(ConfigError, match=r"monitor: 'validation_loss' is not logged; one of .*val_loss"):
         train(task(), Recorder(), experiment(tmp_path, checkpoint_callback_params=params))
+
+
+@pytest.mark.parametrize(("budget", "together"), [(None, 2), (1, 1)])
+def test_micro_batches_are_within_the_tasks_budget_of_tokens(tmp_path: Path, budget: int | None, together: int) -> None:
+    model = Recorder()
+    train(dataclasses.replace(task(), micro_batch_tokens=budget), model, experiment(tmp_path))
+    assert model.rows_together == together
 
 
 def test_every_rank_has_as_many_micro_batches_and_together_every_example_once() -> None:

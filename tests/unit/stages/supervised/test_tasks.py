@@ -35,7 +35,7 @@ def sft_config(folder: Path, **more: Any) -> SFTConfig:
     train = cfg.model.data.train_ds
     train.file_path = write(folder / "t", [{"input": f"q{i}", "output": f"a{i}"} for i in range(5)])
     train.global_batch_size, train.micro_batch_size, train.shuffle, train.drop_last = 2, 3, False, True
-    cfg.model.seed, cfg.trainer.sft.gradient_clip_val = 77, 0.5
+    cfg.model.seed, cfg.trainer.sft.gradient_clip_val, cfg.model.micro_batch_tokens = 77, 0.5, 99
     for name, value in more.items():
         setattr(train, name, value)
     return cfg
@@ -57,6 +57,7 @@ def test_sft_trains_on_the_answers_in_the_batches_of_its_config(tmp_path: Path) 
     plan = task.plan
     assert (plan.count, plan.global_batch_size, plan.seed, plan.shuffle, plan.drop_last) == (5, 2, 77, False, True)
     assert (task.micro_batch_size, task.loop, task.objective) == (3, cfg.trainer.sft, sft_objective)
+    assert task.micro_batch_tokens == 99
     assert task.settings["gradient_clip_val"] == 0.5
     assert task.settings["model.optim.lr"] == cfg.model.optim.lr
     assert sft_task(sft_config(tmp_path)).validation == []
@@ -105,7 +106,7 @@ def rm_config(**prefix: Any) -> RMConfig:
     cfg = RMConfig()
     cfg.model.data.data_prefix = prefix
     cfg.model.global_batch_size, cfg.model.micro_batch_size, cfg.model.seed = 3, 2, 77
-    cfg.trainer.rm.gradient_clip_val = 0.5
+    cfg.trainer.rm.gradient_clip_val, cfg.model.micro_batch_tokens = 0.5, 99
     return cfg
 
 
@@ -141,6 +142,7 @@ def test_a_reward_model_trains_on_pairs_with_eos_as_its_archive_will_say(tmp_pat
     plan = task.plan
     assert (plan.count, plan.global_batch_size, plan.seed, plan.shuffle) == (4, 3, 77, False)
     assert (task.micro_batch_size, task.loop, task.objective) == (2, cfg.trainer.rm, ranking_objective)
+    assert task.micro_batch_tokens == 99
     assert task.settings["gradient_clip_val"] == 0.5
     terms = {"accuracy": 1.0, "rewards_all_mean": 0.0, "rewards_all_square": 1.0}
     found = task.archive_notes(StepMetrics(0.0, 0.0, 0.0, terms), 4, True)
