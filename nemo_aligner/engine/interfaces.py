@@ -247,7 +247,4 @@ class RewardModel(TrainableModel, Protocol):
         """Mean and std of its rewards on its validation data, where the archive holds them."""
 
     def score(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[list[float]]:
-        """K rewards of each token row (K = 1 for ranking models), read at its last token; order of `rows` kept.
-
-        Length-sorted inside, so that rows of a micro-batch have like lengths.
-        """
+        """K rewards of each token row (K = 1 for ranking models), read at its last token; order of `rows` kept."""

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
+from nemo_aligner.algorithms.batching import deal, pad_rows
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.rows import RowForward
 from nemo_aligner.engine.generation.scheduler import Generator
 from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Microbatch, Response
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
@@ -63,11 +64,19 @@ class MegatronPolicy(MegatronTrainable):
     def logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Log-probability of each token given those before it; see interfaces.Policy."""
+        """Log-probability of each token given those before it; see interfaces.Policy.
+
+        On a CPU those of a row are a function of it alone, and as many rows run together as is good.
+        """
+        if self.on_cpu:
+            forward = RowForward(self.module, self.arch)
+            with forward.ready():
+                return forward.logprobs(rows, starts or [0] * len(rows))
         was_training = self.module.training
         self.module.eval()
         results: list[Tensor] = [torch.empty(0)] * len(rows)
-        for batch in length_sorted_batches(rows, micro_batch_size):
+        [batches] = deal([[row] for row in rows], ranks=1, size=micro_batch_size)
+        for batch in batches:
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
             firsts = torch.tensor([0 if starts is None else starts[i] for i in batch])
             asked = torch.arange(tokens.size(1)) >= firsts[:, None]

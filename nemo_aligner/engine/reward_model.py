@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nemo_aligner.algorithms.batching import length_sorted_batches, pad_rows
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_aligner.algorithms.batching import deal, pad_rows
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checks import check_is_reward_model
+from nemo_aligner.engine.generation.rows import RowForward
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
 from nemo_aligner.engine.model.forward import forward_outputs
@@ -17,6 +21,14 @@ from nemo_aligner.engine.training.trainable import MegatronTrainable
 
 class MegatronRewardModel(MegatronTrainable):
     """Implements interfaces.RewardModel."""
+
+    _rows: RowForward | None = None  # with its weights packed, as long as nobody asks for the module
+    _packed: ExitStack
+
+    @property
+    def module(self) -> MegatronModule:
+        self._unpack()
+        return super().module
 
     @property
     def append_eod(self) -> bool:
@@ -28,14 +40,37 @@ class MegatronRewardModel(MegatronTrainable):
         return None if not stored else (stored["mean"], stored["std"])
 
     def score(self, rows: Sequence[Sequence[int]], micro_batch_size: int) -> list[list[float]]:
-        """K rewards of each token row (order kept), read at its last token; length-sorted inside."""
+        """K rewards of each token row, in their order, read at its last token.
+
+        On a CPU a reward is a function of its row alone, and as many rows run together as is good.
+        """
+        if self.on_cpu:
+            with self._row_forward() as forward:
+                return forward.rewards(rows)
         results: list[list[float]] = [[]] * len(rows)
-        for batch in length_sorted_batches(rows, micro_batch_size):
+        [batches] = deal([[row] for row in rows], ranks=1, size=micro_batch_size)
+        for batch in batches:
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
             [rewards] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
             for row, i in enumerate(batch):
                 results[i] = rewards[row].tolist()
         return results
+
+    @contextmanager
+    def _row_forward(self) -> Iterator[RowForward]:
+        """To pack the weights takes as long as a few texts: those not in training stay packed from call to call."""
+        if self._rows is None:
+            rows, packed = RowForward(self.module, self.arch), ExitStack()
+            packed.enter_context(rows.ready())
+            self._rows, self._packed = rows, packed
+        yield self._rows
+        if self._wrapped is not None:
+            self._unpack()
+
+    def _unpack(self) -> None:
+        if self._rows is not None:
+            self._packed.close()
+            self._rows = None
 
 
 def load_reward_model(

@@ -51,6 +51,18 @@ def test_a_reward_model_stores_mean_and_std_of_its_rewards_on_the_validation_tex
     assert [row["reward"] for row in standard] == pytest.approx(expected, abs=1e-3)
 
 
+def test_labeled_rows_are_the_same_bytes_on_any_number_of_processes_in_any_batches(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    texts = workshop.write("films.jsonl", [{"input": f"p{i % 3} went", "output": " film" * (i % 7)} for i in range(20)])
+    outputs = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for output, more in zip(
+        outputs, ((), ("data.micro_batch_size=7",), ("trainer.devices=2", "data.micro_batch_size=3")), strict=True
+    ):
+        label(workshop, texts, output, *more)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes() == outputs[2].read_bytes()
+
+
 def test_online_rest_keeps_what_lies_above_the_threshold_in_standard_deviations(
     workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -92,7 +104,7 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
     judged = tmp_path / "judged.jsonl"
     judged.write_text("".join(json.dumps({"input": r["input"], "output": r["output"]}) + "\n" for r in samples))
     rewards = [row["reward"] for row in label(workshop, judged, tmp_path / "o.jsonl")]
-    assert [sample["reward"] for sample in samples] == pytest.approx(rewards, abs=1e-5)
+    assert [sample["reward"] for sample in samples] == rewards, "evaluation and labeler, to the last digit"
     assert (first["reward_mean"], first["reward_std"]) == pytest.approx(mean_and_std(rewards), abs=1e-5)
     assert (first["samples"], first["policy"], second["policy"]) == (12, str(policy), str(again))
     assert first["kl"] == pytest.approx(0.0, abs=1e-4), "it is where it began"

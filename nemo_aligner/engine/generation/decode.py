@@ -39,6 +39,7 @@ from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
 from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.kernels.packed_weights import PackedWeights
+from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.forward import from_last_stage
 
 _SCORED_TOGETHER = 256
@@ -78,7 +79,9 @@ class Norm:
 class CachedForward:
     """The forward passes of generation, for this rank's part of the model."""
 
-    def __init__(self, model: GPTModel, arch: Architecture) -> None:
+    def __init__(self, model: GPTModel, arch: Architecture, *, alike: bool = False) -> None:
+        """With `alike` what is computed of a row never depends on the rows beside it, which takes more of the few rows
+        of a decode step."""
         self.model = model
         self.arch = arch
         weight = next(model.parameters())
@@ -92,14 +95,15 @@ class CachedForward:
         self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
         self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
-        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding)
+        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike)
         self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
         linears = itertools.chain.from_iterable((x.qkv, x.projection, x.fc1, x.fc2) for x in self.layers)
         weights = [linear.weight for linear in linears]
-        return [*weights, self._output_weight()] if self._last else weights
+        has_logits = self._last and not isinstance(self.model, RewardGPTModel)
+        return [*weights, self._output_weight()] if has_logits else weights
 
     def _output_weight(self) -> torch.nn.Parameter:
         """That of the logits, on the last stage."""
@@ -153,30 +157,47 @@ class CachedForward:
 
         With `scored`, their tokens' log-probabilities too, and the `scored` likeliest tokens at each.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.tensor(list(itertools.chain(*prompts)), device=self.device)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        shape = (len(self.layers), 2, self._groups)
-        keys_values = [
-            torch.empty(*shape, length, self.arch.head_dim, dtype=self.dtype, device=self.device) for length in lengths
-        ]
-        attend: CachedAttention
-        if self._attends:
-            # every token's own row is its prompt's, as far as it goes
-            places = np.repeat([(*[0] * 5, *place_of(one)) for one in keys_values], lengths, axis=0)
-            attend = self._kernel_attention(torch.from_numpy(places), positions)
-        else:
-            attend = PromptAttention(self._rotary, positions, keys_values, self._windows)
-        hidden = self._layers(tokens, positions, attend)
+        hidden, keys_values = self.extend(prompts)
         # only the last position of each prompt is needed for the first response token
-        logits = self._logits(hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
+        logits = self.logits(torch.stack([part[-1] for part in hidden]))
         found = itertools.repeat(None) if logits is None else logits
         scores: Sequence[PromptScores | None] = [None] * len(prompts)
         if scored is not None:
-            ends = list(itertools.accumulate(lengths))
-            parts = [hidden[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]
+            parts = [part[:-1] for part in hidden]
             scores = from_last_stage([self._scores(*pair, scored) for pair in zip(parts, prompts, strict=True)])
         return [CachedPrompt(*parts) for parts in zip(keys_values, found, scores, strict=False)]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `extend` can go on from what was computed before."""
+        return self._attends
+
+    @torch.no_grad()
+    def extend(
+        self, texts: Sequence[Sequence[int]], begun: Sequence[Tensor] | None = None
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Run tokens, each text from its beginning or, with `begun`, on from the keys and values of what comes before.
+
+        Returns, for each text of S tokens, its hidden states `[S, H]` (the true ones on the last stage) and its keys
+        and values `[layers, 2, G, S, D]`.
+        """
+        lengths, shape = [len(text) for text in texts], (len(self.layers), 2, self._groups)
+        before = [0] * len(texts) if begun is None else [one.size(3) for one in begun]
+        tokens = torch.tensor(list(itertools.chain(*texts)), device=self.device)
+        positions = torch.cat(
+            [torch.arange(b, b + s, device=self.device) for b, s in zip(before, lengths, strict=True)]
+        )
+        own = [torch.empty(*shape, s, self.arch.head_dim, dtype=self.dtype, device=self.device) for s in lengths]
+        attend: CachedAttention
+        if self._attends:
+            # every token's own row is its text's, as far as it goes
+            shared = [(0,) * 4] * len(texts) if begun is None else [place_of(one) for one in begun]
+            places = [(b, *s, *place_of(one)) for b, s, one in zip(before, shared, own, strict=True)]
+            attend = self._kernel_attention(torch.from_numpy(np.repeat(places, lengths, axis=0)), positions)
+        else:
+            assert begun is None, "torch's kernels do not go on from what was computed before"
+            attend = PromptAttention(self._rotary, positions, own, self._windows)
+        return self._layers(tokens, positions, attend).split(lengths), own
 
     def _scores(self, hidden: Tensor, prompt: Sequence[int], top: int) -> PromptScores | None:
         """Of a prompt, from the hidden states `[S - 1, H]` before its last; None off the last stage."""
@@ -187,7 +208,7 @@ class CachedForward:
         targets = torch.tensor(prompt[1:], dtype=torch.int64, device=self.device)
         for start in range(0, len(targets), _SCORED_TOGETHER):
             part = slice(start, start + _SCORED_TOGETHER)
-            logits = self._logits(hidden[part])
+            logits = self.logits(hidden[part])
             assert logits is not None
             found = logits.float().log_softmax(dim=-1)
             logprobs += found.gather(-1, targets[part, None]).squeeze(-1).tolist()
@@ -205,7 +226,7 @@ class CachedForward:
             attend = self._kernel_attention(cache.places(), positions)
         else:
             attend = BlockAttention(self._rotary, positions, cache, self._windows)
-        return self._logits(self._layers(tokens, positions, attend))
+        return self.logits(self._layers(tokens, positions, attend))
 
     def _kernel_attention(self, places: Tensor, positions: Tensor) -> KernelAttention:
         assert self.kernels is not None
@@ -282,7 +303,7 @@ class CachedForward:
             output = reduce_from_tensor_model_parallel_region(output)
         return output if linear.bias is None else output + linear.bias
 
-    def _logits(self, hidden: Tensor) -> Tensor | None:
+    def logits(self, hidden: Tensor) -> Tensor | None:
         """Logits `[B, V]` of hidden states `[B, H]`, in the model's dtype; None off the last stage."""
         if not self._last:
             return None

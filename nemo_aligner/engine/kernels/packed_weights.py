@@ -89,10 +89,15 @@ def layout_for(weight: Tensor, kernels: CpuKernels | None) -> Layout | None:
     return None
 
 
+ALIKE = 128
+"""Rows of every product that is to treat rows alike: enough for units for matrices, few for a single short text."""
+
+
 class PackedWeights:
     """Products with parameters `[out, in]`, which are packed inside the block `packed()` and as they are outside of it.
 
-    `looked_up` is one of them that is also read row by row (a tied embedding).
+    `looked_up` is one of them that is also read row by row (a tied embedding). With `alike` a row's product does not
+    depend on the rows beside it: libraries choose how to sum by the number of rows, so they get the same number always.
     """
 
     def __init__(
@@ -100,7 +105,10 @@ class PackedWeights:
         parameters: Iterable[nn.Parameter],
         kernels: CpuKernels | None = None,
         looked_up: nn.Parameter | None = None,
+        *,
+        alike: bool = False,
     ) -> None:
+        self._alike = alike
         self._layouts: list[tuple[nn.Parameter, Layout]] = []
         for parameter in parameters:
             layout = layout_for(parameter, kernels)
@@ -130,11 +138,12 @@ class PackedWeights:
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows` `[N, in]` times `weight` `[out, in]`, as torch.nn.functional.linear defines it."""
-        found = self._packed.get(id(weight))
-        if found is None:
-            return F.linear(rows, weight, bias)
-        layout, packed = found
-        return layout.product(rows.contiguous(), packed, bias)
+        layout, packed = self._packed.get(id(weight), (None, None))
+        if isinstance(layout, Panels) or not self._alike:
+            return _product(layout, rows, weight if packed is None else packed, bias)
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % ALIKE))
+        parts = [_product(layout, part, weight if packed is None else packed, bias) for part in padded.split(ALIKE)]
+        return torch.cat(parts)[: len(rows)]
 
     def rows(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` `[N]` int64 of `weight` `[out, in]`: `[N, in]`."""
@@ -143,3 +152,7 @@ class PackedWeights:
             return F.embedding(ids, weight)
         layout, packed = found
         return layout.rows_of(packed, ids)
+
+
+def _product(layout: Layout | None, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(rows, weight, bias) if layout is None else layout.product(rows.contiguous(), weight, bias)

@@ -63,18 +63,16 @@ static inline __attribute__((always_inline)) void dots(const real *q, const real
         sum[t] = (floats){0};
         for (int c = 0; c < chunks; c++) sum[t] += load(q + c * LANES) * load(key + c * LANES);
     }
-    if (count < TOGETHER) {
-        for (int t = 0; t < count; t++) to[t] = sum_of(sum[t]);
-        return;
-    }
-    /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters */
+    for (int t = count; t < TOGETHER; t++) sum[t] = (floats){0};
+    /* sums over the lanes of four vectors at once: pairs of lanes, then of pairs, then over the quarters; of fewer in the
+     * same order, so that it does not matter where a row's positions are parted */
     floats ab = SHUFFLE(sum[0], sum[1], EACH(EVEN_PAIRS)) + SHUFFLE(sum[0], sum[1], EACH(ODD_PAIRS));
     floats cd = SHUFFLE(sum[2], sum[3], EACH(EVEN_PAIRS)) + SHUFFLE(sum[2], sum[3], EACH(ODD_PAIRS));
     floats all = SHUFFLE(ab, cd, EACH(LOW_HALVES)) + SHUFFLE(ab, cd, EACH(HIGH_HALVES));
     quarter quarters[LANES / 4];
     memcpy(quarters, &all, sizeof all);
     for (int i = 1; i < LANES / 4; i++) quarters[0] += quarters[i];
-    memcpy(to, quarters, sizeof *quarters);
+    memcpy(to, quarters, count * sizeof(float));
 }
 
 /* softmax(scale · q · kᵀ) · v of R query heads over the positions of both parts, one after the other: q[R, D],
