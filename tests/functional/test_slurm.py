@@ -33,6 +33,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     run("bash", CLUSTER, "stop", **env)
 
 
+def hetjob(shop: Workshop, folder: Path, *actor_args: str, tasks: int = 1) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Arguments of sbatch, and the settings, for server and actor of small models; `tasks` are the actor's."""
+    prompts = str(shop.path("prompts_dataset.jsonl"))
+    sizes = ("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", f"--ntasks-per-node={tasks}")
+    small = "trainer.precision=32 model.ppo.num_rollout_samples=4 model.global_batch_size=8"
+    settings = {
+        "RM_NEMO_FILE": str(shop.path("reward_model.nemo")),
+        "ACTOR_NEMO_FILE": str(shop.path("sft_model.nemo")),
+        "TRAIN_DATA_PATH": prompts,
+        "VALID_DATA_PATH": prompts,
+        "RESULTS_DIR": str(folder),
+        "CRITIC_PORT": str(free_port()),
+        "RM_ARGS": "trainer.precision=32",
+        "ACTOR_ARGS": " ".join((small, "model.ppo.length_params.max_length=6", *actor_args)),
+    }
+    return (f"--output={folder}/job.log", *sizes, "scripts/slurm/reinforce.sh"), settings
+
+
 def submit(cluster: dict[str, str], *command: str, **settings: str) -> str:
     """Run a job to its end; returns what Slurm says of it."""
     return wait_for_end(cluster, start(cluster, *command, **settings))
@@ -64,22 +82,8 @@ def wait_for_end(cluster: dict[str, str], job: str) -> str:
 def test_the_hetjob_runs_server_and_actor_on_different_nodes(
     cluster: dict[str, str], workshop: Workshop, tmp_path: Path
 ) -> None:
-    prompts = str(workshop.path("prompts_dataset.jsonl"))
-    shown = submit(
-        cluster,
-        f"--output={tmp_path}/job.log",
-        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=2"),
-        "scripts/slurm/reinforce.sh",
-        RM_NEMO_FILE=str(workshop.path("reward_model.nemo")),
-        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
-        TRAIN_DATA_PATH=prompts,
-        VALID_DATA_PATH=prompts,
-        RESULTS_DIR=str(tmp_path),
-        CRITIC_PORT=str(free_port()),
-        RM_ARGS="trainer.precision=32",
-        ACTOR_ARGS="trainer.precision=32 trainer.ppo.max_steps=1 model.ppo.num_rollout_samples=4 "
-        "model.global_batch_size=8 model.ppo.length_params.max_length=6 ~model.optim.sched",
-    )
+    job, settings = hetjob(workshop, tmp_path, "trainer.ppo.max_steps=1", "~model.optim.sched", tasks=2)
+    shown = submit(cluster, *job, **settings)
     logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")} | {
         path.name: path.read_text() for path in tmp_path.rglob("*.err")
     }
@@ -117,17 +121,8 @@ def test_the_online_loop_runs_its_stages_as_job_steps(
 
 
 def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Workshop, tmp_path: Path) -> None:
-    shown = submit(
-        cluster,
-        f"--output={tmp_path}/job.log",
-        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=1"),
-        "scripts/slurm/reinforce.sh",
-        RM_NEMO_FILE=str(tmp_path / "no_such.nemo"),
-        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
-        TRAIN_DATA_PATH=str(workshop.path("prompts_dataset.jsonl")),
-        VALID_DATA_PATH=str(workshop.path("prompts_dataset.jsonl")),
-        RESULTS_DIR=str(tmp_path),
-    )
+    command, settings = hetjob(workshop, tmp_path)
+    shown = submit(cluster, *command, **{**settings, "RM_NEMO_FILE": str(tmp_path / "no_such.nemo")})
     assert "JobState=FAILED" in shown
     *_, told, first = (tmp_path / "job.log").read_text().splitlines()
     assert told == "error: the reward server ended with status 1 before the actor"
@@ -138,23 +133,9 @@ def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Wo
 def test_after_scancel_the_actor_saves_and_every_log_ends_in_a_line_that_says_so(
     cluster: dict[str, str], workshop: Workshop, tmp_path: Path
 ) -> None:
-    prompts = str(workshop.path("prompts_dataset.jsonl"))
-    job = start(
-        cluster,
-        f"--output={tmp_path}/job.log",
-        *("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=1"),
-        "scripts/slurm/reinforce.sh",
-        RM_NEMO_FILE=str(workshop.path("reward_model.nemo")),
-        ACTOR_NEMO_FILE=str(workshop.path("sft_model.nemo")),
-        TRAIN_DATA_PATH=prompts,
-        VALID_DATA_PATH=prompts,
-        RESULTS_DIR=str(tmp_path),
-        CRITIC_PORT=str(free_port()),
-        RM_ARGS="trainer.precision=32",
-        ACTOR_ARGS="trainer.precision=32 trainer.ppo.max_steps=1000 trainer.ppo.max_epochs=1000 "
-        "model.ppo.num_rollout_samples=4 model.global_batch_size=8 model.ppo.length_params.max_length=6 "
-        "trainer.ppo.save_interval=1000",
-    )
+    endless = ("trainer.ppo.max_steps=1000", "trainer.ppo.max_epochs=1000", "trainer.ppo.save_interval=1000")
+    command, settings = hetjob(workshop, tmp_path, *endless)
+    job = start(cluster, *command, **settings)
     metrics = tmp_path / "actor_results/metrics.jsonl"
     wait_for(lambda: metrics.exists() and "train_optim" in metrics.read_text())
     run("scancel", job, **cluster)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.algorithms.shared_prefix import lay_out
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import stream_attention
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.model.forward import forward_outputs, run_objective
@@ -88,6 +88,22 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert gap < 1e-5, f"{name}: {gap}"
 
 
+def check(
+    model: Any, batch: Microbatch, objective: Objective, plain: Callable[..., Tensor], arch: Architecture
+) -> None:
+    """Output, loss and gradients of the stream are those of the `plain` output."""
+    [sums] = run_objective(model, [batch], objective, arch.vocab_size, forward_only=False)
+    found = gradients(model)
+    outputs = plain(model, batch, arch)
+    terms = objective(outputs, batch)
+    terms.loss_sum.backward()
+    assert sums["loss"] == pytest.approx(terms.loss_sum.item(), rel=1e-5)
+    assert sums["count"] == terms.count.item()
+    assert_same(found, gradients(model))
+    [everywhere] = forward_outputs(model, [Microbatch(batch.tokens, batch.lengths)], arch.vocab_size)
+    assert torch.allclose(everywhere, outputs, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_and_gradients_of_a_policy_are_those_of_plain_rows(shape: str, seed: int) -> None:
@@ -98,16 +114,7 @@ def test_loss_and_gradients_of_a_policy_are_those_of_plain_rows(shape: str, seed
     def objective(logprobs: Tensor, rows: Microbatch) -> Any:
         return reinforce_loss(logprobs, rows.fields["loss_mask"], rows.fields["weights"])
 
-    [sums] = run_objective(model, [batch], objective, arch.vocab_size, forward_only=False)
-    found = gradients(model)
-    logprobs = plain_logprobs(model, batch, arch)
-    terms = objective(logprobs, batch)
-    terms.loss_sum.backward()
-    assert sums["loss"] == pytest.approx(terms.loss_sum.item(), rel=1e-5)
-    assert sums["count"] == terms.count.item()
-    assert_same(found, gradients(model))
-    [everywhere] = forward_outputs(model, [Microbatch(batch.tokens, batch.lengths)], arch.vocab_size)
-    assert torch.allclose(everywhere, logprobs, atol=1e-4)
+    check(model, batch, objective, plain_logprobs, arch)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -120,15 +127,7 @@ def test_rewards_and_gradients_of_a_reward_model_are_those_of_plain_rows(shape: 
     def objective(rewards: Tensor, rows: Microbatch) -> Any:
         return ranking_loss(rewards, rows.fields["weights"])
 
-    [sums] = run_objective(model, [batch], objective, arch.vocab_size, forward_only=False)
-    found = gradients(model)
-    rewards = plain_rewards(model, batch, arch)
-    terms = objective(rewards, batch)
-    terms.loss_sum.backward()
-    assert sums["loss"] == pytest.approx(terms.loss_sum.item(), rel=1e-5)
-    assert_same(found, gradients(model))
-    [alone] = forward_outputs(model, [batch], arch.vocab_size)
-    assert torch.allclose(alone, rewards, atol=1e-4)
+    check(model, batch, objective, plain_rewards, arch)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
