@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.batching import pad_rows
-from nemo_aligner.algorithms.losses import ranking_loss
-from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.algorithms.shared_prefix import lay_out
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.interfaces import Microbatch, Objective
+from nemo_aligner.engine.model import forward
 from nemo_aligner.engine.model.attention import stream_attention
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.model.forward import forward_outputs, run_objective
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
+from nemo_aligner.stages.reinforce.loop import reinforce_objective
+from nemo_aligner.stages.supervised.loop import ranking_objective
 from tests.tiny import ARCH, trainable
 
 SHAPES = {
@@ -110,11 +112,7 @@ def test_loss_and_gradients_of_a_policy_are_those_of_plain_rows(shape: str, seed
     arch = SHAPES[shape]
     torch.manual_seed(seed)
     model, batch = build_model(arch, RunOptions()), microbatch(seed)
-
-    def objective(logprobs: Tensor, rows: Microbatch) -> Any:
-        return reinforce_loss(logprobs, rows.fields["loss_mask"], rows.fields["weights"])
-
-    check(model, batch, objective, plain_logprobs, arch)
+    check(model, batch, reinforce_objective, plain_logprobs, arch)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,11 +121,7 @@ def test_rewards_and_gradients_of_a_reward_model_are_those_of_plain_rows(shape: 
     torch.manual_seed(0)
     model, batch = build_model(arch, RunOptions()), microbatch(3)
     batch = Microbatch(batch.tokens[:8], batch.lengths[:8], {"weights": torch.rand(4).repeat_interleave(2)})
-
-    def objective(rewards: Tensor, rows: Microbatch) -> Any:
-        return ranking_loss(rewards, rows.fields["weights"])
-
-    check(model, batch, objective, plain_rewards, arch)
+    check(model, batch, ranking_objective, plain_rewards, arch)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -137,13 +131,26 @@ def test_recomputation_gives_the_same_gradients(recompute: str) -> None:
     def found(**more: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = build_model(ARCH, RunOptions(**more))
-        run_objective(
-            model, [batch], lambda logprobs, rows: reinforce_loss(logprobs, *rows.fields.values()), ARCH.vocab_size,
-            forward_only=False,
-        )  # fmt: skip
+        run_objective(model, [batch], reinforce_objective, ARCH.vocab_size, forward_only=False)
         return gradients(model)
 
     assert_same(found(activations_checkpoint_granularity=recompute, activations_checkpoint_method="uniform"), found())
+
+
+def test_fifty_steps_with_and_without_sharing_lie_on_each_other(
+    cluster: MegatronCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses() -> list[float]:
+        model = trainable(cluster)
+        return [model.train_step([microbatch(step)], reinforce_objective).loss for step in range(50)]
+
+    torch.manual_seed(1)
+    shared = losses()
+    monkeypatch.setattr(forward, "MIN_SHARED", sys.maxsize)
+    torch.manual_seed(1)
+    alone = losses()
+    assert max(shared) - min(shared) > 1.0, "it is no flat line"
+    assert alone == pytest.approx(shared, abs=1e-2), "Adam makes more of rounding, step by step"
 
 
 @pytest.mark.parametrize("window", [None, 4])
