@@ -218,11 +218,8 @@ def _in_order(parts: Sequence[Drawn], places: Sequence[slice | np.ndarray], coun
     """Draws for parts of `count` rows as one, in the order of the rows."""
     if len(parts) == 1:
         return parts[0]
-    joined = Drawn(*(part.new_empty(count) for part in parts[0]))
-    for part, where in zip(parts, places, strict=True):
-        for whole, values in zip(joined, part, strict=True):
-            whole[where] = values
-    return joined
+    order = np.concatenate([np.arange(count)[where] for where in places]).argsort()
+    return Drawn(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
 
 
 def _likeliest(

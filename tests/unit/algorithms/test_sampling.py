@@ -87,6 +87,13 @@ def test_top_p_off_keeps_all(p: float) -> None:
     assert top_p_filtered(LOGITS, p).equal(LOGITS)
 
 
+@pytest.mark.parametrize(("k", "kept"), [(1, [0]), (2, [0, 2, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])
+def test_top_k_keeps_the_k_largest_and_the_equals_of_the_last_of_them(k: int, kept: list[int]) -> None:
+    found = top_k_filtered(LOGITS, k)[0]
+    assert found.isfinite().nonzero()[:, 0].tolist() == kept
+    assert found[kept].equal(LOGITS[0, kept])
+
+
 @pytest.mark.parametrize("k", [0, -1, 5, 99])
 def test_top_k_off_or_larger_than_the_vocabulary_keeps_all(k: int) -> None:
     assert top_k_filtered(LOGITS, k).equal(LOGITS)

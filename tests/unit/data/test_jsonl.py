@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,19 @@ def test_a_damaged_packed_file_is_one_line(tmp_path: Path, hf_dataset: bool, suf
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}/none\.jsonl: no such file$"):
         load_rows(tmp_path / "none.jsonl", required=REQUIRED)
+
+
+@pytest.mark.parametrize("hf_dataset", [False, True])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, hf_dataset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret.jsonl"
+    path.write_text('{"input": "a"}\n')
+    monkeypatch.setattr("os.access", lambda of, mode: (of, mode) != (path, os.R_OK))  # root may read everything
+    with pytest.raises(DataError, match=rf"^{path}: no permission to read it$"):
+        load_rows(path, required=REQUIRED, hf_dataset=hf_dataset)
 
 
 def test_what_is_no_number_is_written_as_null_however_deep() -> None:

@@ -100,6 +100,16 @@ def test_logits_equal_transformers_and_the_way_back_is_exact(case: str) -> None:
     assert architecture_of(to_hf_config(arch, "float32")) == replace(arch, kv_channels=arch.head_dim)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+def test_the_layers_that_have_a_window_are_those_that_transformers_names(family: str, first: int) -> None:
+    asked = {"sliding_window": 5, "max_window_layers": first, "use_sliding_window": True if family == "Qwen2" else None}
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **asked}).to_dict()
+    kinds = config.pop("layer_types", ["sliding_attention"] * 2)  # Mistral has no choice
+    arch = architecture_of({**config, "architectures": [f"{family}ForCausalLM"]})
+    assert [arch.window_of(i) for i in range(2)] == [5 if kind == "sliding_attention" else None for kind in kinds]
+
+
 def test_qkv_split_undoes_fuse() -> None:
     arch = architecture_of({**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5})
     parts = torch.randn(32, 32), torch.randn(16, 32), torch.randn(16, 32)
@@ -117,6 +127,14 @@ def test_kinds_of_attention_that_are_not_known_are_refused(kinds: list[str]) -> 
 def test_other_architectures_are_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match="architecture GPT2LMHeadModel is not one of LlamaForCausalLM"):
         architecture_of({"architectures": ["GPT2LMHeadModel"]})
+
+
+def test_of_many_tensors_that_are_not_understood_the_first_three_are_named() -> None:
+    arch = architecture_of({**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5})
+    known = dict(hugging_face("Llama", {}).state_dict())
+    more = {name: torch.ones(1) for name in ("d", "b", "a", "c", "lm_head.bias")}
+    with pytest.raises(CheckpointError, match=r"has 5 tensors that are not understood, among them a, b, c$"):
+        to_megatron(arch, {**known, **more}, 256)
 
 
 def test_missing_tensors_are_named() -> None:

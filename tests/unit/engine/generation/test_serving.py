@@ -11,6 +11,7 @@ import torch
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.kv_cache import CachedPrompt
 from nemo_aligner.engine.generation.scheduler import Generator
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
 from nemo_aligner.engine.model.build import RunOptions, build_model
@@ -146,6 +147,34 @@ def test_progress_is_told_of_streams_alone_and_grows_to_the_response(model: torc
         assert progress.tokens == response.tokens[: len(progress.tokens)]
         assert progress.logprobs == response.logprobs[: len(progress.tokens)]
         assert progress.top_logprobs == response.top_logprobs[: len(progress.tokens)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([4, 6, 1, 9, 2], [[4, 6], [1, 9], [2]]),  # ten tokens together, not more
+        ([3, 12, 3, 3], [[3], [12], [3, 3]]),
+        ([12, 11], [[12], [11]]),
+        ([1] * 12, [[1] * 10, [1] * 2]),
+    ],
+)
+def test_a_prefill_has_at_most_its_tokens_or_one_prompt_and_no_prompt_twice(
+    model: torch.nn.Module, lengths: list[int], groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_aligner.engine.generation.scheduler.PREFILL_TOKENS", 10)
+    prefilled: list[list[int]] = []
+    plain = CachedForward.prefill
+
+    def prefill(self: CachedForward, prompts: Sequence[Sequence[int]], scored: int | None = None) -> list[CachedPrompt]:
+        prefilled.append([len(prompt) for prompt in prompts])
+        return plain(self, prompts, scored)
+
+    monkeypatch.setattr(CachedForward, "prefill", prefill)
+    prompts = [(65 + p, *range(1, length)) for p, length in enumerate(lengths)]
+    requests = [GenerationRequest(p, s, prompt) for p, prompt in enumerate(prompts) for s in range(2)]
+    sampling = SamplingParams(greedy=True, max_tokens=1)
+    assert len(list(generator(model, len(requests), sampling).run(requests))) == len(requests)
+    assert prefilled == groups
 
 
 def full_logprobs(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Tensor:

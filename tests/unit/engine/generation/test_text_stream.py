@@ -62,10 +62,13 @@ def test_a_real_decoder_is_streamed_as_it_decodes_the_whole() -> None:
 
 def test_a_decoder_that_drops_a_leading_blank_keeps_those_inside() -> None:
     class Words(ByteTokenizer):
-        """Each token a word with a blank before it, which the first one loses."""
+        """Each token but 0 a word with a blank before it, which the first one loses."""
 
         def decode(self, ids):  # type: ignore[no-untyped-def]
-            return "".join(f" w{i}" for i in ids).removeprefix(" ")
+            return "".join(f" w{i}" for i in ids if i).removeprefix(" ")
 
     tokenizer = Words()
     assert "".join(streamed(tokenizer, [1, 2, 3, 4, 5], [], random.Random(0))) == "w1 w2 w3 w4 w5"
+    stream = TextStream(tokenizer, [])
+    tokens = [1, 0, 2, 0, 0, 3]
+    assert [stream.more(tokens[: n + 1]) for n in range(6)] == ["w1", "", " w2", "", "", " w3"]

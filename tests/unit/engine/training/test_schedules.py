@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from nemo_aligner.engine.training.schedules import check_schedule, make_schedule
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.quiet_nemo import quiet_nemo
 
 
 def rates(sched: dict | None, steps: int, lr: float = 1.0) -> list[float]:
@@ -197,6 +199,31 @@ def test_schedules_of_torch_go_on_past_the_run_and_know_no_minimum() -> None:
     assert [stairs(t) for t in (0, 2, 3, 5, 6, 9)] == pytest.approx([PEAK * 0.1**n for n in (0, 0, 1, 1, 2, 3)])
     falling = make_schedule(PEAK, {"name": "ExponentialLR", "gamma": 0.5}, 4)
     assert [falling(t) for t in (0, 1, 5, 9)] == pytest.approx([PEAK * 0.5**t for t in (0, 1, 5, 9)])
+
+
+NOT_ABOVE_THE_PEAK = ("CosineAnnealing", "SquareAnnealing", "InverseSquareRootAnnealing")
+"""Of these NeMo refuses a minimum above the peak, or does not keep to it."""
+
+
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [(n, low) for n in DEFINITIONS for low in (0.0, LOW, PEAK + 1) if low < PEAK or n not in NOT_ABOVE_THE_PEAK],
+)
+def test_a_run_with_room_for_every_phase_has_the_rates_of_nemos_own_schedule(name: str, low: float) -> None:
+    with quiet_nemo():
+        from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    # with constant_steps the cosine of NeMo begins at 0
+    arguments = {"warmup_steps": WARM, "min_lr": low, **({} if name == "CosineAnnealing" else DEFINITIONS[name][0])}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    with quiet_nemo():
+        nemos = AVAILABLE_SCHEDULERS[name](optimizer, max_steps=STEPS, **arguments)
+        expected = []
+        for _ in range(STEPS + 3):
+            expected += nemos.get_last_lr()
+            optimizer.step()
+            nemos.step()
+    ours = make_schedule(PEAK, {"name": name, **arguments}, STEPS)
+    assert [ours(t) for t in range(STEPS + 3)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
