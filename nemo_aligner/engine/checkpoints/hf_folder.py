@@ -113,7 +113,7 @@ def write_hf_folder(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(to_hf(arch, megatron), folder / SINGLE, metadata={"format": "pt"})
         for name, content in texts.items():
-            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            (folder / name).write_text(json.dumps(content, indent=1))
         (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
         for name, data in files.items():
             (folder / name).write_bytes(data)

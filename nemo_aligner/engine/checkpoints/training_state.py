@@ -46,9 +46,7 @@ def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, load
     if optimizer is None:
         return weights
     with cuda_type_names():
-        optimizer_state = optimizer.sharded_state_dict(
-            model.sharded_state_dict(prefix="model."), is_loading=loading, metadata=_RESHARDABLE
-        )
+        optimizer_state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_RESHARDABLE)
     return {**weights, "optimizer": optimizer_state}
 
 
@@ -175,7 +173,7 @@ def _rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(keys), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

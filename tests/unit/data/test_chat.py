@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.chat import ChatTemplate, messages_of
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.errors import ConfigError, DataError
 
@@ -87,6 +87,34 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_line(tokeniz
         segments("{{ messages[0]['content'] + 1 }}", tokenizer)
 
 
+def test_a_conversation_that_cannot_be_cut_into_turns_is_named_with_its_line(tokenizer: FastTokenizer) -> None:
+    fault = r"^rows\.jsonl:3: the chat template does not render a conversation as a prefix of its continuation$"
+    for template in (
+        "{{ messages | length }}" + PLAIN,  # what was said before an answer changes with the answer
+        PLAIN + "{% if add_generation_prompt %}<bot>{% endif %}",  # an answer does not begin as it was asked for
+    ):
+        with pytest.raises(DataError, match=fault):
+            segments(template, tokenizer)
+    with pytest.raises(DataError, match=r"^p:4: the conversation has no assistant turn to train on$"):
+        ChatTemplate(PLAIN, tokenizer, "k").segments({"messages": MESSAGES[:2]}, "p", 4)
+
+
+def test_nemos_conversations_are_messages_of_the_roles_that_their_names_stand_for() -> None:
+    names = {"User": "user", "human": "user", "prompter": "user", "Assistant": "assistant", "gpt": "assistant"}
+    turns = [{"from": name, "value": name, "weight": i % 2} for i, name in enumerate([*names, "Tool"])]
+    wanted = [{"role": names.get(t["from"], "tool"), "content": t["from"], "weight": t["weight"]} for t in turns]
+    assert messages_of({"conversations": turns}, "p", 1) == wanted
+    told = {"role": "system", "content": "be brief"}
+    assert messages_of({"conversations": turns, "system": "be brief"}, "p", 1) == [told, *wanted]
+    plain = messages_of({"conversations": [{"from": "User", "value": "x"}], "system": ""}, "p", 1)
+    assert plain == [{"role": "user", "content": "x", "weight": 1}]
+    for turn in ("text", {"value": "x"}, {"from": "User"}):
+        with pytest.raises(DataError, match=r"^p:5: the turn .* lacks a role or a text$"):
+            messages_of({"conversations": [*turns, turn]}, "p", 5)
+    with pytest.raises(DataError, match=r"^p:5: a chat row needs `messages` or `conversations`, a list of turns$"):
+        messages_of({"messages": "x", "conversations": {}}, "p", 5)
+
+
 def test_what_is_no_template_names_its_key(tokenizer: FastTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"model\.data\.chat_template: not a valid Jinja template"):
         ChatTemplate("{% if %}", tokenizer, "model.data.chat_template")
@@ -112,13 +140,13 @@ def test_a_turn_of_weight_0_is_read_and_no_target(
 
 
 def test_a_weight_that_is_no_choice_is_refused(tokenizer: FastTokenizer) -> None:
-    with pytest.raises(DataError, match="p:3: a turn's weight is 0 or 1, not 2"):
+    with pytest.raises(DataError, match=r"^p:3: a turn's weight is 0 or 1, not 2$"):
         ChatTemplate(PLAIN, tokenizer, "k").segments(weighted(1, 2), "p", 3)
 
 
 def test_weights_and_generation_blocks_that_are_no_turns_do_not_go_together(tokenizer: FastTokenizer) -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    with pytest.raises(DataError, match="p:3: the chat template's generation blocks are not one a turn"):
+    with pytest.raises(DataError, match=r"^p:3: the chat template's generation blocks are not one a turn, so weights"):
         ChatTemplate(template, tokenizer, "k").segments(weighted(1, 0), "p", 3)
 
 

@@ -60,6 +60,13 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, hf_dataset: bool, con
     assert str(path) in str(caught.value)
 
 
+def test_brackets_that_are_text_or_stand_beside_each_other_are_no_depth(tmp_path: Path) -> None:
+    row = {"input": "[{" * 300, "beside": [[] for _ in range(200)], "deep": json.loads("[" * 99 + "]" * 99)}
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [row])
+    assert list(load_rows(path, required=REQUIRED)) == [row]
+
+
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 

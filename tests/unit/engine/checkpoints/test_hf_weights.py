@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from nemo_aligner.config.architecture import RopeScaling
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv, to_hf, to_megatron
@@ -108,6 +109,21 @@ def test_the_layers_that_have_a_window_are_those_that_transformers_names(family:
     kinds = config.pop("layer_types", ["sliding_attention"] * 2)  # Mistral has no choice
     arch = architecture_of({**config, "architectures": [f"{family}ForCausalLM"]})
     assert [arch.window_of(i) for i in range(2)] == [5 if kind == "sliding_attention" else None for kind in kinds]
+
+
+@pytest.mark.parametrize("block", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_the_rotary_settings_are_found_wherever_transformers_has_put_them(block: str, name: str) -> None:
+    linear = {name: "linear", "factor": 2.0}
+    config = {**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+    bare = architecture_of(config)
+    assert (bare.rotary_base, bare.rotary_percentage, bare.rope_scaling) == (10000.0, 1.0, None)
+    for found in (
+        architecture_of({**config, "rope_theta": 5e3, "partial_rotary_factor": 0.5, block: linear}),
+        architecture_of({**config, block: {**linear, "rope_theta": 5e3, "partial_rotary_factor": 0.5}}),
+    ):
+        assert (found.rotary_base, found.rotary_percentage) == (5e3, 0.5)
+        assert found.rope_scaling == RopeScaling(rope_type="linear", factor=2.0)
 
 
 def test_qkv_split_undoes_fuse() -> None:

@@ -209,6 +209,20 @@ def test_a_text_comes_back_whole_also_where_a_character_spans_tokens(case: Case,
         assert isinstance(tokenizer.decode([start, start + 1, case.vocab_size - 1, case.vocab_size]), str)
 
 
+def test_what_is_no_byte_has_no_text(tmp_path: Path) -> None:
+    tokenizer = opened(tmp_path / "given", byte_case().block, {})
+    for token in (0, 1, *range(256, 513)):  # the first two are EOS and padding
+        assert tokenizer.decode([65, token, 66]) == "AB"
+    for token in range(2, 128):
+        assert tokenizer.decode([65, token, 66]) == f"A{chr(token)}B"
+
+
+def test_a_sentencepiece_model_by_the_name_that_megatron_has_for_it_is_the_same(tmp_path: Path) -> None:
+    case = legacy_case()
+    named = {**case.block, "library": "megatron", "type": "GPTSentencePieceTokenizer"}
+    check(opened(tmp_path / "given", named, case.files), case)
+
+
 def test_tiktokens_own_list_of_special_tokens_is_used(tmp_path: Path) -> None:
     case = tiktoken_case()
     special = ["<unk>", "<bot>", "</s>", "<s>", "<mask>", "<pad>", "<cls>", "<sep>"]

@@ -73,9 +73,15 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(
         monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", disk_full)
     else:
         monkeypatch.setattr(training_state, moment, disk_full)
-    with pytest.raises(OutputError, match="No space left on device"):
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path / 'full'}\S*: No space left on device$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(model: MegatronTrainable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/file/a: Not a directory$"):
+        model.save_training_state(tmp_path / "file" / "a", {"step": 1})
 
 
 def test_saving_under_a_name_in_use_replaces_what_was_there(model: MegatronTrainable, tmp_path: Path) -> None:
