@@ -125,7 +125,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     blocks = probs.view(len(probs), -1, _BLOCK)
     sums = blocks.sum(dim=-1).double()
     block, within = _first_above(sums, uniform.to(sums))
-    chosen = blocks[torch.arange(len(blocks), device=logits.device), block]
+    chosen = blocks.take_along_dim(block[:, None, None], dim=1).squeeze(1)
     token, _ = _first_above(chosen.double(), within)
     return block * _BLOCK + token, _at(chosen, token).log()
 

@@ -107,7 +107,7 @@ def _bias(positions: Tensor, block: Tensor, window: int | None) -> Tensor:
     visible = cached <= positions[:, None]
     if window is not None:
         visible &= cached > (positions - window)[:, None]
-    bias = torch.zeros(visible.shape, dtype=block.dtype, device=positions.device).masked_fill_(~visible, -torch.inf)
+    bias = torch.zeros_like(visible, dtype=block.dtype).masked_fill_(~visible, -torch.inf)
     return bias[:, None, None, :]
 
 

@@ -51,7 +51,7 @@ def build_optimizer(
         overlap_param_gather=ddp.overlap_param_gather,
     )
     with cuda_type_names():
-        # the overrides take biases and norms out of weight decay; without them Megatron decays everything
+        # the overrides take biases and norms out of weight decay; Megatron will not do so by itself for ever
         optimizer = get_megatron_optimizer(settings, [wrapped], get_standard_config_overrides(settings))
     for group in optimizer.param_groups:  # Megatron leaves this to its own schedule class, which is not used here
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)

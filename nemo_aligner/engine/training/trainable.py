@@ -39,7 +39,7 @@ class MegatronTrainable:
         self._dtype, self._source = loaded.run.dtype, loaded.source
         self._wrapped: DistributedDataParallel | None = None
         self._optimizer: MegatronOptimizer | None = None
-        self._schedule: Callable[[int], float] = lambda step: 0.0
+        self._schedule: Callable[[int], float]
         self._steps_done = 0
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,16 @@ def test_clipping_is_by_the_norm_over_all_parameters(cluster: MegatronCluster) -
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_the_steps_are_those_of_adam_with_the_betas_and_the_decay_given(cluster: MegatronCluster) -> None:
+SHARDED = {"name": "mcore_distributed_optim"}
+BESIDE = {**SHARDED, "overlap_grad_sync": True, "overlap_param_sync": True, "bucket_cap_mb": 0.01}
+
+
+@pytest.mark.parametrize("kind", [{"name": "adamw"}, SHARDED, BESIDE], ids=["plain", "sharded", "beside the passes"])
+def test_the_steps_are_those_of_adam_with_the_betas_and_the_decay_given(
+    cluster: MegatronCluster, kind: dict[str, Any]
+) -> None:
     """Three steps, as the first is the same for any betas."""
-    optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.3, 0.6], eps=1e-3)
+    optim = OptimConfig(lr=1e-2, weight_decay=0.1, betas=[0.3, 0.6], eps=1e-3, **kind)
     model, reference = without_optimizer(cluster), without_optimizer(cluster).module
     parameters = list(reference.parameters())
     decays = [p for p in parameters if p.dim() > 1]
