@@ -15,6 +15,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.kv_cache import KVCache
 from nemo_aligner.engine.generation.scheduler import Generator
 from nemo_aligner.engine.interfaces import GenerationRequest, Response
 from nemo_aligner.engine.kernels.library import cpu_kernels
@@ -92,6 +93,23 @@ def test_logprobs_of_drawn_tokens_equal_a_full_forward(name: str, head_dim: int)
         for logprobs, temperature in ((response.logprobs, 1.0), (response.sampling_logprobs, 1.3)):
             expected = (logits / temperature).log_softmax(-1)[torch.arange(len(response.tokens)), response.tokens]
             torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_a_response_that_outgrows_the_room_it_began_with_keeps_what_it_saw(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(forward: CachedForward, slots: int) -> KVCache:
+        return KVCache(slots, grain=4, block_rows=2, shares_prompts=forward._attends)
+
+    monkeypatch.setattr(CachedForward, "new_cache", small)
+    arch = replace(ARCH, kv_channels=head_dim)
+    model = build(arch)
+    for response in generate(model, arch, SamplingParams(max_tokens=40, min_tokens=40), 5, n=2):
+        prompt = list(PROMPTS[response.prompt_index])
+        logits = full_logits(model, prompt + response.tokens)[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(40), response.tokens]
+        torch.testing.assert_close(torch.tensor(response.logprobs), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
