@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json
+from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, tokenizer_settings
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
 from nemo_aligner.engine.checkpoints.tokenizer import FastTokenizer
@@ -153,6 +153,43 @@ def test_logits_equal_those_of_the_model_it_was_made_from(case: str, tmp_path: P
 def test_settings_that_are_not_understood_are_named(values: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=says):
         read_gguf(write_gguf(tmp_path / "m.gguf", llama(), values))
+
+
+def test_settings_that_few_files_have_say_what_they_say(tmp_path: Path) -> None:
+    bare, _, _ = read_gguf(write_gguf(tmp_path / "bare.gguf", llama()))
+    assert (bare.window_size, bare.rope_scaling, bare.rope_freq_factors) == (None, None, None)
+    assert (bare.rotary_percentage, bare.rotary_base) == (1.0, 10000.0)
+    assert (bare.kv_channels, bare.query_groups, bare.layernorm_epsilon) == (8, 2, 1e-5)
+    assert (bare.encoder_seq_length, bare.max_position_embeddings) == (64, 64)
+    assert not any((bare.qkv_bias, bare.has_proj_bias, bare.has_mlp_bias, bare.share_embeddings_and_output_weights))
+    more = {"llama.attention.sliding_window": 5, "llama.rope.dimension_count": 4, "llama.rope.scaling.finetuned": 1}
+    arch, _, _ = read_gguf(write_gguf(tmp_path / "more.gguf", llama(), more))
+    assert (arch.window_size, arch.rotary_percentage) == (5, 0.5)
+    with pytest.raises(CheckpointError, match=r"^attention\.key_length and attention\.value_length differ, which"):
+        read_gguf(write_gguf(tmp_path / "m.gguf", llama(), {"llama.attention.value_length": 16}))
+    writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "other.gguf"
+    with pytest.raises(CheckpointError, match=rf"^--input {path}: GGUF architecture 'gpt2' is not llama$"):
+        read_gguf(path)
+
+
+def test_the_files_special_tokens_and_chat_template_are_the_archives(tmp_path: Path) -> None:
+    given = {"tokenizer.ggml.padding_token_id": 256, "tokenizer.chat_template": "{{ x }}"}
+    arch, _, _ = read_gguf(write_gguf(tmp_path / "m.gguf", llama(), given))
+    assert arch.tokenizer == {
+        "library": "huggingface", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<s>",
+        "stop_tokens": ["<|eot|>"], "chat_template": "{{ x }}",
+    }  # fmt: skip
+    tokens = ["a", "b"]
+    assert tokenizer_settings({"tokens": tokens, "eos_token_id": 0, "eot_token_id": 0, "eom_token_id": 1}, None) == {
+        "library": "huggingface", "bos_token": None, "eos_token": "a", "pad_token": None, "stop_tokens": ["b"],
+        "chat_template": None,
+    }  # fmt: skip
+    assert "stop_tokens" not in tokenizer_settings({"tokens": tokens, "eos_token_id": 0, "eot_token_id": 0}, None)
 
 
 def test_a_file_cut_short_is_one_clear_fault(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
+from nemo_aligner.engine.checkpoints.hf_tensors import dequantised
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
@@ -121,6 +122,53 @@ def test_files_that_are_cut_short_are_one_clear_fault(folder: Path) -> None:
     (folder / "config.json").write_text('{"architectures": [')
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
         read_hf_folder(folder)
+
+
+def test_the_one_file_counts_whatever_its_name_and_the_usual_name_among_several(folder: Path) -> None:
+    expected = ours(folder)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert torch.equal(ours(folder), expected)
+    (folder / "weights.safetensors").rename(folder / "model.safetensors")
+    save_file({"other": torch.zeros(1)}, folder / "adapter.safetensors")
+    assert torch.equal(ours(folder), expected)
+
+
+def test_what_a_folder_lacks_is_named(folder: Path) -> None:
+    tensors = sharded(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = min(tensors)
+    index["weight_map"][first] = index["weight_map"][sorted(tensors)[1]]  # in the other file
+    write(folder / "model.safetensors.index.json", index)
+    said = rf"model\.safetensors\.index\.json names {first}, which its file does not hold"
+    with pytest.raises(CheckpointError, match=rf"^--input {folder}: {said}$"):
+        read_hf_folder(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=rf"^--input {folder}: the folder has no \*\.safetensors$"):
+        read_hf_folder(folder)
+    write(folder / "config.json", [])
+    with pytest.raises(CheckpointError, match=rf"^--input {folder}/config\.json: not a JSON object$"):
+        read_hf_folder(folder)
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"^--input {folder}: the folder has no {name}$"):
+            read_hf_folder(folder)
+
+
+def test_scales_are_of_blocks_of_128_unless_the_config_says_otherwise_and_of_fp8_alone() -> None:
+    stored, scale = torch.ones(130, 257).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    plain = torch.ones(2, dtype=torch.bfloat16)
+    found = dequantised({"w": stored, "w_scale_inv": scale, "b": plain}, {"quant_method": "fp8"})
+    assert found.keys() == {"w", "b"}
+    assert found["b"] is plain
+    assert found["w"].dtype == torch.float32
+    assert found["w"][[0, 127, 128, 129]][:, [0, 127, 128, 255, 256]].tolist() == [
+        [1, 1, 2, 2, 3], [1, 1, 2, 2, 3], [4, 4, 5, 5, 6], [4, 4, 5, 5, 6]
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"^w is torch\.bfloat16, and yet has scales of FP8 blocks$"):
+        dequantised({"w": plain, "w_scale_inv": scale}, None)
+    with pytest.raises(CheckpointError, match=r"^w is int8 without scales that are known$"):
+        dequantised({"w": torch.ones(2, dtype=torch.int8), "w_scale_inv": scale}, {"quant_method": "fp8"})
 
 
 def test_fp8_blocks_are_the_numbers_they_stand_for(folder: Path) -> None:

@@ -1,0 +1,187 @@
+"""An archive that cannot be read or written is named with its key and its reason, on every rank."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints.nemo_archive import open_archive, read_architecture, save_archive
+from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
+from nemo_aligner.engine.model.build import RunOptions, build_model
+from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.errors import CheckpointError, OutputError
+from tests.fakes import OneProcess
+from tests.tiny import ARCHIVED
+
+CONFIG = yaml.safe_dump(ARCHIVED.to_nemo())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[object]:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
+        yield cluster
+
+
+class Rank(OneProcess):
+    """One of several, where the others agreed on `token`, and `failed` tells whether one of them could not."""
+
+    def __init__(self, *, token: str = "agreed", failed: bool = False, is_main: bool = True) -> None:
+        super().__init__()
+        self.token, self.failed, self.is_main = token, failed, is_main  # type: ignore[misc]
+        self.waited = 0
+
+    def broadcast(self, value: Any) -> Any:
+        return self.token
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.failed
+
+    def barrier(self) -> None:
+        self.waited += 1
+
+
+def folder_of(path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+def packed(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize("make", [folder_of, packed])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: [", "model_config.yaml is not valid YAML: while parsing a flow node .*"),
+        ("- 1", "model_config.yaml is not a mapping"),
+        ("num_layers: 2\nhidden_size: 8", "model_config.yaml lacks ffn_hidden_size, num_attention_heads"),
+        (f"{CONFIG}\nrope_scaling: {{unheard_of: 1}}", ".*unheard_of.*"),
+    ],
+)
+def test_a_config_that_says_no_shape_is_named(make: Any, content: str, said: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "m.nemo", {"model_config.yaml": content})
+    with pytest.raises(CheckpointError, match=rf"^gpt_model_file={path}: {said}$"):
+        read_architecture(path, key="gpt_model_file")
+    with pytest.raises(CheckpointError, match=rf"^archive={path}: "):
+        read_architecture(path)
+
+
+def test_what_has_no_config_is_no_archive(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "folder", {"other": ""})
+    said = "the folder has no model_config.yaml, so it is not an extracted .nemo archive"
+    with pytest.raises(CheckpointError, match=rf"^k={path}: {said}$"):
+        read_architecture(path, key="k")
+    path = packed(tmp_path / "m.nemo", {"other": ""})
+    with tarfile.open(path, "a") as tar:  # a folder of that name is none either
+        member = tarfile.TarInfo("model_config.yaml")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+    said = "the archive has no model_config.yaml, so it is not a .nemo archive"
+    with pytest.raises(CheckpointError, match=rf"^k={path}: {said}$"):
+        read_architecture(path, key="k")
+
+
+@pytest.mark.parametrize(("weights", "found"), [({}, "nothing"), ({"model_weights.ckpt": "x"}, "model_weights.ckpt")])
+def test_weights_of_another_form_are_named(weights: dict[str, str], found: str, tmp_path: Path) -> None:
+    path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, **weights})
+    said = rf"weights are read from model_weights/ \(megatron torch_dist\); found {found}"
+    with pytest.raises(CheckpointError, match=rf"^k={path}: {said}$"), open_archive(path, Rank(), key="k"):
+        pass
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = packed(tmp_path / "m.nemo", {})
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tarfile, "open", refuse)  # root may read everything
+    with pytest.raises(CheckpointError, match=rf"^k={path}: no permission to read it$"):
+        read_architecture(path, key="k")
+
+
+SLURM, TORCHRUN = {"SLURM_NODEID": "3"}, {"GROUP_RANK": "2"}
+
+
+@pytest.mark.parametrize(("node", "name"), [({}, "0"), (SLURM, "3"), (TORCHRUN, "2"), ({**SLURM, **TORCHRUN}, "3")])
+def test_one_rank_of_a_node_opens_the_archive_for_all_and_takes_it_away(
+    node: dict[str, str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SLURM_NODEID", "GROUP_RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in node.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, "model_weights/x": ""})
+    first, second = Rank(), Rank()
+    with open_archive(path, first) as opened:
+        assert opened == tmp_path / f"nemo_agreed_{name}"
+        assert opened.stat().st_mode & 0o777 == 0o700, "nobody else may put files there"
+        assert (opened / "model_config.yaml").read_text() == CONFIG
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with open_archive(path, second) as same:
+            assert same == opened
+        assert opened.is_dir(), "who did not make it leaves it"
+        assert (first.waited, second.waited) == (0, 1)
+    assert not opened.exists()
+    assert first.waited == 1, "nobody may still be reading"
+
+
+def test_what_one_rank_cannot_read_no_rank_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, "model_weights/x": ""})
+    with (
+        pytest.raises(CheckpointError, match=rf"^k={path}: could not be extracted on another node$"),
+        open_archive(path, Rank(failed=True), key="k"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == [path], "nothing is left of it"
+
+
+def test_what_cannot_be_written_is_said_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = build_model(ARCHIVED, RunOptions()), FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+
+    def save(path: Path, rank: Rank) -> None:
+        save_archive(path, model, ARCHIVED, tokenizer, rank)
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/file/m\.nemo: File exists$"):
+        save(tmp_path / "file" / "m.nemo", Rank())
+    path = tmp_path / "m.nemo"
+    with pytest.raises(OutputError, match=rf"^cannot write {path}: rank 0 could not$"):
+        save(path, Rank(failed=True, is_main=False))
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nemo_archive, "_pack", full_disk)
+    with pytest.raises(OutputError, match=rf"^cannot write {path}: No space left on device$"):
+        save(path, Rank())
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_archive_is_a_plain_tar_that_begins_with_its_config(tmp_path: Path) -> None:
+    tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    save_archive(tmp_path / "m.nemo", build_model(ARCHIVED, RunOptions()), ARCHIVED, tokenizer, Rank())
+    with tarfile.open(tmp_path / "m.nemo", "r:") as tar:
+        names = [name for name in tar.getnames() if "/" not in name]
+        config = tar.extractfile("model_config.yaml").read()  # type: ignore[union-attr]
+    assert names == ["model_config.yaml", "model_weights", "tokenizer.json"]
+    assert list(yaml.safe_load(config)) == list(ARCHIVED.to_nemo()), "in the order of the schema"
