@@ -133,7 +133,7 @@ def truncated(
         kept = tokens[: len(tokens) - take] if config.truncation_method == "right" else tokens[take:]
         result[i] = _Piece(kept, result[i].field)
         excess -= take
-    return result, label[: max(0, len(label) - excess)] if excess > 0 else label
+    return result, label[: max(0, len(label) - excess)]
 
 
 def chat_examples(

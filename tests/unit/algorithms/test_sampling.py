@@ -85,6 +85,8 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_top_p_off_keeps_all(p: float) -> None:
     assert top_p_filtered(LOGITS, p).equal(LOGITS)
+    steep = torch.tensor([[50.0, 0.0]])  # the likelier one's probability is rounded to 1
+    assert top_p_filtered(steep, p).equal(steep)
 
 
 @pytest.mark.parametrize(("k", "kept"), [(1, [0]), (2, [0, 2, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])

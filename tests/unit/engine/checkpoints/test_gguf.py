@@ -227,6 +227,18 @@ def test_texts_are_split_as_the_file_says(pre: str, expected: list[str]) -> None
     assert pieces(pre, "I'M 12345") == expected
 
 
+@pytest.mark.parametrize(("pre", "tokens"), [("gpt-2", ["the", "a", "t"]), ("llama-bpe", ["the", "at"])])
+def test_letters_are_merged_as_the_file_says_and_whole_words_where_its_kind_knows_them(
+    pre: str, tokens: list[str]
+) -> None:
+    vocabulary = [*byte_tokens(), "th", "the", "at"]  # nothing merges a and t
+    values = {"model": "gpt2", "pre": pre, "tokens": vocabulary, "merges": ["t h", "th e"]}
+    content = tokenizer_json({**values, "token_type": [1] * 256 + [3] * 3 + [1] * 3})
+    tokenizer = FastTokenizer(content, {"eos_token": "</s>"})
+    assert [tokenizer.piece(i) for i in tokenizer.encode("the</s>")] == ["the", "</s>"]
+    assert [tokenizer.piece(i) for word in ("the", "at") for i in tokenizer.encode(word)] == tokens
+
+
 def test_a_way_of_splitting_that_is_not_known_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre=viking is not one of gpt-2, smollm, llama-bpe"):
         pieces("viking", "x")

@@ -81,6 +81,9 @@ def test_a_sentencepiece_model_knows_its_own_special_tokens() -> None:
     padded = SentencePieceTokenizer(piece_model(pad_id=3), {"chat_template": "{{ x }}"})
     assert (padded.bos_id, padded.eos_id, padded.pad_id, padded.stop_ids) == (1, 2, 3, {2})
     assert padded.chat_template == "{{ x }}"
+    assert [padded.piece(i) for i in range(padded.vocab_size)].index("</s>") == 2
+    with pytest.raises(IndexError):
+        padded.piece(padded.vocab_size)
     bare = SentencePieceTokenizer(piece_model(bos_id=-1), {}, "a.model")
     assert (bare.bos_id, bare.pad_id, bare.chat_template) == (None, bare.eos_id, None)
     first = SentencePieceTokenizer(piece_model(bos_id=0, unk_id=1, pad_id=3), {})
