@@ -54,7 +54,7 @@ def build_optimizer(
         # the overrides take biases and norms out of weight decay; Megatron will not do so by itself for ever
         optimizer = get_megatron_optimizer(settings, [wrapped], get_standard_config_overrides(settings))
     for group in optimizer.param_groups:  # Megatron leaves this to its own schedule class, which is not used here
-        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         if not torch.cuda.is_available():  # there the optimizer is torch's, whose one pass takes a quarter of the time
             group["fused"] = True
     make_checkpointable(optimizer)

@@ -95,7 +95,7 @@ class MegatronTrainable:
     def _gradient_is_finite(self) -> bool:
         """Whether the norm of this rank's gradient is a float32, also when squared and summed over all ranks."""
         assert self._wrapped is not None
-        norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in self._wrapped.buffers]
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in self._wrapped.buffers]
         square = sum(float(norm) ** 2 for norm in norms)
         return square * self.cluster.world_size < torch.finfo(torch.float32).max  # False for inf and nan
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from nemo_aligner.algorithms.sampling import Drawn
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.generation import decode
+from nemo_aligner.engine.generation import decode, scheduler
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import start_cluster
@@ -64,6 +65,28 @@ def test_products_that_are_cut_over_ranks_are_summed_and_logits_gathered(
         assert torch.equal(forward._summed(rows, projection), summed)
         assert torch.equal(forward._summed(rows, projection._replace(bias=bias)), summed + bias)
         torch.testing.assert_close(forward._logits(rows), gathered[:, : ARCH.vocab_size])
+
+
+def test_what_the_last_stage_drew_is_the_same_on_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(torch.tensor([3, 2**40 + 1]), torch.tensor([-0.5, -1.25]), torch.tensor([-2.0, -0.1]))
+    said: list[torch.Tensor] = []
+
+    def broadcast(packed: torch.Tensor, source: int, group: object) -> None:
+        assert (source, group) == (7, "the pipeline's")
+        if said:
+            packed.copy_(said[0])
+        said.append(packed)
+
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_last_rank", lambda: 7)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda: "the pipeline's")
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    for mine in (drawn, None):
+        found = scheduler._from_last_stage(mine, 2, torch.device("cpu"))
+        for ours, wanted in zip(found, drawn, strict=True):
+            assert ours.dtype == wanted.dtype
+            assert torch.equal(ours, wanted)
+    assert len(said) == 2
 
 
 def test_two_stages_that_hand_on_hidden_states_are_the_whole_model(
