@@ -92,7 +92,7 @@ def uniform_noise(
     Chained SplitMix64 finalisers (Steele, Lea, Flood 2014), float64 `[B]` from int64 `[B]` arrays.
     """
     with np.errstate(over="ignore"):  # the mixing is arithmetic modulo 2^64
-        state: np.ndarray = np.full(len(prompts), seeds, dtype=np.int64).astype(np.uint64)
+        state: np.ndarray = np.full(len(prompts), seeds).astype(np.uint64)
         for part in (prompts, samples, positions):
             state = _splitmix64(state + np.uint64(0x9E3779B97F4A7C15)) ^ part.astype(np.int64).astype(np.uint64)
         state = _splitmix64(_splitmix64(state))

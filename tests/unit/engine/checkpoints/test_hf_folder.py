@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
-from nemo_aligner.engine.checkpoints.hf_tensors import dequantised
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
@@ -153,22 +152,6 @@ def test_what_a_folder_lacks_is_named(folder: Path) -> None:
         (folder / name).unlink()
         with pytest.raises(CheckpointError, match=rf"^--input {folder}: the folder has no {name}$"):
             read_hf_folder(folder)
-
-
-def test_scales_are_of_blocks_of_128_unless_the_config_says_otherwise_and_of_fp8_alone() -> None:
-    stored, scale = torch.ones(130, 257).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    plain = torch.ones(2, dtype=torch.bfloat16)
-    found = dequantised({"w": stored, "w_scale_inv": scale, "b": plain}, {"quant_method": "fp8"})
-    assert found.keys() == {"w", "b"}
-    assert found["b"] is plain
-    assert found["w"].dtype == torch.float32
-    assert found["w"][[0, 127, 128, 129]][:, [0, 127, 128, 255, 256]].tolist() == [
-        [1, 1, 2, 2, 3], [1, 1, 2, 2, 3], [4, 4, 5, 5, 6], [4, 4, 5, 5, 6]
-    ]  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"^w is torch\.bfloat16, and yet has scales of FP8 blocks$"):
-        dequantised({"w": plain, "w_scale_inv": scale}, None)
-    with pytest.raises(CheckpointError, match=r"^w is int8 without scales that are known$"):
-        dequantised({"w": torch.ones(2, dtype=torch.int8), "w_scale_inv": scale}, {"quant_method": "fp8"})
 
 
 def test_fp8_blocks_are_the_numbers_they_stand_for(folder: Path) -> None:

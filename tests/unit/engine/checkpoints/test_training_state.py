@@ -78,6 +78,22 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
+    model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError(fault)
+
+    monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", fails)
+    fault = "[enforce fail at inline_container.cc:626] . write failed: No space left on device"
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: no space left on device$"):
+        model.save_training_state(tmp_path / "full", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+    fault = "a fault of the program"
+    with pytest.raises(RuntimeError, match="^a fault of the program$"):
+        model.save_training_state(tmp_path / "full", {"step": 1})
+
+
 def test_a_folder_that_cannot_be_made_is_named(model: MegatronTrainable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/file/a: Not a directory$"):
