@@ -90,7 +90,7 @@ def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
         model.save_training_state(tmp_path / "full", {"step": 1})
     assert list(tmp_path.iterdir()) == []
     fault = "a fault of the program"
-    with pytest.raises(RuntimeError, match="^a fault of the program$"):
+    with pytest.raises(RuntimeError, match=r"^a fault of the program$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
 
 
