@@ -237,6 +237,7 @@ def test_letters_are_merged_as_the_file_says_and_whole_words_where_its_kind_know
     tokenizer = FastTokenizer(content, {"eos_token": "</s>"})
     assert [tokenizer.piece(i) for i in tokenizer.encode("the</s>")] == ["the", "</s>"]
     assert [tokenizer.piece(i) for word in ("the", "at") for i in tokenizer.encode(word)] == tokens
+    assert tokenizer.decode(tokenizer.encode("the é  at</s>")) == "the é  at"
 
 
 def test_a_way_of_splitting_that_is_not_known_is_refused() -> None:

@@ -223,6 +223,15 @@ def test_a_sentencepiece_model_by_the_name_that_megatron_has_for_it_is_the_same(
     check(opened(tmp_path / "given", named, case.files), case)
 
 
+def test_more_special_tokens_stand_behind_those_of_the_block(tmp_path: Path) -> None:
+    case = legacy_case()
+    plain = opened(tmp_path / "plain", case.block, case.files)
+    more = opened(tmp_path / "more", {**case.block, "additional_special_tokens": ["<more>"]}, case.files)
+    assert more.vocab_size == plain.vocab_size + 1
+    assert more.encode("<more>")[-1] == plain.vocab_size
+    assert more.decode([*plain.encode("the cat"), plain.vocab_size]) == "the cat"
+
+
 def test_tiktokens_own_list_of_special_tokens_is_used(tmp_path: Path) -> None:
     case = tiktoken_case()
     special = ["<unk>", "<bot>", "</s>", "<s>", "<mask>", "<pad>", "<cls>", "<sep>"]

@@ -247,7 +247,12 @@ def test_constant_steps_that_leave_no_decay_are_taken_as_none(caplog: pytest.Log
     sched = {"name": "CosineAnnealing", "warmup_steps": 1, "min_lr": 0.1}
     with caplog.at_level(logging.INFO):
         assert rates({**sched, "constant_steps": 9}, 10) == rates(sched, 10)
-    assert "constant_steps 9 leave no decay, taken as 0" in caplog.text
+        assert "constant_steps 9 leave no decay, taken as 0" in caplog.text
+        caplog.clear()
+        assert rates({**sched, "constant_steps": 8}, 10) != rates(sched, 10)
+        assert not caplog.records
+        assert rates({**sched, "constant_steps": 1}, 2) == rates(sched, 2)
+        assert "constant_steps 1 leave no decay, taken as 0" in caplog.text
 
 
 def test_a_minimum_above_the_rate_is_said(caplog: pytest.LogCaptureFixture) -> None:
