@@ -124,6 +124,29 @@ def test_noise_is_uniform_and_uncorrelated_between_neighbours() -> None:
     assert 0 < values.min() < values.max() < 1
 
 
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mixed(z: int) -> int:
+    """SplitMix64's finaliser in whole numbers."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
+
+
+def test_noise_is_the_published_mixing_of_its_four_numbers() -> None:
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]  # of the generator seeded with 1234567
+    assert [mixed(1234567 + n * GOLDEN & MASK) for n in (1, 2, 3)] == published
+    rows = [(1234, 0, 0, 0), (-5, 7, 2, 9), (2**62, 2**40, 3, 4095)]
+    for seed, *parts in rows:
+        state = seed & MASK
+        for part in parts:
+            state = mixed((state + GOLDEN) & MASK) ^ part
+        wanted = ((mixed(mixed(state)) >> 11) + 0.5) / 2**53
+        assert uniform_noise(seed, *(np.array([part]) for part in parts)).tolist() == [wanted]
+
+
 @pytest.mark.parametrize("u", [1e-17, 0.5, 1 - 2**-53])
 def test_inverse_cdf_never_draws_a_token_without_probability(u: float) -> None:
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
@@ -166,6 +189,8 @@ def test_rows_drawn_in_chunks_are_those_drawn_alone() -> None:
     forbidden = (torch.tensor([True, False] * 3 + [True]), torch.arange(100_000))
     params = SamplingParams(repetition_penalty=1.2, top_k=1000)
     together = draw(logits, params, uniform, seen, forbidden)
+    assert [len(values) for values in together] == [7, 7, 7]
+    assert draw(logits, SamplingParams(greedy=True), None).tokens.equal(logits.argmax(-1))
     for row in range(7):
         one = slice(row, row + 1)
         alone = draw(logits[one], params, uniform[one], seen[one], (forbidden[0][one], forbidden[1]))

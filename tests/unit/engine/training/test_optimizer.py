@@ -115,6 +115,15 @@ def test_ranks_speak_as_the_config_says() -> None:
     assert both.bucket_size == 2 * 2**20 // 4, "of gradients of four bytes"
 
 
+@pytest.mark.parametrize(("cap", "overlaps", "said"), [(None, False, False), (2, True, False), (2, False, True)])
+def test_buckets_that_are_not_used_are_said(
+    cap: float | None, overlaps: bool, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        data_parallel_settings(OptimConfig(bucket_cap_mb=cap, overlap_grad_sync=overlaps), sharded=False)
+    assert ("model.optim.bucket_cap_mb: one bucket for all gradients" in caplog.text) == said
+
+
 def test_weights_that_nobody_else_updates_cannot_be_fetched(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"^model\.optim\.overlap_param_sync: with name=adamw every rank"):
         data_parallel_settings(OptimConfig(name="adamw", overlap_param_sync=True), sharded=False)
