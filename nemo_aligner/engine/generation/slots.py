@@ -79,7 +79,7 @@ class Slots:
     def add(self, request: GenerationRequest, kind: Kind, prompt: CachedPrompt, *, seed: int, limit: int) -> int:
         slot = self._free.pop()
         self.requests[slot], self.kinds[slot] = request, kind
-        self._scores[slot], self._top[slot] = prompt.scores if request.scores_prompt else None, []
+        self._scores[slot], self._top[slot] = prompt.scores, []
         self.seed[slot], self.prompt_index[slot], self.sample_index[slot] = (
             seed,
             request.prompt_index,

@@ -64,7 +64,7 @@ def test_products_that_are_cut_over_ranks_are_summed_and_logits_gathered(
         forward._tp = ranks
         assert torch.equal(forward._summed(rows, projection), summed)
         assert torch.equal(forward._summed(rows, projection._replace(bias=bias)), summed + bias)
-        torch.testing.assert_close(forward._logits(rows), gathered[:, : ARCH.vocab_size])
+        torch.testing.assert_close(forward.logits(rows), gathered[:, : ARCH.vocab_size])
 
 
 def test_what_the_last_stage_drew_is_the_same_on_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

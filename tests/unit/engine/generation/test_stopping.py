@@ -33,7 +33,7 @@ def test_a_special_token_given_as_end_string_stops() -> None:
     assert drawn_until_stop([*b"hi", END_OF_TURN, *b"x"], ["<turn>"]) == (3, "hi")
 
 
-@pytest.mark.parametrize("end", ["\n\n", "User:", "é!"])
+@pytest.mark.parametrize("end", ["\n\n", "User:", "é!", "né"])
 def test_an_end_string_over_several_tokens_stops_at_its_last_token(end: str) -> None:
     before = "some words "
     ids = [*(before + end + " more").encode()]
