@@ -148,9 +148,9 @@ def test_a_reward_model_trains_on_pairs_as_plain_torch_would_and_stores_mean_and
     assert sink.config["model"]["global_batch_size"] == 2
     with opened(log / "checkpoints" / "m.nemo") as plain, torch.no_grad():
         found = rewards(plain, held_out)
-    assert logged(log, "val/accuracy") == [float((found[:, 0] > found[:, 1]).float().mean())]
+    assert logged(log, "val/accuracy") == pytest.approx([(found[:, 0] > found[:, 1]).float().mean().item()])
     stored = read_architecture(log / "checkpoints" / "m.nemo").reward_standardization
-    assert stored == pytest.approx({"mean": float(found.mean()), "std": float(found.std())}, abs=1e-4)
+    assert stored == pytest.approx({"mean": found.mean().item(), "std": found.std().item()}, abs=1e-4)
 
 
 def test_a_reward_model_grows_out_of_a_policy(archives: Archives, tmp_path: Path, alone: None) -> None:
