@@ -1,4 +1,4 @@
-"""Whole offline runs on small real models: responses, rewards and KL are those of plain torch, and faults come first."""
+"""Whole offline runs on small real models: responses, rewards and KL are those of plain torch; faults come first."""
 
 from __future__ import annotations
 
