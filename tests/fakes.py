@@ -5,7 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
+
+import pytest
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.engine.interfaces import GenerationRequest, Response
@@ -159,3 +163,41 @@ class RecordingLogger:
 
     def finalize(self, status: str) -> None:
         self.status = status
+
+
+class FakeTriton:
+    """PyTriton's server without Triton: keeps what it is told, and asks its handler where a client would."""
+
+    made: list[FakeTriton]
+    fault: Exception | None = None  # what starting ends with
+
+    def __init__(self, config: Any, workspace: Path) -> None:
+        self.config, self.workspace = config, workspace
+        self.model: dict[str, Any] = {}
+        self.runs, self.stopped = False, 0
+        self.made.append(self)
+
+    @classmethod
+    def put_in_place(cls, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[FakeTriton]:
+        """Let it be started instead of PyTriton's own; those that are made from now on."""
+        import pytriton.triton
+
+        fake = type(cls.__name__, (cls,), {"made": [], "fault": fault})
+        monkeypatch.setattr(pytriton.triton, "Triton", fake)
+        return fake.made
+
+    def bind(self, **model: Any) -> None:
+        self.model = model
+
+    def run(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+        self.runs = True
+
+    def stop(self) -> None:
+        self.runs = False
+        self.stopped += 1
+
+    def ask(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+        """The answers to requests that came together."""
+        return self.model["infer_func"]([SimpleNamespace(data=data) for data in requests])

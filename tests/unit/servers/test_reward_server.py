@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sysconfig
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
 from nemo_aligner.servers import reward_server
 from nemo_aligner.servers.reward_server import (
@@ -22,9 +24,10 @@ from nemo_aligner.servers.reward_server import (
     check_port_is_free,
     find_shared_python,
     remove_leftovers,
+    serve,
 )
 from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
-from tests.fakes import ByteTokenizer
+from tests.fakes import ByteTokenizer, FakeTriton
 
 READER = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=100)
 
@@ -162,3 +165,100 @@ def test_folders_of_servers_that_are_gone_are_removed_and_no_others(tmp_path: Pa
         (tmp_path / name / "workspace").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
+
+
+@pytest.fixture
+def at_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ServingConfig:
+    """A server's config; its folders go below `tmp_path`."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ServingConfig(port=port, model_name="judge", max_batch_size=7, max_queue_delay_microseconds=11)
+
+
+def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_config(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tritons, config = FakeTriton.put_in_place(monkeypatch), at_a_free_port
+    (tmp_path / f"nemo_aligner_server_{2**22 + 1}_ab").mkdir()
+
+    def run() -> None:
+        [triton], [folder] = tritons, tmp_path.iterdir()  # the folder of a server that is gone went
+        assert triton.runs
+        given = triton.config
+        assert (given.http_address, given.http_port, given.exit_timeout_secs) == ("127.0.0.1", config.port, 5)
+        assert (given.allow_grpc, given.allow_metrics) == (False, False)
+        assert (given.log_file, triton.workspace) == (folder / "triton.log", folder / "workspace")
+        assert folder.name.startswith(f"nemo_aligner_server_{os.getpid()}_")
+        assert triton.model["model_name"] == "judge"
+        batching = triton.model["config"]
+        assert (batching.max_batch_size, batching.batcher.max_queue_delay_microseconds) == (7, 11)
+        assert [(t.name, t.dtype, t.shape, t.optional) for t in triton.model["inputs"]] == [
+            ("sentences", bytes, (-1,), True),
+            ("tokens", np.int64, (-1,), True),
+            ("sequence_lengths", np.int64, (-1,), True),
+            ("add_EOS", np.bool_, (-1,), True),
+        ]
+        assert [(t.name, t.dtype, t.shape, bool(t.optional)) for t in triton.model["outputs"]] == [
+            ("rewards", np.float32, (1,), False),
+            ("exceeded", np.int32, (1,), False),
+            ("error", bytes, (1,), False),
+        ]
+        found = triton.ask(sentences(b"abc"), sentences(b"a"))
+        assert [answer["rewards"].tolist() for answer in found] == [[[3.0]], [[1.0]]]
+
+    serve(config, READER, length, run)
+    assert (tritons[0].runs, tritons[0].stopped) == (False, 1)
+    assert list(tmp_path.iterdir()) == []
+    folder, own = os.environ["LD_LIBRARY_PATH"], sysconfig.get_config_var("INSTSONAME")
+    assert (Path(folder) / own).exists(), "Triton's Python is this one"
+
+
+def test_triton_is_stopped_when_the_work_ends_in_a_fault(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch)
+
+    def run() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        serve(at_a_free_port, READER, length, run)
+    assert tritons[0].stopped == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("I1 begins\nE1 no memory\nE2 failed to\tload  model\nI2 ends\n", "E2 failed to load model"),
+        ("I1 begins\n", "not ready in time"),
+        (None, "not ready in time"),
+    ],
+)
+def test_where_triton_does_not_start_its_own_last_error_is_the_reason(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch, written: str | None, reason: str
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch, fault=RuntimeError("not ready\n in time"))
+    bind = FakeTriton.bind
+
+    def bound(triton: FakeTriton, **model: object) -> None:
+        bind(triton, **model)
+        if written is not None:
+            triton.config.log_file.write_text(written)
+
+    monkeypatch.setattr(FakeTriton, "bind", bound)
+    with pytest.raises(ServerError) as caught:
+        serve(at_a_free_port, READER, length, lambda: pytest.fail("it runs"))
+    assert str(caught.value) == f"Triton did not start on 127.0.0.1:{at_a_free_port.port}: {reason}"
+    assert tritons[0].stopped == 1
+
+
+def test_a_server_at_a_port_that_is_taken_does_not_start(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch)
+    with socket.create_server(("127.0.0.1", at_a_free_port.port)), pytest.raises(ServerError, match="Address already"):
+        serve(at_a_free_port, READER, length, lambda: pytest.fail("it runs"))
+    assert tritons == []

@@ -1,0 +1,198 @@
+"""megatron_gpt_eval: what it answers is what the model says, and what is wrong is said before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_aligner.config.generation import GenerationConfig
+from nemo_aligner.engine import loading
+from nemo_aligner.errors import AlignerError, ConfigError, DataError
+from nemo_aligner.stages.serving import generation
+from tests.fakes import EchoPolicy, OneProcess, on_ranks
+from tests.unit.stages.conftest import Archives
+from tests.unit.stages.plain import Plain, opened, put, read_rows
+
+TEXTS = ["A film", "It was", "x"]
+
+
+def config(archives: Archives, **given: Any) -> GenerationConfig:
+    cfg = GenerationConfig(gpt_model_file=str(archives.policy), seed=41, **given)
+    cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
+    cfg.inference.tokens_to_generate, cfg.inference.greedy = 6, True
+    return cfg
+
+
+@torch.no_grad()
+def answered(plain: Plain, text: str, bos: bool) -> dict[str, Any]:
+    """The greedy response to a prompt."""
+    prompt = [plain.tokenizer.bos_id] * bos + plain.tokenizer.encode(text)
+    drawn = plain.likeliest(prompt, 6)
+    ended = drawn[-1] == plain.tokenizer.eos_id
+    return {
+        "input": text,
+        "output": plain.tokenizer.decode(drawn),
+        "finish_reason": "stop" if ended else "length",
+        "num_tokens": len(drawn),
+        "logprob": pytest.approx(plain.logprobs([*prompt, *drawn])[len(prompt) - 1 :].sum().item(), abs=1e-3),
+    }
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_prompts_of_the_command_line_and_of_a_file_are_answered_in_their_order(
+    archives: Archives, tmp_path: Path, started: list[dict[str, Any]], bos: bool
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[1:]))
+    cfg = config(archives, prompts=TEXTS[:1], prompts_jsonl=str(tmp_path / "prompts.jsonl"))
+    cfg.output_file, cfg.inference.add_BOS = str(tmp_path / "out.jsonl"), bos
+    cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size = 1, 1
+    generation.run(cfg)
+    with opened(archives.policy) as plain:
+        assert read_rows(tmp_path / "out.jsonl") == [answered(plain, text, bos) for text in TEXTS]
+    own = {"key": "gpt_model_file", "seed": 41, "tensor": 1, "pipeline": 1}
+    assert started == [{"devices": 1, "path": str(archives.policy), **own}]
+
+
+def test_without_an_output_file_responses_go_to_standard_output_a_line_each(
+    archives: Archives, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation.run(config(archives, prompts=TEXTS))
+    with opened(archives.policy) as plain:
+        expected = [answered(plain, text, False) for text in TEXTS]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+
+
+def test_prompts_are_scored_token_by_token_and_nothing_is_drawn(
+    archives: Archives, tmp_path: Path, alone: None
+) -> None:
+    cfg = config(archives, prompts=TEXTS[:2], output_file=str(tmp_path / "out.jsonl"))
+    cfg.inference.compute_logprob = cfg.inference.add_BOS = True
+    generation.run(cfg)
+    with opened(archives.policy) as plain, torch.no_grad():
+        for row, text in zip(read_rows(tmp_path / "out.jsonl"), TEXTS, strict=False):
+            tokens = [plain.tokenizer.bos_id, *plain.tokenizer.encode(text)]
+            logprobs = plain.logprobs(tokens)
+            assert list(row) == ["input", "tokens", "token_logprobs", "logprob"]
+            assert (row["input"], row["tokens"]) == (text, [plain.tokenizer.piece(token) for token in tokens])
+            assert row["token_logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-4)
+            assert row["logprob"] == pytest.approx(logprobs.sum().item(), abs=1e-3)
+    assert len(read_rows(tmp_path / "out.jsonl")) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_the_prompts_and_everyone_has_all_answers_in_order(archives: Archives, ranks: int) -> None:
+    texts = [f"p{i}" for i in range(5)]
+
+    def one(cluster: Any) -> tuple[list[dict[str, Any]], EchoPolicy]:
+        policy = EchoPolicy()
+        cfg = config(archives, prompts=texts)
+        return generation.answer(cfg, texts, policy, cluster), policy  # type: ignore[arg-type]
+
+    found = on_ranks(ranks, one)
+    asked = [request for _, policy in found for request in policy.asked]
+    assert sorted((r.prompt_index, bytes(r.prompt_tokens)) for r in asked) == [
+        (i, text.encode()) for i, text in enumerate(texts)
+    ]
+    for rows, policy in found:
+        assert [(row["input"], row["output"]) for row in rows] == [(t, f"<{i}.0>") for i, t in enumerate(texts)]
+        assert (rows[0]["num_tokens"], rows[0]["logprob"], rows[0]["finish_reason"]) == (5, -7.5, "stop")
+        assert policy.slots == 64
+        assert policy.sampling is not None
+        assert (policy.sampling.greedy, policy.sampling.max_tokens, policy.sampling.seed) == (True, 6, 41)
+
+
+def test_as_many_are_drawn_at_once_as_is_said(archives: Archives) -> None:
+    cfg, policy = config(archives), EchoPolicy()
+    cfg.inference.max_batch_slots = 3
+    generation.answer(cfg, ["a"], policy, OneProcess())  # type: ignore[arg-type]
+    assert policy.slots == 3
+
+
+def test_a_file_of_prompts_has_texts_or_objects_with_one_and_empty_lines_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('\ufeff"plain"\n\n{"input": "in", "text": "t"}\n  \n{"text": "é", "id": 3}\n', encoding="utf-8")
+    assert generation.read_prompts(path) == ["plain", "in", "é"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", r"p\.jsonl:2: not valid JSON \(Expecting property name enclosed in double quotes at column 2\)"),
+        ("3", r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
+        ('{"prompt": "a"}', r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
+        ('{"input": 3}', r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
+    ],
+)
+def test_a_line_without_a_prompt_is_named(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "p.jsonl").write_text(f'"a"\n{line}\n')
+    with pytest.raises(DataError, match=says):
+        generation.read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*No such file"):
+        generation.read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_bytes(b'"\xff"')
+    with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*utf-8"):
+        generation.read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(("length", "fits"), [(0, False), (1, True), (63, True), (64, False)])
+def test_a_prompt_has_a_token_and_leaves_room_for_one(archives: Archives, length: int, fits: bool) -> None:
+    prompts, policy = ["a", "x" * length], EchoPolicy()
+    if fits:
+        found = generation.encoded(config(archives), prompts, policy)  # type: ignore[arg-type]
+        assert found == [tuple(prompt.encode()) for prompt in prompts]
+        return
+    with pytest.raises(ConfigError, match=rf"^prompts: prompt 2 has {length} tokens; the model takes 1 to 63$"):
+        generation.encoded(config(archives), prompts, policy)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("prompts_jsonl", "/no.jsonl", "/no.jsonl: cannot be read"),
+        ("chat_template", "{% if", "chat_template: "),
+        ("tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
+        ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
+        ("gpt_model_file", "/no.nemo", "gpt_model_file=/no.nemo: no such file"),
+        ("gpt_model_file", "JUDGE", "gpt_model_file=JUDGE is a reward model"),
+    ],
+)
+def test_what_is_wrong_is_said_before_it_starts(
+    archives: Archives, never_starts: None, key: str, value: Any, says: str
+) -> None:
+    cfg = config(archives, prompts=TEXTS)
+    put(cfg, key, str(archives.judge) if value == "JUDGE" else value)
+    with pytest.raises(AlignerError) as caught:
+        generation.run(cfg)
+    assert str(caught.value).startswith(says.replace("JUDGE", str(archives.judge)))
+
+
+def test_a_server_is_one_copy_of_the_model(archives: Archives, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def two(*args: Any, **how: Any) -> Iterator[OneProcess]:
+        yield OneProcess(0, 2)
+
+    monkeypatch.setattr(loading, "start_for_archive", two)
+    with pytest.raises(ConfigError, match=r"^trainer\.devices: the server is one copy .* would hold 2; raise tensor"):
+        generation.run(config(archives, server=True))
+
+
+def test_other_ranks_draw_with_the_first_and_talk_to_nobody(archives: Archives) -> None:
+    class Follower:
+        served: tuple[Any, int] | None = None
+
+        def serve(self, desk: Any, slots: int) -> None:
+            self.served = (desk, slots)
+
+    cluster, policy = OneProcess(), Follower()
+    cluster.is_main = False  # type: ignore[misc]
+    generation.serve(config(archives, server=True, port=1), policy, cluster)  # type: ignore[arg-type]
+    assert policy.served == (None, 64)
