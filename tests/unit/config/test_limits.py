@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from nemo_aligner.config.load import load_config
+from nemo_aligner.config.schema import RewardStandardization
 from nemo_aligner.errors import ConfigError
 from tests.unit.config.test_fixed import REQUIRED
 from tests.unit.config.test_load import SHIPPED, composed
 
-SAMPLER, SERVER, EVAL = "offline/conf/megatron_random_sampler", "conf/inference_rm", "conf/megatron_gpt_inference"
+SAMPLER, LABELER, EVALUATION = (
+    f"offline/conf/{name}" for name in ("megatron_random_sampler", "megatron_reward_labeler", "evaluate_policy")
+)
+SERVER, EVAL = "conf/inference_rm", "conf/megatron_gpt_inference"
+SFT, RM, ACTOR = "conf/gpt_sft", "conf/training_rm", "conf/gpt_rs_actor"
+
+
+@functools.cache
+def loaded(name: str) -> Any:
+    return load_config(composed(name, REQUIRED[name]), SHIPPED[name])
 
 
 @pytest.mark.parametrize(
@@ -27,6 +38,32 @@ SAMPLER, SERVER, EVAL = "offline/conf/megatron_random_sampler", "conf/inference_
         (SAMPLER, "checkpoint_interval", [None, 1], [0]),
         (SAMPLER, "inference.temperature", [1e-5], [0.9e-5, 0.0, -1.0]),
         (SAMPLER, "inference.top_p", [0.0, 1.0], [-0.1, 1.1]),
+        (SAMPLER, "inference.top_k", [0], [-1]),
+        (SAMPLER, "inference.repetition_penalty", [0.01], [0.0, -1.0]),
+        (SAMPLER, "inference.tokens_to_generate", [1], [0]),
+        (SAMPLER, "inference.min_tokens_to_generate", [0, 30], [-1, 31]),
+        (SAMPLER, "inference.max_batch_slots", [None, 1], [0]),
+        (SAMPLER, "trainer.devices", [1], [0]),
+        (SAMPLER, "trainer.num_nodes", [1], [0]),
+        (SAMPLER, "trainer.precision", ["32", "32-true", "bf16", "bf16-mixed", "bf16-true"], ["16", "64"]),
+        (LABELER, "checkpoint_interval", [None, 1], [0]),
+        (LABELER, "data.micro_batch_size", [1], [0]),
+        (LABELER, "trainer.devices", [1], [0]),
+        (EVALUATION, "policy_files", [["a/m.nemo"], ["a/m.nemo", "a/n.nemo"]], [[], ["a/m.nemo", "b/m.nemo"]]),
+        (EVALUATION, "data.n", [1], [0]),
+        (EVALUATION, "data.max_seq_length", [1], [0]),
+        (SFT, "trainer.sft.save_interval", [0], [-1]),
+        (SFT, "model.optim.lr", [0.0], [-1e-9]),
+        (RM, "trainer.rm.save_interval", [0], [-1]),
+        (ACTOR, "trainer.ppo.save_interval", [0], [-1]),
+        (ACTOR, "trainer.ppo.keep_rollouts", [0], [-1]),
+        (ACTOR, "trainer.ppo.initial_policy_kl_penalty", [0.0], [-0.1]),
+        (ACTOR, "trainer.ppo.kl_reduction", ["sum", "mean"], ["max"]),
+        (ACTOR, "trainer.ppo.unfinished", ["keep", "mask"], ["drop"]),
+        (ACTOR, "model.ppo.length_params.min_length", [0], [-1]),
+        (ACTOR, "model.ppo.num_rollout_per_prompt", [2], [1, 0]),
+        (ACTOR, "model.ppo.sampling_params.use_greedy", [False], [True]),
+        (ACTOR, "model.ppo.offload_adam_states", [False], [True]),
         (SERVER, "inference.inference_micro_batch_size", [1], [0]),
         (SERVER, "inference.max_batch_size", [1], [0]),
         (SERVER, "inference.max_text_bytes", [1], [0]),
@@ -36,6 +73,10 @@ SAMPLER, SERVER, EVAL = "offline/conf/megatron_random_sampler", "conf/inference_
         (EVAL, "web_port", [1, 65535], [0, 65536]),
         (EVAL, "expert_model_parallel_size", [1, 0, -1], [2]),
         (EVAL, "context_parallel_size", [1], [2]),
+        (EVAL, "inference.tokens_to_generate", [1], [0]),
+        (EVAL, "trainer.devices", [1], [0]),
+        (EVAL, "hparams_file", [None], ["x"]),
+        (EVAL, "checkpoint_name", [None], ["x"]),
         (EVAL, "pipeline_model_parallel_split_rank", [None, 0], [2]),
         (EVAL, "share", [False], [True]),
         (EVAL, "checkpoint_dir", [None], ["x"]),
@@ -44,16 +85,17 @@ SAMPLER, SERVER, EVAL = "offline/conf/megatron_random_sampler", "conf/inference_
     ],
 )
 def test_the_limits_of_a_key_belong_to_it(name: str, key: str, fine: list[Any], wrong: list[Any]) -> None:
-    def load(value: Any) -> None:
-        cfg = composed(name, REQUIRED[name])
-        OmegaConf.update(cfg, key, value)
-        load_config(cfg, SHIPPED[name])
+    def check(value: Any) -> None:
+        cfg = copy.deepcopy(loaded(name))
+        *path, last = key.split(".")
+        setattr(functools.reduce(getattr, path, cfg), last, value)
+        cfg.validate()
 
     for value in fine:
-        load(value)
+        check(value)
     for value in wrong:
         with pytest.raises(ConfigError, match=rf"^{key}: "):
-            load(value)
+            check(value)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +117,37 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -
     load("prompts=null", "server=True", "web_server=True")
     load("username=me", "password=secret")
     load("password=secret")
+
+
+@pytest.mark.parametrize("block", ["model.reward_standardization", "reward_standardization"])
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"mean": 1.0, "std": 2.0}, None),
+        ({}, None),
+        ({"mean": 1.0}, "std: give it too, or leave out both"),
+        ({"std": 2.0}, "mean: give it too, or leave out both"),
+        ({"mean": 1.0, "std": 0.0}, "std: 0.0 is not above 0"),
+        ({"mean": 1.0, "std": -1.0}, "std: -1.0 is not above 0"),
+    ],
+)
+def test_mean_and_std_of_rewards_come_together_and_std_is_above_0(
+    block: str, given: dict[str, float], fault: str | None
+) -> None:
+    standardization = RewardStandardization(enable=True, **given)
+    if fault is None:
+        standardization.validate(block)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            standardization.validate(block)
+        assert str(caught.value) == f"{block}.{fault}"
+    RewardStandardization(**given).validate(block)  # not switched on, it is nobody's business
+    assert standardization.known((5.0, 6.0)) == ((1.0, given["std"]) if len(given) == 2 else (5.0, 6.0))
+
+
+def test_the_reward_server_checks_its_standardisation() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.reward_standardization\.std: give it too"):
+        load_config(
+            composed(SERVER, ["rm_model_file=m", "model.reward_standardization={enable: True, mean: 1.0, std: null}"]),
+            SHIPPED[SERVER],
+        )

@@ -105,6 +105,32 @@ def test_a_fault_is_one_line_with_the_full_key(override: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["data.prompt_template", "trainer.precision", "seed"])
+def test_a_reference_that_leads_nowhere_is_named_by_the_key_that_has_it(override: str) -> None:
+    cfg = composed("offline/conf/megatron_random_sampler", SAMPLER)
+    OmegaConf.update(cfg, override, "${nowhere}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(cfg, SamplerConfig)
+    assert str(caught.value) == f"{override}: Interpolation key 'nowhere' not found"
+
+
+def test_several_wrong_values_are_named_at_once_and_the_callers_config_stays_as_it_is() -> None:
+    cfg = composed("offline/conf/megatron_random_sampler", [*SAMPLER, "data.n=many", "data.micro_batch_size=few"])
+    before = OmegaConf.to_yaml(cfg)
+    with pytest.raises(ConfigError) as caught:
+        load_config(cfg, SamplerConfig)
+    first, second = str(caught.value).split("; ")
+    assert sorted([first.partition(":")[0], second.partition(":")[0]]) == ["data.micro_batch_size", "data.n"]
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+def test_missing_values_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(composed("offline/conf/megatron_random_sampler", []), SamplerConfig)
+    missing = ("data.file_names", "gpt_model_file", "output_file")
+    assert str(caught.value) == "; ".join(f"{key}: required, but not given" for key in missing)
+
+
 def test_all_unknown_keys_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_sampler("++data.nn=1", "++inference.topp=1")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nemo_aligner import config
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted(
@@ -15,6 +18,34 @@ SCRIPTS = sorted(
     for path in (ROOT / folder).glob("*.py")
     if "nemo_aligner.config" in path.read_text()
 )
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the package seems to lie, in a Python without torch and megatron."""
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "nemo_aligner" / "config" / "__init__.py"))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("torch", "megatron") else found(name)
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_what_a_python_lacks_is_named_with_the_environment_that_has_it(clone: Path, ready: bool) -> None:
+    make = f"bash {clone}/scripts/test.sh --setup-only makes its environment; then "
+    if ready:
+        (clone / ".venv" / "bin").mkdir(parents=True)
+        (clone / ".venv" / "bin" / "python").touch()
+        make = ""
+    with pytest.raises(SystemExit) as caught:
+        config.check_python()
+    line = f"error: {sys.executable} has no torch, megatron; {make}source {clone}/.venv/bin/activate"
+    assert caught.value.code == line
+
+
+def test_a_python_that_lacks_nothing_goes_on() -> None:
+    config.check_python()
 
 
 @pytest.mark.processes
