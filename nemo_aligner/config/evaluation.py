@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_aligner.config.fixed import EVALUATION, EVALUATION_ROWS, check_fixed
 from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, SamplerDataConfig
 from nemo_aligner.errors import ConfigError
 
@@ -18,6 +19,7 @@ class EvaluationDataConfig(SamplerDataConfig):
 
     def validate(self) -> None:
         OfflineDataConfig.validate(self)  # add_eos is of the judge here, not of the sampler
+        check_fixed(self, EVALUATION_ROWS, "data")
 
 
 @dataclass
@@ -30,6 +32,7 @@ class EvaluationConfig(SamplerConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_fixed(self, EVALUATION)
         stems = [path.rpartition("/")[2] for path in self.policy_files]
         if not stems or len(set(stems)) < len(stems):
             raise ConfigError(f"{self.policy_files}: give one file or more, no two of the same name", "policy_files")

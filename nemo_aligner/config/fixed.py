@@ -22,6 +22,9 @@ class Fixed:
 
 _BY_EXP_MANAGER = "set by exp_manager here; leave it as it is"
 _NO_WORKERS = "rows are read and cut into tokens before the first step, by no worker process; leave it out"
+_NO_RESUMING = "an evaluation is made in one go; leave it out"
+_WHOLE_FILE = "all rows are evaluated; leave it out, or give data.num_samples"
+_OWN_FIELDS = "samples are written with fields of the evaluation's own; leave it out"
 _CONTIGUOUS = "Megatron's buffers are always contiguous; leave it at True"
 
 TRAINER = {
@@ -46,18 +49,29 @@ SFT_ROWS = {
     "memmap_workers": Fixed((None, 0, 2), _NO_WORKERS),
     "add_sep": Fixed((False,), "no tokenizer here has a separator; write it into prompt_template"),
 }
+EVALUATION = {
+    "checkpoint_interval": Fixed((None,), _NO_RESUMING),
+    "max_time_per_run": Fixed((None,), _NO_RESUMING),
+    "export_reward": Fixed((False,), _OWN_FIELDS),
+}
+EVALUATION_ROWS = {
+    "sample_split_size": Fixed((None,), _WHOLE_FILE),
+    "sample_split_iter": Fixed((0,), _WHOLE_FILE),
+    "export_metadata": Fixed((False,), _OWN_FIELDS),
+    "export_tokens": Fixed((False,), _OWN_FIELDS),
+}
 SAMPLING = {
     "all_probs": Fixed((False,), "rollouts keep the drawn tokens' log-probabilities alone; leave it at False"),
     "compute_logprob": Fixed((False,), "log-probabilities of rollouts are always computed; leave it at False"),
 }
 
 
-def check_fixed(block: object, table: Mapping[str, Fixed], prefix: str) -> None:
-    """Raises ConfigError for a key of `table` that `block`, found under `prefix`, gives another value."""
+def check_fixed(block: object, table: Mapping[str, Fixed], prefix: str = "") -> None:
+    """Raises ConfigError for a key of `table` that `block`, found under `prefix` if any, gives another value."""
     for name, fixed in table.items():
         value = getattr(block, name)
         if value not in fixed.values:
-            raise ConfigError(f"{value!r} is not offered; {fixed.instead}", f"{prefix}.{name}")
+            raise ConfigError(f"{value!r} is not offered; {fixed.instead}", f"{prefix}.{name}" if prefix else name)
 
 
 def check_switched_off(value: Mapping[str, Any] | None, switch: str, key: str) -> None:
