@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -34,6 +35,7 @@ HANDED_ON = ("*.optim.sched", "exp_manager.*_logger_kwargs*", "exp_manager.creat
 """Read by other names: whole blocks by the schedule and the loggers; the last by its check against the precision."""
 
 
+@functools.cache
 def names_read() -> set[str]:
     """Attributes that code reads: anywhere outside config/, and in config/ but for its checks."""
     found: set[str] = set()

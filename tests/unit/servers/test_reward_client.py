@@ -294,6 +294,8 @@ def test_where_nobody_listens_the_reason_is_said(clock: Clock) -> None:
             r"has the inputs \['text'\], not sent",
         ),
         (MODEL, {"inputs": [{"name": "sentences"}], "outputs": []}, r"has the outputs \[\], not rewards; is remote_"),
+        (MODEL, {"outputs": [{"name": "rewards"}]}, r"has the inputs \[\], not sentences; is remote_critic_rm"),
+        (MODEL, {"inputs": [{}, {"name": "sentences"}]}, r"has the outputs \[\], not rewards"),
         (CONFIG, {"max_batch_size": 0}, r"takes no batches \(max_batch_size 0\)"),
         (CONFIG, {}, r"takes no batches \(max_batch_size 0\)"),
     ],

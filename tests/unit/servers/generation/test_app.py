@@ -223,6 +223,39 @@ def test_a_chat_goes_through_the_template(shop: Shop) -> None:
     assert len({piece.id for piece in pieces}) == 1
 
 
+def test_a_chat_has_as_many_answers_as_are_asked_for_each_drawn_for_itself(shop: Shop) -> None:
+    def chat(n: int, seed: int | None = 5) -> list[str | None]:
+        asked = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 8,
+            "seed": seed,
+            "n": n,
+        }
+        found = shop.client.chat.completions.create(**asked, extra_body={"min_tokens": 8})
+        assert [choice.index for choice in found.choices] == list(range(n))
+        assert found.usage is not None
+        assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len("u:hi;a:"), 8 * n)
+        pieces = list(shop.client.chat.completions.create(**asked, extra_body={"min_tokens": 8}, stream=True))
+        openings = [choice.index for piece in pieces for choice in piece.choices if choice.delta.role == "assistant"]
+        assert openings == list(range(n))
+        texts = [choice.message.content for choice in found.choices]
+        if seed is not None:
+            for index, text in enumerate(texts):
+                parts = [c.delta.content or "" for piece in pieces for c in piece.choices if c.index == index]
+                assert "".join(parts) == text
+        return texts
+
+    three = chat(3)
+    assert len(set(three)) == 3
+    assert chat(1) == three[:1]
+    assert chat(1, None) != chat(1, None)
+    same = shop.client.completions.create(
+        model="tiny", prompt="u:hi;a:", max_tokens=8, seed=5, n=3, extra_body={"min_tokens": 8}
+    )
+    assert [choice.text for choice in same.choices] == three
+
+
 def test_nemos_generate_gives_sentences_tokens_and_log_probabilities(shop: Shop) -> None:
     body = {"sentences": ["A film", "x"], "tokens_to_generate": 4, "greedy": True, "min_tokens_to_generate": 4}
     found = shop.http.put("/generate", json={**body, "compute_logprob": True}).json()

@@ -96,6 +96,10 @@ def test_the_server_answers_as_its_config_says_until_it_is_told_to_stop(archives
             client.completions.create(prompt="x" * 60, **greedy)  # with BOS
         with pytest.raises(openai.BadRequestError, match="259 is not a token id, 0 to 258"):
             client.completions.create(prompt=[259], **greedy)
+        for add in (True, False):  # NeMo's form says it itself
+            body = {"sentences": ["ab"], "tokens_to_generate": 1, "greedy": True, "add_BOS": add}
+            answer = httpx.put(f"http://127.0.0.1:{cfg.port}/generate", json=body).json()
+            assert answer["token_ids"][0][:-1] == [bos] * add + tokenizer.encode("ab")
         said = client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **greedy)
         return {
             "models": [model.id for model in client.models.list()],

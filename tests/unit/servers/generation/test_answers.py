@@ -1,0 +1,108 @@
+"""What clients are answered: every token by its own text, every figure at its place."""
+
+from __future__ import annotations
+
+from nemo_aligner.engine.interfaces import Progress, PromptScores, Response
+from nemo_aligner.servers.generation.answers import (
+    Head,
+    Scored,
+    chat_logprobs,
+    completion_logprobs,
+    nemo_answer,
+    scored,
+    token_text,
+    usage,
+    with_prompt,
+)
+from tests.fakes import EOS
+
+
+class Words:
+    """Tokens 1 and 4 are one text, 2 is another, EOS has none; the vocabulary writes a space before a word as ▁."""
+
+    texts = {1: " an", 2: "é", 3: "", 4: " an"}  # noqa: RUF012
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.texts.get(token, "") for token in ids)
+
+    def piece(self, token: int) -> str:
+        return {EOS: "<eos>", 3: "<0xE2>"}.get(token) or f"▁{token}"
+
+
+WORDS = Words()
+
+
+def response(tokens: list[int], text: str, logprobs: list[float], scores: PromptScores | None = None) -> Response:
+    return Response(0, 0, tokens, text, logprobs, logprobs, "stop", prompt_scores=scores)
+
+
+def test_a_token_is_named_by_its_text_and_one_without_as_the_vocabulary_has_it() -> None:
+    assert [token_text(WORDS, token) for token in (1, 2, 3, EOS)] == [" an", "é", "<0xE2>", "<eos>"]  # type: ignore[arg-type]
+
+
+def test_an_answer_has_its_kind_model_choices_and_the_usage_where_it_is_given() -> None:
+    head = Head("text_completion", "tiny", "cmpl-1", 7)
+    own = {"id": "cmpl-1", "object": "text_completion", "created": 7, "model": "tiny", "choices": [{"index": 0}]}
+    assert head.with_choices(iter([{"index": 0}])) == own
+    assert head.with_choices([{"index": 0}], {"total_tokens": 3}) == {**own, "usage": {"total_tokens": 3}}
+    assert Head("k", "m").id != Head("k", "m").id
+    assert Head("k", "m").id.startswith("cmpl-")
+
+
+def test_usage_counts_the_tokens_of_all_prompts_and_responses() -> None:
+    found = usage(iter([[1, 2], [3]]), iter([[4], [5, 6, 7]]))
+    assert found == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+
+
+def test_what_is_scored_is_each_token_with_its_own_value() -> None:
+    top = [[(1, -0.5)], [(2, -0.25)]]
+    drawn = scored(Progress(3, [1, 2], [-0.5, -1.0], top))
+    assert drawn == Scored([1, 2], [-0.5, -1.0], top)
+    assert scored(response([1, 2], "x", [-0.5, -1.0])) == Scored([1, 2], [-0.5, -1.0], [None, None])
+    assert drawn.after(1) == Scored([2], [-1.0], top[1:])
+    scores = PromptScores([-2.0], [[(1, -2.0)]])
+    assert with_prompt([7, 8], scores, drawn) == Scored(
+        [7, 8, 1, 2], [None, -2.0, -0.5, -1.0], [None, [(1, -2.0)], *top]
+    )
+    assert with_prompt([7, 8], None, drawn) == drawn
+
+
+def test_log_probabilities_of_a_completion_say_where_in_the_text_each_token_begins() -> None:
+    top = [None, [(2, -0.1), (1, -3.0)], [(4, -0.2), (1, -0.9)]]
+    found = completion_logprobs(WORDS, Scored([1, 2, EOS], [None, -0.1, -4.0], top), 10)  # type: ignore[arg-type]
+    assert found == {
+        "tokens": [" an", "é", "<eos>"],
+        "token_logprobs": [None, -0.1, -4.0],
+        # of two tokens with one text the likelier
+        "top_logprobs": [None, {"é": -0.1, " an": -3.0}, {" an": -0.2}],
+        "text_offset": [10, 13, 14],
+    }
+    assert completion_logprobs(WORDS, Scored([1], [-1.0], [None]))["text_offset"] == [0]  # type: ignore[arg-type]
+    assert completion_logprobs(WORDS, Scored([], [], []), 4)["text_offset"] == []  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_a_chat_have_the_bytes_of_every_token() -> None:
+    found = chat_logprobs(WORDS, Scored([2, 1], [-0.1, -0.5], [[(2, -0.1), (1, -3.0)], None]))  # type: ignore[arg-type]
+    an, e = {"token": " an", "bytes": [32, 97, 110]}, {"token": "é", "bytes": [0xC3, 0xA9]}
+    assert found == {
+        "content": [
+            {**e, "logprob": -0.1, "top_logprobs": [{**e, "logprob": -0.1}, {**an, "logprob": -3.0}]},
+            {**an, "logprob": -0.5, "top_logprobs": []},
+        ]
+    }
+
+
+def test_nemos_answer_goes_over_prompt_and_response_of_each_sentence() -> None:
+    prompts = [(" an", [1]), ("é an", [2, 4])]
+    drawn = [response([2], "é", [-0.1], PromptScores([], [])), response([1, EOS], " an", [-1.0, -2.0])]
+    found = nemo_answer(WORDS, prompts, drawn, True)  # type: ignore[arg-type]
+    assert found == {
+        "sentences": [" ané", "é an an"],
+        "tokens": [["▁1", "▁2"], ["▁2", "▁4", "▁1", "<eos>"]],
+        "logprob": [[-0.1], [-1.0, -2.0]],
+        "token_ids": [[1, 2], [2, 4, 1, EOS]],
+        "offsets": [[0, 3], [0, 1, 4, 7]],
+    }
+    assert nemo_answer(WORDS, prompts, drawn, False)["logprob"] is None  # type: ignore[arg-type]
+    with_scores = [drawn[0], response([1], " an", [-1.0], PromptScores([-7.0], [[]]))]
+    assert nemo_answer(WORDS, prompts, with_scores, True)["logprob"][1] == [-7.0, -1.0]  # type: ignore[arg-type]
