@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_aligner.servers.wire import RequestError, RequestReader, answer
+from nemo_aligner.servers.wire import RequestError, RequestReader, answer, refusal
 from tests.fakes import EOS, ByteTokenizer
 
 READER = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=100)
@@ -42,20 +42,40 @@ def test_eos_is_as_the_model_was_trained_unless_the_request_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "named"),
+    ("inputs", "said"),
     [
-        ({}, "sentences"),
-        ({**sentences(b"a"), **tokens([[1]], [[1]])}, "sentences"),
-        ({"sentences": np.array([[b"a", b"b"]], dtype=object)}, "sentences: shape [1, 2]"),
-        ({"tokens": np.array([[1]])}, "sequence_lengths: needed"),
-        (tokens([[1, 2]], [[1], [1]]), "sequence_lengths: 2 for 1"),
-        ({**sentences(b"a"), "add_EOS": np.array([[True], [True]])}, "add_EOS: 2 for 1"),
+        ({}, "sentences: give either sentences, or tokens with sequence_lengths"),
+        ({**sentences(b"a"), **tokens([[1]], [[1]])}, "sentences: give either sentences, or tokens with"),
+        ({"sentences": np.array([[b"a", b"b"]], dtype=object)}, "sentences: shape [1, 2] is not [B, 1]"),
+        ({"sentences": np.array([b"a"], dtype=object)}, "sentences: shape [1] is not [B, 1]"),
+        ({"tokens": np.array([[1]])}, "sequence_lengths: needed with tokens"),
+        (tokens([1, 2], [[1]]), "tokens: shape [2] is not [B, S]"),
+        (tokens([[1, 2]], [[1], [1]]), "sequence_lengths: 2 for 1 rows of tokens"),
+        (tokens([[1, 2]], [1]), "sequence_lengths: shape [1] is not [B, 1]"),
+        ({**sentences(b"a"), "add_EOS": np.array([[True], [True]])}, "add_EOS: 2 for 1 texts"),
+        ({**sentences(b"a"), "add_EOS": np.array([True])}, "add_EOS: shape [1] is not [B, 1]"),
     ],
 )
-def test_a_bad_request_is_refused_by_the_name_of_its_input(inputs: dict[str, np.ndarray], named: str) -> None:
+def test_a_bad_request_is_refused_by_the_name_of_its_input(inputs: dict[str, np.ndarray], said: str) -> None:
     with pytest.raises(RequestError) as fault:
         READER.read(inputs)
-    assert str(fault.value).startswith(named)
+    assert str(fault.value).startswith(said)
+
+
+@pytest.mark.parametrize(("inputs", "rows"), [({}, 1), (sentences(b"a", b"b"), 2), (tokens([[1]] * 3, [[1]]), 3)])
+def test_a_refusal_has_as_many_rows_as_the_request(inputs: dict[str, np.ndarray], rows: int) -> None:
+    outputs = refusal("no", inputs)
+    assert outputs["error"].tolist() == [[b"no"]] * rows
+    assert outputs["exceeded"].tolist() == [[-1]] * rows
+    assert [outputs[name].dtype for name in ("rewards", "exceeded", "error")] == [np.float32, np.int32, object]
+    assert np.isnan(outputs["rewards"]).all()
+    assert outputs["rewards"].shape == (rows, 1)
+
+
+def test_as_many_bytes_as_are_allowed_are_read() -> None:
+    reader = RequestReader(ByteTokenizer(), limit=200, vocab_size=258, append_eod=False, max_text_bytes=100)
+    found = reader.read(sentences(b"a" * 100))
+    assert (found.rows, found.errors, found.exceeded) == ([[97] * 100], [""], [False])
 
 
 @pytest.mark.parametrize(

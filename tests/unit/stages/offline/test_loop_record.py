@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_aligner.stages.offline.loop_record import record
+from nemo_aligner.errors import DataError
+from nemo_aligner.stages.offline.loop_record import main, record
 
 SAMPLES = [
     {"input": "p", "output": "aa", "id": 1}, {"input": "p", "output": "", "id": 1},
@@ -73,3 +75,63 @@ def test_without_any_reward_there_is_no_mean(tmp_path: Path) -> None:
     iteration(tmp_path, 0, rewards=[None] * 4)
     [found] = lines(tmp_path / "iterations.jsonl")
     assert (found["reward_mean"], found["best_of_n_mean"], found["prompts"]) == (None, None, 0)
+
+
+def test_what_an_iteration_did_is_said_and_drawn_figure_by_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seconds.log").write_text("0 sample 5\n")
+    iteration(tmp_path, 0)
+    said = (
+        "iteration 0: samples 4, prompts 2, reward_mean 1, reward_std 3, best_of_n_mean 1, kept 0.5, "
+        "response_characters 2, empty 0.25\n"
+    )
+    assert capsys.readouterr().out == said
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    figures = set(lines(tmp_path / "iterations.jsonl")[0]) - {"iteration"}
+    assert set(events.Tags()["scalars"]) == figures
+
+
+@pytest.mark.parametrize("missing", ["input", "output"])
+def test_a_sample_without_a_text_is_named(tmp_path: Path, missing: str) -> None:
+    iteration(tmp_path, 0)
+    key = f"data.{missing}_key"
+    for name in ("g.jsonl", "l.jsonl"):
+        good = (tmp_path / name).read_text()
+        write(tmp_path / name, [{key: value for key, value in SAMPLES[0].items() if key != missing}])
+        with pytest.raises(DataError, match=rf"{name}:1: no field '{missing}' \({key}\)"):
+            record(tmp_path, 1, tmp_path / "g.jsonl", tmp_path / "l.jsonl", 2)
+        (tmp_path / name).write_text(good)
+
+
+def test_the_command_records_what_its_options_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iteration(tmp_path, 0)
+    options = ["--generated", str(tmp_path / "g.jsonl"), "--labeled", str(tmp_path / "l.jsonl"), "--iteration", "3"]
+    monkeypatch.setattr("sys.argv", ["loop_record", "--result", str(tmp_path / "result"), *options])
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    main()
+    assert not (tmp_path / "result").exists(), "of the processes that srun starts one records"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    main()
+    assert [row["iteration"] for row in lines(tmp_path / "result" / "iterations.jsonl")] == [3]
+    shutil.rmtree(tmp_path / "result")
+    monkeypatch.delenv("SLURM_PROCID")
+    main()
+    assert [row["iteration"] for row in lines(tmp_path / "result" / "iterations.jsonl")] == [3]
+    assert len(lines(tmp_path / "result" / "iterations" / "3.jsonl")) == 4
+    monkeypatch.setattr("sys.argv", ["loop_record", "--result", str(tmp_path / "result"), *options, "--keep", "1"])
+    main()
+    assert len(lines(tmp_path / "result" / "iterations" / "3.jsonl")) == 1
+
+
+@pytest.mark.parametrize("left_out", ["--result", "--iteration", "--generated", "--labeled"])
+def test_the_command_asks_for_what_it_needs(
+    left_out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--result": "r", "--iteration": "1", "--generated": "g", "--labeled": "l"}
+    words = [word for name, value in given.items() if name != left_out for word in (name, value)]
+    monkeypatch.setattr("sys.argv", ["loop_record", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.rstrip().endswith(f"required: {left_out}")
