@@ -61,9 +61,7 @@ class Clerk:
     async def complete(self, body: CompletionBody, request: Request) -> Json | StreamingResponse:
         self.check_model(body.model)
         prompts = [
-            (self._tokenizer.decode(one), self._checked_ids(one))
-            if isinstance(one, list)
-            else (one, self._encode(one, self._served.add_bos))
+            self._of_ids(one) if isinstance(one, list) else (one, self._encode(one, self._served.add_bos))
             for one in body.prompts()
         ]
         params = body.sampling(
@@ -180,11 +178,11 @@ class Clerk:
             raise RequestFault("the prompt is empty, there is nothing to go on from", "prompt")
         return tuple(ids)
 
-    def _checked_ids(self, ids: list[int]) -> tuple[int, ...]:
+    def _of_ids(self, ids: list[int]) -> tuple[str, tuple[int, ...]]:
         for token in ids:
             if not 0 <= token < self._served.vocab_size:
                 raise RequestFault(f"{token} is not a token id, 0 to {self._served.vocab_size - 1}", "prompt")
-        return tuple(ids)
+        return self._tokenizer.decode(ids), tuple(ids)
 
     def _requests(
         self,
