@@ -58,6 +58,8 @@ def test_n_responses_of_each_prompt_stand_together_in_prompt_order(tmp_path: Pat
     meta = json.loads(Path(f"{cfg.output_file}.meta.json").read_text())
     assert meta["counts"] == {"prompts": 5, "samples": 15}
     assert meta["archive_sha256"] == "a" * 64
+    assert list(meta["inputs_sha256"]) == cfg.data.file_names
+    assert meta["config"]["data"]["n"] == 3
 
 
 def test_a_chunk_of_an_online_loop_goes_round_with_noise_of_its_own(tmp_path: Path) -> None:

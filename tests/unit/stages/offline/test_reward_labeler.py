@@ -34,12 +34,14 @@ class ByteSum:
     def __init__(self, archive: str = "a" * 64, stored: tuple[float, float] | None = None) -> None:
         self.archive, self.stored_standardization = archive, stored
         self.scored: list[list[list[int]]] = []
+        self.micro_batch_sizes: set[int] = set()
 
     def archive_hash(self) -> str:
         return self.archive
 
     def score(self, rows: Sequence[list[int]], micro_batch_size: int) -> list[list[float]]:
         self.scored.append(list(rows))
+        self.micro_batch_sizes.add(micro_batch_size)
         return [[math.nan if 0 in row else float(sum(row)), -1.0] for row in rows]
 
 
@@ -84,6 +86,8 @@ def test_every_row_gets_its_own_reward_in_the_order_of_the_input(
     assert sum(len(part) for model in models for part in model.scored) == 7, "none is scored twice"
     meta = json.loads(Path(f"{cfg.output_file}.meta.json").read_text())
     assert meta["archive_sha256"] == "a" * 64
+    assert list(meta["inputs_sha256"]) == cfg.data.file_names
+    assert meta["config"]["data"]["micro_batch_size"] == cfg.data.micro_batch_size
     counts = meta["counts"]
     rewards = [reward_of(i) for i in range(7)]
     mean = sum(rewards) / 7
@@ -94,7 +98,9 @@ def test_every_row_gets_its_own_reward_in_the_order_of_the_input(
 def test_a_window_is_as_many_micro_batches_as_the_checkpoint_interval_says(tmp_path: Path) -> None:
     cfg = config(tmp_path, micro_batch_size=2)
     cfg.checkpoint_interval = 2
-    assert [len(part) for part in run(cfg).scored] == [4, 3]
+    model = run(cfg)
+    assert [len(part) for part in model.scored] == [4, 3]
+    assert model.micro_batch_sizes == {2}
 
 
 def test_a_run_that_is_stopped_keeps_its_rewards_and_goes_on_with_the_rest(tmp_path: Path) -> None:
