@@ -61,8 +61,8 @@ def inner(folder: Path, stage: Callable[..., Any]) -> Path:
     return found
 
 
-def second_of_two() -> OneProcess:
-    cluster = OneProcess(1, 2)
+def not_main() -> OneProcess:
+    cluster = OneProcess()
     cluster.is_main = False  # type: ignore[misc]
     return cluster
 
@@ -117,10 +117,10 @@ def test_a_bar_begins_where_the_run_goes_on_and_ends_at_its_total(
 
 def test_other_ranks_show_no_bar(tmp_path: Path, bars: list[Bar]) -> None:
     for stage, *_ in STAGES[2:]:
-        stage(inner(tmp_path, stage), second_of_two())
+        stage(inner(tmp_path, stage), not_main())
     cfg = test_evaluation.config(tmp_path)
     rows = open_rows(cfg.data, {"input": "data.input_key"})
-    evaluation.draw(cfg, rows, EchoPolicy(), second_of_two(), "m.nemo")  # type: ignore[arg-type]
+    evaluation.draw(cfg, rows, EchoPolicy(), not_main(), "m.nemo")  # type: ignore[arg-type]
     assert [bar.show for bar in bars] == [False] * 3
 
 
