@@ -47,8 +47,8 @@ def renamed(cfg: DictConfig, aliases: Aliases) -> DictConfig:
         value = holder._get_node(name)
         del holder[name]
         OmegaConf.update(cfg, new, value, merge=True, force_add=True)
-        for block in {".".join(old.split(".")[:depth]) for depth in range(1, old.count(".") + 1)}:
-            _drop_if_empty(cfg, block, keep=new)
+        for depth in range(old.count("."), 0, -1):  # the innermost first: it may be all that the one around it holds
+            _drop_if_empty(cfg, ".".join(old.split(".")[:depth]), keep=new)
     return cfg
 
 
