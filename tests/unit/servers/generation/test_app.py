@@ -307,6 +307,43 @@ def test_a_bad_request_is_refused_as_openai_does(
     assert says in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ('{"prompt": 3}',
+         "prompt: neither a text nor a list of texts, of token ids, or of lists of token ids", "prompt"),
+        ('{"prompt": "x", "stream_options": {}}', "stream_options is for stream=true only", None),
+        ('{"prompt": "x", "n": 0}', "n: Input should be greater than or equal to 1", "n"),
+        ("{}", "prompt: Field required", "prompt"),
+        ('{"prompt": "x", "stream": true, "stream_options": {"a": 1}}',
+         "Unrecognized request argument supplied: stream_options.a", "stream_options.a"),
+        ('{"prompt": "x", "b": 1}', "Unrecognized request argument supplied: b", "b"),
+        ('{"prompt": "x", "stream": true, "stream_options": {"include_usage": 1}}',
+         "stream_options.include_usage: Input should be a valid boolean", "stream_options"),
+        ('{"prompt"', "the body is not valid JSON: Expecting ':' delimiter", None),
+        ("", "Field required", None),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_body_is_named_by_its_field(shop: Shop, body: str, message: str, param: str | None) -> None:
+    answer = shop.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.json() == {
+        "error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}
+    }
+
+
+def test_another_path_or_method_is_refused_in_the_same_form(shop: Shop) -> None:
+    for method, path, status, said in (
+        ("GET", "/v2", 404, "Not Found"),
+        ("GET", "/generate", 405, "Method Not Allowed"),
+        ("POST", "/v1/models", 405, "Method Not Allowed"),
+    ):
+        answer = shop.http.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"] == {
+            "message": f"{method} {path}: {said}", "type": "invalid_request_error", "param": None, "code": None,
+        }  # fmt: skip
+
+
 def test_openais_client_knows_the_faults(shop: Shop) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         shop.client.completions.create(model="tiny", prompt="x", max_tokens=1000)
@@ -370,4 +407,5 @@ def test_clients_are_told_when_the_server_closes() -> None:
         waiting.join(timeout=20)
         ask()
     assert [answer.status_code for answer in answers] == [503, 503]
-    assert answers[0].json()["error"]["message"] == "the server is closing"
+    told = {"message": "the server is closing", "type": "server_error", "param": None, "code": None}
+    assert [answer.json()["error"] for answer in answers] == [told, told]

@@ -158,7 +158,7 @@ def test_a_prompt_has_a_token_and_leaves_room_for_one(archives: Archives, length
     ("key", "value", "says"),
     [
         ("prompts_jsonl", "/no.jsonl", "/no.jsonl: cannot be read"),
-        ("chat_template", "{% if", "chat_template: "),
+        ("chat_template", "{% if", "chat_template: not a valid Jinja template"),
         ("tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
         ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
         ("gpt_model_file", "/no.nemo", "gpt_model_file=/no.nemo: no such file"),

@@ -178,7 +178,7 @@ def test_a_reward_model_grows_out_of_a_policy(archives: Archives, tmp_path: Path
         (f"{CALLBACK}.save_best_model", True, f"{CALLBACK}.save_best_model: the best of the checkpoints, and none"),
         ("exp_manager.max_time_per_run", "1h", "exp_manager.max_time_per_run: '1h' is not of the form"),
         ("model.optim.sched", {"name": "none"}, "model.optim.sched.name: 'none' is not one of"),
-        ("model.data.chat_template", "{% if", "model.data.chat_template: "),
+        ("model.data.chat_template", "{% if", "model.data.chat_template: not a valid Jinja template"),
         ("model.tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
         ("model.restore_from_path", "/no.nemo", "model.restore_from_path=/no.nemo: no such file"),
         ("model.restore_from_path", "JUDGE", "model.restore_from_path=JUDGE is a reward model"),
