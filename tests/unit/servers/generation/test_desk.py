@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
+from nemo_aligner.servers.generation import desk
 from nemo_aligner.servers.generation.desk import Closing, FrontDesk
 
 REQUESTS = [GenerationRequest(0, sample, (1, 2)) for sample in range(3)]
@@ -67,3 +69,39 @@ def test_who_waits_when_the_desk_closes_is_told_and_nobody_comes_after() -> None
 
 def test_the_desk_orders_an_end_when_it_is_told_to_stop() -> None:
     assert FrontDesk(lambda: True).orders(idle=True) is None
+
+
+def test_only_an_idle_desk_waits_for_orders_and_no_longer_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        made = FrontDesk(lambda: False)
+        monkeypatch.setattr(desk, "_IDLE_WAIT_S", 30.0)
+        begin = time.monotonic()
+        assert made.orders(idle=False) == Orders([], [])
+        made.submit(REQUESTS)
+        orders = made.orders(idle=True)
+        assert orders is not None
+        assert len(orders.new) == 3
+        assert time.monotonic() - begin < 10
+        monkeypatch.setattr(desk, "_IDLE_WAIT_S", 0.05)
+        begin = time.monotonic()
+        assert made.orders(idle=True) == Orders([], [])
+        assert time.monotonic() - begin >= 0.05
+
+    asyncio.run(story())
+
+
+def test_progress_is_told_to_nobody_where_there_is_none() -> None:
+    async def story() -> None:
+        made = FrontDesk(lambda: False)
+        made.drawn([Progress(1, [5], [-1.0], [])])
+        made.finished(response(1))  # nobody asked yet
+        job = made.submit(REQUESTS[:1])
+        made.drawn([])
+        made.drawn([Progress(99, [5], [-1.0], [])])
+        made.finished(response(99))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert job.events.empty()
+        assert made.unfinished == 1
+
+    asyncio.run(story())
