@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aligner.config.usage import usage
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -75,6 +77,62 @@ def test_help_is_about_the_yaml_that_is_chosen(name: str, answer: Answers) -> No
     text = answer(script, "trainer.devices=2", name, "--help")
     for part in ("gpt_reinforce_actor", "gpt_rs_actor"):
         assert shows(text, lines_of(script, part))
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    """A folder of YAMLs, each but the first beginning from another; beside it one of groups."""
+    for name, text in {
+        "conf/own": "a: 1 # first\n\n",
+        "conf/other": "defaults:\n  - own\n  - _self_\n  - group: b\nb: é\n",
+        "conf/third": "defaults: [other]\n",
+        "shared/optim/cosine": "",
+        "shared/optim/constant": "",
+        "shared/model/tiny": "",
+    }.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return tmp_path / "conf"
+
+
+OWN = "# own.yaml\n\na: 1 # first"
+OTHER = "# other.yaml\n\ndefaults:\n  - own\n  - _self_\n  - group: b\nb: é"
+THIRD = "# third.yaml\n\ndefaults: [other]"
+HOW = """\
+Override a key with key=value (key=[1,2], key=null), drop one with ~key, take a group of conf/ with +trainer=cpu:
+  model: tiny
+  optim: constant, cosine
+--cfg job prints the configuration as it would be used; --hydra-help, what else the command line takes."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], [OWN]),
+        (["a=2", "-h", "b=3"], [OWN]),
+        (["--help", "--config-name=other"], [OTHER, OWN]),
+        (["--help", "-cn", "other.yaml"], [OTHER, OWN]),
+        (["--config-name", "third", "--help"], [THIRD, OTHER, OWN]),
+        ([], None),
+        (["a=2", "--config-name=other"], None),
+        (["--hel"], None),
+        (["--help", "--config-name=none"], None),
+        (["--help", "--config-path=/conf"], None),
+        (["--help", "-cp", "/conf"], None),
+        (["--help", "--config-dir", "/conf"], None),
+        (["--help", "-cd=/conf"], None),
+    ],
+)
+def test_help_is_the_scripts_own_words_then_how_keys_are_given_then_the_yamls(
+    conf: Path, arguments: list[str], shown: list[str] | None
+) -> None:
+    found = usage(arguments, "\n Trains.\n", conf, "own", conf.parent / "shared")
+    assert found == (None if shown is None else "\n\n".join(["Trains.", HOW, *shown]))
+
+
+def test_a_script_without_words_of_its_own_has_help_too(conf: Path) -> None:
+    assert usage(["-h"], None, conf, "own", conf.parent / "shared") == "\n\n".join(["", HOW, OWN])
 
 
 @pytest.mark.processes
