@@ -47,3 +47,44 @@ def test_windows_belong_to_the_layers_that_are_named() -> None:
     assert [arch.window_of(layer) for layer in range(2)] == [4, 4]
     arch.window_layers = [1]
     assert [arch.window_of(layer) for layer in range(2)] == [None, 4]
+
+
+def refused(config: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Architecture.from_nemo(config)
+    return str(caught.value)
+
+
+def test_what_an_archive_lacks_is_named() -> None:
+    assert refused({}) == "model_config.yaml lacks ffn_hidden_size, hidden_size, num_attention_heads, num_layers"
+    assert refused({key: 1 for key in NEEDED if key != "hidden_size"}) == "model_config.yaml lacks hidden_size"
+
+
+def test_a_value_that_means_another_model_is_named_with_its_key() -> None:
+    assert refused({**NEEDED, "headscale": True}) == "model_config.yaml: headscale=True is not supported"
+    said = "model_config.yaml: normalization=layernorm1p is not rmsnorm or layernorm"
+    assert refused({**NEEDED, "normalization": "layernorm1p"}) == said
+
+
+def test_a_shape_comes_back_as_it_was_written_with_the_keys_of_others() -> None:
+    arch = Architecture.from_nemo(
+        {**NEEDED, "vocab_size": 9, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "data": {"a": 1}}
+    )
+    assert arch.rope_scaling == RopeScaling("linear", 2.0)
+    assert (arch.vocab_size, arch.other) == (9, {"data": {"a": 1}})
+    assert Architecture.from_nemo(arch.to_nemo()) == arch
+    assert "other" not in arch.to_nemo()
+    assert Architecture.from_nemo(NEEDED).vocab_size == 0, "left to the tokenizer"
+    own = {**NEEDED, "rope_scaling": None, "scale_positional_embedding": True, "scale_factor": 4}
+    assert Architecture.from_nemo(own).rope_scaling == RopeScaling("llama3", 4.0)
+
+
+def test_parts_that_are_not_given_follow_others() -> None:
+    arch = Architecture(**NEEDED, vocab_size=9)
+    assert (arch.query_groups, arch.head_dim, arch.has_proj_bias, arch.has_mlp_bias) == (2, 4, False, False)
+    arch = Architecture(**NEEDED, vocab_size=9, num_query_groups=1, kv_channels=6, bias=True)
+    assert (arch.query_groups, arch.head_dim, arch.has_proj_bias, arch.has_mlp_bias) == (1, 6, True, True)
+    arch = Architecture(**NEEDED, vocab_size=9, bias=True, proj_bias=False, mlp_bias=False)
+    assert (arch.has_proj_bias, arch.has_mlp_bias) == (False, False)
+    arch = Architecture(**NEEDED, vocab_size=9, proj_bias=True)
+    assert (arch.has_proj_bias, arch.has_mlp_bias) == (True, False)

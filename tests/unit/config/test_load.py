@@ -149,6 +149,16 @@ def test_a_learning_rate_may_be_a_product_in_both_quotings(written: str) -> None
     assert load_config(cfg, SFTConfig).model.optim.lr == pytest.approx(1.001e-6)
 
 
+def test_what_is_quoted_once_too_often_is_taken_as_meant_at_any_depth() -> None:
+    cfg = composed("offline/conf/megatron_random_sampler", SAMPLER)
+    cfg.inference.end_strings, cfg.data.file_names = ["a", r"\${data.input_key}"], [r"\${output_file}", "b"]
+    cfg.data.prompt_template = r"\{input}"
+    found = load_config(cfg, SamplerConfig)
+    assert found.inference.end_strings == ["a", "input"]
+    assert found.data.file_names == ["o.jsonl", "b"]
+    assert found.data.prompt_template == r"\{input}"
+
+
 def test_a_whole_number_may_stand_where_a_decimal_is_meant() -> None:
     assert load_sampler("inference.temperature=1").inference.temperature == 1.0
 
