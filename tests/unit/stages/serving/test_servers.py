@@ -60,7 +60,8 @@ def while_running(run: Callable[[], None], is_up: Callable[[], bool], talk: Call
     finally:
         over.set()
         thread.join()
-    return found[0]
+    [answer] = found
+    return answer
 
 
 def serving(cfg: GenerationConfig, talk: Callable[[openai.OpenAI], Any]) -> Any:
@@ -141,16 +142,15 @@ def reward_config(archives: Archives) -> ServerConfig:
 def test_the_reward_server_answers_with_its_models_rewards_until_it_is_told_to_stop(
     archives: Archives, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, standardised: bool
 ) -> None:
-    tritons, beats = FakeTriton.put_in_place(monkeypatch), list[object]()
+    tritons, beat = FakeTriton.put_in_place(monkeypatch), threading.Event()
     monkeypatch.setattr(rewards, "_HEARTBEAT_S", 0.0)
-    monkeypatch.setattr(rewards.SharedScorer, "beat", beats.append)
+    monkeypatch.setattr(rewards.SharedScorer, "beat", lambda scorer: beat.set())
     cfg = reward_config(archives)
     cfg.model.reward_standardization.enable, cfg.inference.max_text_bytes = standardised, 100
     texts = ["good film", "bad", "so", "x" * 64, "x" * 101]
 
     def talk() -> dict[str, np.ndarray]:
-        while not beats:  # the ranks that follow are told that there is nothing to do
-            time.sleep(0.02)
+        assert beat.wait(10), "the ranks that follow are told that there is nothing to do"
         [answer] = tritons[0].ask({"sentences": np.array([[text.encode()] for text in texts], dtype=object)})
         return answer
 
