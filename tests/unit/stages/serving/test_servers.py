@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
@@ -42,16 +43,17 @@ def free_port() -> int:
 
 def while_running(run: Callable[[], None], is_up: Callable[[], bool], talk: Callable[[], Any]) -> Any:
     """What `talk` returns beside `run`, a server on the main thread; SIGTERM comes when it is done."""
-    over, found = threading.Event(), []
+    over, found = threading.Event(), Future[Any]()
 
     def client() -> None:
         while not over.is_set() and not is_up():
             time.sleep(0.02)
         if not over.is_set():
             try:
-                found.append(talk())
-            finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+                found.set_result(talk())
+            except BaseException as fault:
+                found.set_exception(fault)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=client)
     thread.start()
@@ -60,8 +62,7 @@ def while_running(run: Callable[[], None], is_up: Callable[[], bool], talk: Call
     finally:
         over.set()
         thread.join()
-    [answer] = found
-    return answer
+    return found.result(0)
 
 
 def serving(cfg: GenerationConfig, talk: Callable[[openai.OpenAI], Any]) -> Any:
