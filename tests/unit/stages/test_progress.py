@@ -32,7 +32,10 @@ class Bar:
         self.tokens.append(tokens)
         self.values.append(set(values))
 
-    def close(self) -> None:
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
         self.closed = True
 
 

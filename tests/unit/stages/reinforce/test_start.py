@@ -52,6 +52,8 @@ class Judge:
         answer.set_result([letters(text) for text in texts])
         return answer
 
+    def hurry(self) -> None: ...
+
     def close(self) -> None:
         self.did.append("closed")
 
