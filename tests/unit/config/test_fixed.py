@@ -36,18 +36,19 @@ HANDED_ON = ("*.optim.sched", "exp_manager.*_logger_kwargs*", "exp_manager.creat
 """Read by other names: whole blocks by the schedule and the loggers; the last by its check against the precision."""
 
 
+def is_config(path: Path) -> bool:
+    return path.parent.name == "config"
+
+
 @functools.cache
 def names_read() -> set[str]:
     """Attributes that code reads: anywhere outside config/, and in config/ but for its checks."""
     found: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if is_config(path) else []
         checks = {
-            inner
-            for node in ast.walk(tree)
-            if path.parent.name == "config" and isinstance(node, ast.FunctionDef)
-            if "check" in node.name or node.name == "validate"
-            for inner in ast.walk(node)
+            inner for node in functions if "check" in node.name or node.name == "validate" for inner in ast.walk(node)
         }
         found |= {
             node.attr
@@ -73,6 +74,7 @@ def another(value: Any) -> Any:
     return 7 if value is None or isinstance(value, int) else f"{value}x"
 
 
+@pytest.mark.timeout(300)  # the copy that mutants are made in has thirty times the code
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_key_that_no_code_reads_is_refused_unless_it_has_its_default(name: str) -> None:
     read, plain = names_read(), composed(name, REQUIRED[name])
