@@ -89,14 +89,9 @@ class SFTConfig:
         for part in ("train_ds", "validation_ds"):
             if (rows := getattr(self.model.data, part)) is not None:
                 check_fixed(rows, SFT_ROWS, f"model.data.{part}")
-        data = self.model.data.train_ds
-        at_least(
-            1,
-            model__data__train_ds__micro_batch_size=data.micro_batch_size,
-            model__data__train_ds__global_batch_size=data.global_batch_size,
-            model__data__train_ds__max_seq_length=data.max_seq_length,
-            trainer__sft__max_epochs=self.trainer.sft.max_epochs,
-        )
+                names = ("micro_batch_size", "global_batch_size", "max_seq_length")
+                at_least(1, **{f"model__data__{part}__{name}": getattr(rows, name) for name in names})
+        at_least(1, trainer__sft__max_epochs=self.trainer.sft.max_epochs)
         at_least(0, trainer__sft__save_interval=self.trainer.sft.save_interval)
 
 

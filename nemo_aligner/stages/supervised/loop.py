@@ -7,6 +7,7 @@ SFT trains on the answer's tokens, reward-model training on pairs of texts; a Ta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -57,6 +58,8 @@ class Task:
     micro_batch_size: int
     loop: LoopConfig
     micro_batch_tokens: int | None = None
+    validation_plan: BatchPlan | None = None  # null: in their order, in batches as large as those of training
+    validation_micro_batch_size: int | None = None  # null: that of training
     settings: Mapping[str, Any] = field(default_factory=dict)  # what decides a step besides the examples
     metric_names: frozenset[str] = frozenset()  # what the objective reports besides the loss
     # after training: what examples, held out or not, say that the archive should carry
@@ -193,15 +196,20 @@ def batch(task: Task, model: TrainableModel, examples: Sequence[Example], indice
 
 def validate(task: Task, model: TrainableModel) -> StepMetrics:
     """Averages over the validation examples, or over the first `limit_val_batches` of them."""
-    return model.evaluate(batch(task, model, task.validation, range(validation_count(task))), task.objective)
+    size = task.validation_micro_batch_size or task.micro_batch_size
+    held_out = batch(dataclasses.replace(task, micro_batch_size=size), model, task.validation, validated(task))
+    return model.evaluate(held_out, task.objective)
 
 
-def validation_count(task: Task) -> int:
+def validated(task: Task) -> list[int]:
+    """The validation examples of one validation, always the same."""
+    size = task.plan.global_batch_size
+    plan = task.validation_plan or BatchPlan(len(task.validation), size, task.plan.seed, shuffle=False)
+    order = [i for step in range(plan.steps_per_epoch) for i in plan.indices(step)]
     limit = task.loop.limit_val_batches
-    total = len(task.validation)
     if isinstance(limit, int) and not isinstance(limit, bool):
-        return min(total, limit * task.plan.global_batch_size)
-    return max(1, int(total * float(limit)))
+        return order[: limit * plan.global_batch_size]
+    return order[: max(1, int(len(order) * float(limit)))]
 
 
 def notes(task: Task, model: TrainableModel) -> dict[str, Any]:

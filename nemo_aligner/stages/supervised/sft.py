@@ -26,6 +26,7 @@ from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings,
 from nemo_aligner.stages.supervised.monitors import monitors
 
 if TYPE_CHECKING:
+    from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import Task
 
 _ARCHIVE = "model.restore_from_path"
@@ -83,26 +84,35 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
-    from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import Task, check_held_out, check_not_empty, sft_objective
 
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
     examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
     check_not_empty(examples, str(rows.path))
-    validation = []
+    validation: list[Example] = []
+    more: dict[str, Any] = {}
     if held_out is not None and data.validation_ds is not None:
         validation = make_examples(cfg, data.validation_ds, policy, held_out, _VALIDATION)
         check_held_out(validation, len(held_out), f"{_VALIDATION}.file_path")
+        more["validation_plan"] = batch_plan(cfg, data.validation_ds, len(validation))
+        more["validation_micro_batch_size"] = data.validation_ds.micro_batch_size
     return Task(
         train=examples,
         validation=validation,
         objective=sft_objective,
-        plan=BatchPlan(len(examples), train_ds.global_batch_size, cfg.model.seed, train_ds.shuffle, train_ds.drop_last),
+        plan=batch_plan(cfg, train_ds, len(examples)),
         micro_batch_size=train_ds.micro_batch_size,
         micro_batch_tokens=cfg.model.micro_batch_tokens,
         loop=cfg.trainer.sft,
         settings=settings(cfg),
+        **more,
     )
+
+
+def batch_plan(cfg: SFTConfig, data: SFTDatasetConfig, count: int) -> BatchPlan:
+    from nemo_aligner.stages.batches import BatchPlan
+
+    return BatchPlan(count, data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
 
 
 def make_examples(

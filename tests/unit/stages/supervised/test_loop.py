@@ -42,6 +42,7 @@ class Recorder:
 
     def evaluate(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
         real = [m for m in microbatches if m.fields["weights"].any()]
+        self.validated_together = max(len(m.tokens) for m in real)
         self.validated.append((len(self.seen), sorted(int(row[0]) for m in real for row in m.tokens)))
         return StepMetrics(float(-len(self.seen)), 0.0, 0.0)
 

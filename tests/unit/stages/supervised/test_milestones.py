@@ -14,6 +14,7 @@ from nemo_aligner.config.schema import CheckpointCallbackParams
 from nemo_aligner.config.supervised import LoopConfig
 from nemo_aligner.engine.interfaces import StepMetrics
 from nemo_aligner.errors import ConfigError, TrainingError
+from nemo_aligner.stages.batches import BatchPlan
 from nemo_aligner.stages.supervised.loop import check_not_empty, reward_notes, train
 from tests.fakes import OneProcess
 from tests.unit.stages.supervised.test_loop import EXAMPLES, Recorder, changed, experiment, task
@@ -45,6 +46,17 @@ def test_a_limit_of_validation_batches_is_a_share_or_a_number_of_global_batches(
     short = changed(validation=EXAMPLES, loop=LoopConfig(limit_val_batches=limit, max_steps=1))
     train(short, model, experiment(tmp_path))
     assert model.validated == [(1, [100 + i for i in range(used)])]
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(1.0, 3), (2, 2), (9, 3)])
+def test_validation_has_batches_of_its_own_always_the_same(tmp_path: Path, limit: float, batches: int) -> None:
+    model, plan = Recorder(), BatchPlan(len(EXAMPLES), 3, seed=5, shuffle=True, drop_last=True)
+    loop = LoopConfig(limit_val_batches=limit, max_steps=2, val_check_interval=1)
+    own = changed(validation=EXAMPLES, loop=loop, validation_plan=plan, validation_micro_batch_size=1)
+    train(own, model, experiment(tmp_path))
+    used = sorted(100 + i for step in range(batches) for i in plan.indices(step))
+    assert model.validated == [(1, used), (2, used)]
+    assert model.validated_together == 1
 
 
 @pytest.mark.parametrize("skip", [True, False])

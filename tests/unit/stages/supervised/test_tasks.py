@@ -11,6 +11,7 @@ import pytest
 from nemo_aligner.config.supervised import RMConfig, SFTConfig, SFTDatasetConfig
 from nemo_aligner.engine.interfaces import StepMetrics
 from nemo_aligner.errors import ConfigError, DataError, TrainingError
+from nemo_aligner.stages.batches import BatchPlan
 from nemo_aligner.stages.supervised import reward_training, sft
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
 from tests.fakes import EOS, ByteTokenizer
@@ -49,8 +50,13 @@ def sft_task(cfg: SFTConfig) -> Any:
 
 def test_sft_trains_on_the_answers_in_the_batches_of_its_config(tmp_path: Path) -> None:
     cfg = sft_config(tmp_path)
-    cfg.model.data.validation_ds = SFTDatasetConfig(file_path=write(tmp_path / "v", [{"input": "x", "output": "y"}]))
+    held_out = write(tmp_path / "v", [{"input": "x", "output": "y"}])
+    cfg.model.data.validation_ds = SFTDatasetConfig(
+        file_path=held_out, global_batch_size=7, micro_batch_size=6, shuffle=False, drop_last=True
+    )
     task = sft_task(cfg)
+    assert task.validation_plan == BatchPlan(1, 7, 77, shuffle=False, drop_last=True)
+    assert task.validation_micro_batch_size == 6
     assert [example.rows for example in task.train] == [([*f"q{i} a{i}".encode(), EOS],) for i in range(5)]
     assert task.train[0].masks == ([0, 0, 1, 1, 1, 1],)
     assert [example.rows for example in task.validation] == [([*b"x y", EOS],)]
