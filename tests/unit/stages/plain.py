@@ -89,16 +89,3 @@ def logged(folder: Path, name: str) -> list[float]:
 
 def logs_to(exp: ExpManagerConfig, folder: Path) -> None:
     exp.explicit_log_dir, exp.name, exp.create_tensorboard_logger = str(folder), "m", False
-
-
-def put(cfg: Any, key: str, value: Any) -> Any:
-    """Give `key` of a config another value; the one it had."""
-    *path, name = key.split(".")
-    for part in path:
-        cfg = getattr(cfg, part)
-    if isinstance(cfg, dict):
-        before, cfg[name] = cfg[name], value
-        return before
-    before = getattr(cfg, name)
-    setattr(cfg, name, value)
-    return before

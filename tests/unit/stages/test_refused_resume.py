@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,28 +82,6 @@ def leave_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> None:
     (checkpoint / "state.json").write_text(
         json.dumps({"format": 1, "step": 3, "steps": 9, "files": {}, "fingerprint": fingerprint})
     )
-
-
-@pytest.mark.parametrize("name", ["SFT", "reward model", "actor"])
-def test_a_checkpoint_of_another_archive_or_setting_is_refused_before_the_load(tmp_path: Path, name: str) -> None:
-    stage, cfg, settings = trainers(tmp_path)[name]
-    archive = hashlib.sha256(b"model").hexdigest()[:16]
-    leave_checkpoint(
-        tmp_path, {"the archive to start from": archive, **settings, "training examples": "compared later"}
-    )
-    with pytest.raises(LoadsAModel):
-        stage.run(cfg)
-    was = cfg.model.optim.lr
-    cfg.model.optim.lr = 2 * was
-    with pytest.raises(CheckpointError, match=rf"made with model.optim.lr = {was}, this run has {2 * was}"):
-        stage.run(cfg)
-    cfg.exp_manager.resume_if_exists = False
-    with pytest.raises(LoadsAModel):
-        stage.run(cfg)
-    cfg.exp_manager.resume_if_exists, cfg.model.optim.lr = True, was
-    (tmp_path / "model.nemo").write_bytes(b"another")
-    with pytest.raises(CheckpointError, match=rf"was made with the archive to start from = {archive}, this run has "):
-        stage.run(cfg)
 
 
 def test_every_rank_is_told_of_a_refused_checkpoint(tmp_path: Path) -> None:

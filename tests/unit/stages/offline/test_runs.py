@@ -15,7 +15,8 @@ from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, SamplerCon
 from nemo_aligner.errors import AlignerError, CheckpointError, ConfigError
 from nemo_aligner.stages.offline import evaluation, random_sampler, reward_labeler
 from tests.unit.stages.conftest import MEAN, STD, Archives
-from tests.unit.stages.plain import Plain, opened, put, read_rows, write_rows
+from tests.unit.stages.plain import Plain, opened, read_rows, write_rows
+from tests.unit.stages.refusals import check_refused, put
 
 PROMPTS = [{"input": f"film {i}", "id": i} for i in range(4)]
 SAMPLES = [{"input": f"film {i}", "output": f" was {word}", "id": i} for i, word in enumerate(["good", "bad", "so"])]
@@ -247,9 +248,6 @@ def test_what_is_wrong_with_the_labelers_own_keys_is_said_before_it_starts(
 ) -> None:
     cfg = labeler_config(tmp_path, archives)
     cfg.reward_standardization.enable = key.startswith("reward_standardization")
-    put(cfg, key, value)
     if key == "data.reward_key":
         cfg.processor = "dt"
-    with pytest.raises(AlignerError) as caught:
-        reward_labeler.run(cfg)
-    assert str(caught.value).startswith(says.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    check_refused(reward_labeler.run, cfg, key, value, says, ROWS=str(tmp_path / "rows.jsonl"))

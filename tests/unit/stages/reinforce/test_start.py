@@ -15,11 +15,12 @@ from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine import policy
 from nemo_aligner.engine.interfaces import Microbatch
-from nemo_aligner.errors import AlignerError, CheckpointError, DataError, ServerError
+from nemo_aligner.errors import CheckpointError, DataError, ServerError
 from nemo_aligner.servers import reward_client
 from nemo_aligner.stages.reinforce import start
 from tests.unit.stages.conftest import Archives
-from tests.unit.stages.plain import Plain, logged, logs_to, opened, put, read_rows, write_rows
+from tests.unit.stages.plain import Plain, logged, logs_to, opened, read_rows, write_rows
+from tests.unit.stages.refusals import check_other_runs_refused, check_refused
 
 PROMPTS = [{"text": f"film {i}"} for i in range(4)]
 HELD_OUT = [{"input": f"play {i}"} for i in range(2)]
@@ -180,10 +181,7 @@ def test_what_is_wrong_is_said_before_a_run_starts(
     archives: Archives, tmp_path: Path, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = config(tmp_path, archives)
-    put(cfg, key, str(archives.judge) if value == "JUDGE" else value)
-    with pytest.raises(AlignerError) as caught:
-        start.run(cfg)
-    assert str(caught.value).startswith(says.replace("JUDGE", str(archives.judge)))
+    check_refused(start.run, cfg, key, value, says, JUDGE=str(archives.judge))
 
 
 def test_rows_of_either_name_of_the_format_are_read(tmp_path: Path, archives: Archives) -> None:
@@ -221,12 +219,9 @@ def test_a_checkpoint_of_other_settings_is_refused_before_a_model_is_loaded(
     cfg.trainer.ppo.save_interval, cfg.trainer.ppo.max_steps = 1, 1
     start.run(cfg)
     monkeypatch.setattr(policy, "load_policy_for_training", None)
-    for key, value, told in (
+    changes = (
         ("trainer.ppo.gradient_clip_val", 0.25, "gradient_clip_val = 0.5, this run has 0.25"),
         ("model.ppo.num_rollout_per_prompt", 3, "model.ppo.num_rollout_per_prompt = 2, this run has 3"),
         ("model.restore_from_path", str(archives.other), "the archive to start from = "),
-    ):
-        before = put(cfg, key, value)
-        with pytest.raises(CheckpointError, match=f"was made with {told}"):
-            start.run(cfg)
-        put(cfg, key, before)
+    )
+    check_other_runs_refused(start.run, cfg, changes)

@@ -13,11 +13,12 @@ import torch
 
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.engine import loading
-from nemo_aligner.errors import AlignerError, ConfigError, DataError
+from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.serving import generation
 from tests.fakes import EchoPolicy, OneProcess, on_ranks
 from tests.unit.stages.conftest import Archives
-from tests.unit.stages.plain import Plain, opened, put, read_rows
+from tests.unit.stages.plain import Plain, opened, read_rows
+from tests.unit.stages.refusals import check_refused
 
 TEXTS = ["A film", "It was", "x"]
 
@@ -169,10 +170,7 @@ def test_what_is_wrong_is_said_before_it_starts(
     archives: Archives, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = config(archives, prompts=TEXTS)
-    put(cfg, key, str(archives.judge) if value == "JUDGE" else value)
-    with pytest.raises(AlignerError) as caught:
-        generation.run(cfg)
-    assert str(caught.value).startswith(says.replace("JUDGE", str(archives.judge)))
+    check_refused(generation.run, cfg, key, value, says, JUDGE=str(archives.judge))
 
 
 def test_a_server_is_one_copy_of_the_model(archives: Archives, monkeypatch: pytest.MonkeyPatch) -> None:

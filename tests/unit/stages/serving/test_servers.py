@@ -19,11 +19,12 @@ import pytest
 
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.config.serving import ServerConfig
-from nemo_aligner.errors import AlignerError, CheckpointError
+from nemo_aligner.errors import CheckpointError
 from nemo_aligner.stages.serving import generation, rewards
 from tests.fakes import FakeTriton
 from tests.unit.stages.conftest import MEAN, STD, Archives
-from tests.unit.stages.plain import opened, put
+from tests.unit.stages.plain import opened
+from tests.unit.stages.refusals import check_refused
 
 TEXTS = ["A film", "It was", "x"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
@@ -183,10 +184,7 @@ def test_what_is_wrong_with_a_reward_server_is_said_before_it_starts(
     archives: Archives, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = reward_config(archives)
-    put(cfg, key, str(archives.policy) if value == "POLICY" else value)
-    with pytest.raises(AlignerError) as caught:
-        rewards.run(cfg)
-    assert str(caught.value).startswith(says.replace("POLICY", str(archives.policy)))
+    check_refused(rewards.run, cfg, key, value, says, POLICY=str(archives.policy))
 
 
 def test_a_reward_model_that_was_replaced_meanwhile_is_refused_by_its_key_too(

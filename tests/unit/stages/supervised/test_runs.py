@@ -17,11 +17,12 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig, SFTDatasetConfig
 from nemo_aligner.engine import policy, reward_model
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
-from nemo_aligner.errors import AlignerError, CheckpointError, DataError
+from nemo_aligner.errors import DataError
 from nemo_aligner.stages.supervised import reward_training, sft
 from tests.fakes import RecordingLogger
 from tests.unit.stages.conftest import Archives
-from tests.unit.stages.plain import Plain, logged, logs_to, opened, put, write_rows
+from tests.unit.stages.plain import Plain, logged, logs_to, opened, write_rows
+from tests.unit.stages.refusals import check_other_runs_refused, check_refused
 
 OPTIM = OptimConfig(
     name="adamw", lr=4e-3, weight_decay=0.0, betas=[0.9, 0.95], eps=1e-3, sched={"name": "WarmupAnnealing"}
@@ -40,12 +41,18 @@ def sink(monkeypatch: pytest.MonkeyPatch) -> RecordingLogger:
     return found
 
 
+def in_small(cfg: Any, stage: str, folder: Path, archive: Path) -> None:
+    """Two epochs of `archive` on a CPU, logged in `folder`."""
+    cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
+    loop = getattr(cfg.trainer, stage)
+    loop.max_epochs, loop.gradient_clip_val, loop.save_interval = 2, 0.5, 0
+    logs_to(cfg.exp_manager, folder / "log")
+    cfg.model.restore_from_path, cfg.model.optim, cfg.model.seed = str(archive), replace(OPTIM), 77
+
+
 def sft_config(folder: Path, archives: Archives) -> SFTConfig:
     cfg = SFTConfig()
-    cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
-    cfg.trainer.sft.max_epochs, cfg.trainer.sft.gradient_clip_val, cfg.trainer.sft.save_interval = 2, 0.5, 0
-    logs_to(cfg.exp_manager, folder / "log")
-    cfg.model.restore_from_path, cfg.model.optim, cfg.model.seed = str(archives.policy), replace(OPTIM), 77
+    in_small(cfg, "sft", folder, archives.policy)
     cfg.model.data.train_ds = SFTDatasetConfig(
         write_rows(folder / "train.jsonl", QUESTIONS), global_batch_size=2, shuffle=False
     )
@@ -55,10 +62,7 @@ def sft_config(folder: Path, archives: Archives) -> SFTConfig:
 
 def rm_config(folder: Path, archives: Archives) -> RMConfig:
     cfg = RMConfig()
-    cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
-    cfg.trainer.rm.max_epochs, cfg.trainer.rm.gradient_clip_val, cfg.trainer.rm.save_interval = 2, 0.5, 0
-    logs_to(cfg.exp_manager, folder / "log")
-    cfg.model.restore_from_path, cfg.model.optim, cfg.model.seed = str(archives.judge), replace(OPTIM), 77
+    in_small(cfg, "rm", folder, archives.judge)
     cfg.model.global_batch_size, cfg.model.data.shuffle, cfg.model.data.append_eod = 2, False, True
     cfg.model.data.data_prefix = {
         "train": [write_rows(folder / "pairs.jsonl", PAIRS)],
@@ -188,10 +192,7 @@ def test_what_is_wrong_with_an_sft_run_is_said_before_it_starts(
     archives: Archives, tmp_path: Path, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = sft_config(tmp_path, archives)
-    put(cfg, key, str(archives.judge) if value == "JUDGE" else value)
-    with pytest.raises(AlignerError) as caught:
-        sft.run(cfg)
-    assert str(caught.value).startswith(says.replace("JUDGE", str(archives.judge)))
+    check_refused(sft.run, cfg, key, value, says, JUDGE=str(archives.judge))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +212,7 @@ def test_what_is_wrong_with_a_reward_models_training_is_said_before_it_starts(
     archives: Archives, tmp_path: Path, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = rm_config(tmp_path, archives)
-    put(cfg, key, value)
-    with pytest.raises(AlignerError) as caught:
-        reward_training.run(cfg)
-    assert str(caught.value).startswith(says)
+    check_refused(reward_training.run, cfg, key, value, says)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -238,12 +236,9 @@ def test_a_checkpoint_of_other_settings_is_refused_before_a_model_is_loaded(
     run(cfg)
     for module, name in ((policy, "load_policy_for_training"), (reward_model, "load_reward_model_for_training")):
         monkeypatch.setattr(module, name, None)
-    for key, value, told in (
+    changes = (
         (f"trainer.{stage}.gradient_clip_val", 0.25, "gradient_clip_val = 0.5, this run has 0.25"),
         ("model.seed", 78, "model.seed = 77, this run has 78"),
         ("model.restore_from_path", str(archives.other), "the archive to start from = "),
-    ):
-        before = put(cfg, key, value)
-        with pytest.raises(CheckpointError, match=f"was made with {told}"):
-            run(cfg)
-        put(cfg, key, before)
+    )
+    check_other_runs_refused(run, cfg, changes)
