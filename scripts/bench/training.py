@@ -87,40 +87,33 @@ def figures(key: str, dtype: str, items: int, workers: dict[str, Worker]) -> dic
     return found
 
 
-def show(results: list[dict[str, Any]]) -> None:
+def table(results: list[dict[str, Any]]) -> str:
     def number(value: float | None, places: int = 2) -> str:
         return "-" if value is None else f"{value:.{places}f}"
 
-    names = ("key", "", "ours", "peer", "ratio", "goal", "ours GB", "peer GB", "memory", "products")
-    widths = (22, 12, 9, 9, 8, 7, 9, 9, 8, 10)
-    print(
-        "\n"
-        + "".join(
-            f"{name:<{w}}" if i < 2 else f"{name:>{w}}" for i, (name, w) in enumerate(zip(names, widths, strict=True))
-        )
-    )
+    lines = [("key", "", "ours", "peer", "ratio", "goal", "ours GB", "peer GB", "memory", "products")]
     for r in results:
-        cells = [f"{r['key']} {r['dtype']}", r["unit"], number(r["ours"], 1), number(r["peer"], 1), number(r["ratio"])]
-        cells += [number(r["goal"], 1), number(r["ours_gb"]), number(r["peer_gb"])]
-        cells += [number(r.get(f"memory_{r['key']}")), number(r.get("products_fraction"))]
-        print(
-            "".join(
-                f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-            )
-        )
+        speeds = (number(r["ours"], 1), number(r["peer"], 1), number(r["ratio"]), number(r["goal"], 1))
+        memory = (number(r["ours_gb"]), number(r["peer_gb"]), number(r.get(f"memory_{r['key']}")))
+        products = number(r.get("products_fraction"))
+        lines.append((f"{r['key']} {r['dtype']}", r["unit"], *speeds, *memory, products))
+    return "\n".join(f"{name:<22}{unit:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, unit, *cells in lines)
 
 
-def summary(results: list[dict[str, Any]], dtypes: list[str]) -> dict[str, Any]:
-    """By dtype: key → ratio, memory_<key>, and the smallest products_fraction."""
-    found: dict[str, Any] = {}
-    for dtype in dtypes:
-        mine = [r for r in results if r["dtype"] == dtype]
-        found[dtype] = {r["key"]: r["ratio"] for r in mine}
-        found[dtype] |= {name: value for r in mine for name, value in r.items() if name.startswith("memory_")}
-        fractions = [r["products_fraction"] for r in mine if r.get("products_fraction")]
-        found[dtype]["products_fraction"] = min(fractions, default=None)
-    return found
+def summary(results: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """key → ratio, memory_<key>, and the smallest products_fraction."""
+    mine = [r for r in results if r["dtype"] == dtype]
+    found = {r["key"]: r["ratio"] for r in mine}
+    found |= {name: value for r in mine for name, value in r.items() if name.startswith("memory_")}
+    fractions = [r["products_fraction"] for r in mine if r.get("products_fraction")]
+    return {**found, "products_fraction": min(fractions, default=None)}
+
+
+def write(path: Path, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("model", "scale", "rounds", "threads", "clock", "seed")}
+    found = {dtype: summary(results, dtype) for dtype in args.dtypes}
+    path.write_text(json.dumps({**found, "settings": settings, "results": results}, indent=1))
 
 
 def main() -> None:
@@ -150,17 +143,11 @@ def main() -> None:
         for key in args.keys:
             path, items = make_workload(key, folder, texts, args)
             results.append(figures(key, dtype, items, measure(key, dtype, folder, path, args)))
-    show(results)
-    found = summary(results, args.dtypes)
-    for dtype, values in found.items():
-        print(f"{dtype}: products_fraction {values['products_fraction']} (goal {PRODUCTS_GOAL})")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(
-                {**found, "settings": vars(args) | {"json": str(args.json)}, "results": results}, indent=1, default=str
-            )
-        )
+            if args.json:
+                write(args.json, results, args)
+    print("\n" + table(results))
+    for dtype in args.dtypes:
+        print(f"{dtype}: products_fraction {summary(results, dtype)['products_fraction']} (goal {PRODUCTS_GOAL})")
 
 
 if __name__ == "__main__":

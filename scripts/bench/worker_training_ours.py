@@ -29,7 +29,7 @@ from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
 
 OPTIM = OptimConfig(name="adamw", lr=1e-6)
-BUDGET = 4096
+BUDGET = 2048
 """Tokens of a micro-batch."""
 BETA = 0.05
 """Of the KL penalty."""
