@@ -5,8 +5,9 @@
 
 Every engine is a process that loads once and then takes turns with the other, as in generation.py; the first round
 warms up and is not counted, figures are those of the median round. `--clock cpu` counts the time that a process
-computes, which holds on a machine that others use too. Peers are set up as they are fastest: see
-worker_training_peers.py. Compare ratios, not seconds.
+computes, which holds on a machine that others use too. Peers are set up as they are fastest, see
+worker_training_peers.py: weights of TRL are bf16 where it computes in bf16, without the float32 ones that ours keep
+beside them; with `--peer-weights fp32` they are float32. Compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ def make_workload(key: str, folder: Path, texts: list[str], args: argparse.Names
 
 def measure(key: str, dtype: str, folder: Path, workload: Path, args: argparse.Namespace) -> dict[str, Worker]:
     """Both engines after all rounds."""
-    common = ("--workload", str(workload), "--key", key, "--dtype", DTYPES[dtype])
-    common += ("--threads", str(args.threads), "--clock", args.clock)
-    commands = {"ours": (sys.executable, "worker_training_ours.py", "--model", str(folder / "model.nemo"), *common)}
+    common = ["--workload", str(workload), "--key", key, "--dtype", DTYPES[dtype]]
+    common += ["--threads", str(args.threads), "--clock", args.clock]
+    commands = {"ours": [sys.executable, "worker_training_ours.py", "--model", str(folder / "model.nemo"), *common]}
     if PEERS.exists():
-        commands["peer"] = (str(PEERS), "worker_training_peers.py", "--model", str(folder / "hf"), *common)
+        common += ["--weights", args.peer_weights]
+        commands["peer"] = [str(PEERS), "worker_training_peers.py", "--model", str(folder / "hf"), *common]
     workers = {name: Worker(f"{key} {dtype} {name}", command, folder) for name, command in commands.items()}
     for number in range(args.rounds + 1):
         for worker in workers.values():
@@ -111,7 +113,9 @@ def summary(results: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
 
 def write(path: Path, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("model", "scale", "rounds", "threads", "clock", "seed")}
+    settings = {
+        name: getattr(args, name) for name in ("model", "scale", "rounds", "threads", "clock", "peer_weights", "seed")
+    }
     found = {dtype: summary(results, dtype) for dtype in args.dtypes}
     path.write_text(json.dumps({**found, "settings": settings, "results": results}, indent=1))
 
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, after one that warms up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--peer-weights", choices=["same", "fp32"], default="same", help="fp32: TRL's bf16 by autocast")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

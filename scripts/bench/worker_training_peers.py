@@ -94,13 +94,13 @@ class OnTokens(RLOOTrainer):
         return [self.prompts[int(number)] for number in prompts], None, {}
 
 
-def settings(dtype: torch.dtype, **more: Any) -> dict[str, Any]:
-    """Of every trainer: nothing but training, activations kept, weights in the dtype to compute in."""
+def settings(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Any]:
+    """Of every trainer: nothing but training, activations kept; bf16 over float32 weights is by autocast."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": True,
-        "bf16": False,
-        "model_init_kwargs": {"dtype": dtype},
+        "bf16": dtype != weights,
+        "model_init_kwargs": {"dtype": weights},
         "gradient_checkpointing": False,
         "learning_rate": 1e-6,
         "num_train_epochs": 1,
@@ -109,18 +109,17 @@ def settings(dtype: torch.dtype, **more: Any) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": 1,
-        **more,
     }
 
 
-def sft(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
+def sft(path: str, work: dict[str, Any], options: dict[str, Any]) -> Trainer:
     """Packed, as many optimizer steps as ours."""
     rows, prompts = work["rows"], work["prompts"]
     masks = [[0] * start + [1] * (len(row) - start) for row, start in zip(rows, prompts, strict=True)]
     steps = -(-len(rows) // training_workloads.STEP_ROWS)
     packs = -(-sum(map(len, rows)) // PACK)
     config = SFTConfig(
-        **settings(dtype),
+        **options,
         packing=True,
         packing_strategy="wrapped",
         max_length=PACK,
@@ -132,9 +131,9 @@ def sft(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
     return SFTTrainer(path, config, train_dataset=data)
 
 
-def rm(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
+def rm(path: str, work: dict[str, Any], options: dict[str, Any]) -> Trainer:
     config = RewardConfig(
-        **settings(dtype),
+        **options,
         max_length=None,
         per_device_train_batch_size=PAIRS,
         gradient_accumulation_steps=training_workloads.STEP_ROWS // PAIRS,
@@ -143,7 +142,7 @@ def rm(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
     return RewardTrainer(path, config, train_dataset=data)
 
 
-def rloo(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
+def rloo(path: str, work: dict[str, Any], options: dict[str, Any]) -> Trainer:
     """One step over all prompts."""
     prompts, samples, length = work["prompts"], work["samples"], work["new_tokens"]
 
@@ -152,7 +151,7 @@ def rloo(path: str, work: dict[str, Any], dtype: torch.dtype) -> Trainer:
         return [training_workloads.reward(tokens) for tokens in completion_ids]
 
     config = RLOOConfig(
-        **settings(dtype),
+        **options,
         beta=0.05,
         num_generations=samples,
         max_completion_length=length,
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--key", choices=training_workloads.KEYS, required=True)
     parser.add_argument("--dtype", choices=["32", "bf16"], required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--weights", choices=["same", "fp32"], required=True)
     parser.add_argument("--clock", choices=workload.CLOCKS, required=True)
     args = parser.parse_args()
 
@@ -185,7 +185,8 @@ def main() -> None:
         run = Labels(args.model, work, dtype)
     else:
         trainers = {"sft": sft, "rm": rm, "rloo_short": rloo, "rloo_long": rloo}
-        run = Training(trainers[args.key](args.model, work, dtype), workload.CLOCKS[args.clock])
+        options = settings(dtype, dtype if args.weights == "same" else torch.float32)
+        run = Training(trainers[args.key](args.model, work, options), workload.CLOCKS[args.clock])
     workload.forget_loading()
     workload.serve(f"peer {args.dtype}", time.perf_counter() - begin, run, clock=args.clock)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 
-def load(path: str) -> list[dict[str, Any]]:
-    """One {"prompt": ids, "lengths": [...]} for each prompt: so many responses of exactly these lengths."""
+def load(path: str) -> Any:
+    """For generation.py one {"prompt": ids, "lengths": [...]} for each prompt: so many responses of exactly these
+    lengths; for training.py what training_workloads.py makes."""
     return json.loads(Path(path).read_text())
 
 
