@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ class MegatronRewardModel(MegatronTrainable):
             rows, packed = RowForward(self.module, self.arch), ExitStack()
             packed.enter_context(rows.ready())
             self._rows, self._packed = rows, packed
+            weakref.finalize(self, packed.close)  # or Python would, at its end, when what it takes is gone
         yield self._rows
         if self._wrapped is not None:
             self._unpack()

@@ -20,10 +20,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def label(shop: Workshop, rows: Path, output: Path, *more: str) -> list[dict[str, Any]]:
-    run(
+    done = run(
         "python", LABELER, f"gpt_model_file={shop.path('reward_model.nemo')}", f"data.file_names=[{rows}]",
         f"output_file={output}", "trainer.precision=32", "data.hf_dataset=False", *more,
     )  # fmt: skip
+    assert "Exception ignored" not in done.stderr, "it ends as quietly as it works"
     return lines(output)
 
 
