@@ -60,9 +60,11 @@ def baselines(kind: str, rewards: Tensor, groups: Tensor, greedy: Tensor | None,
     return torch.where(number > 0, total / number.clamp(min=1), rewards)
 
 
-def reinforce_loss(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> LossTerms:
+def reinforce_loss(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor, targets: Tensor | None = None) -> LossTerms:
     """−Σ A·log π over response tokens, and their number.
 
-    logprobs and loss_mask `[B, S]` float32, advantages `[B]` float32 (no gradient flows into them).
+    logprobs and loss_mask `[B, S]` float32, advantages `[B]` float32 (no gradient flows into them). `targets` `[B]`
+    float32 are the tokens that each response counts for, where some are left out as their advantage is 0.
     """
-    return LossTerms(-(advantages[:, None] * logprobs * loss_mask).sum(), loss_mask.sum())
+    count = loss_mask.sum() if targets is None else targets.sum()
+    return LossTerms(-(advantages[:, None] * logprobs * loss_mask).sum(), count)

@@ -20,13 +20,14 @@ log = logging.getLogger(__name__)
 class Example:
     """One thing to train on: a row for SFT and REINFORCE, two (chosen, rejected) for a reward model.
 
-    `masks[i][t]` is 1 where token t of row i is a target; `weight` is what the loss is multiplied by, the advantage in
-    REINFORCE.
+    `masks[i][t]` is 1 where token t of row i is a target, which it is not at t = 0; `weight` is what the loss is
+    multiplied by, the advantage in REINFORCE.
     """
 
     rows: tuple[list[int], ...]
     masks: tuple[list[int], ...]
     weight: float = 1.0
+    targets: int | None = None  # how many it counts for; null: those of the masks
 
     @property
     def longest(self) -> int:

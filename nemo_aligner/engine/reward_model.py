@@ -65,9 +65,11 @@ class MegatronRewardModel(MegatronTrainable):
             packed.enter_context(rows.ready())
             self._rows, self._packed = rows, packed
             weakref.finalize(self, packed.close)  # or Python would, at its end, when what it takes is gone
-        yield self._rows
-        if self._wrapped is not None:
-            self._unpack()
+        try:
+            yield self._rows
+        finally:
+            if self._wrapped is not None:
+                self._unpack()
 
     def _unpack(self) -> None:
         if self._rows is not None:

@@ -71,7 +71,7 @@ def microbatches(
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, masked: bool = False) -> Microbatch:
-    """Examples as one micro-batch: `loss_mask` `[B, S]` and `weights` `[B]` float32, both 0 when `masked`."""
+    """Examples as one micro-batch: `loss_mask` `[B, S]`, `weights` and `targets` `[B]` float32, all 0 when `masked`."""
     rows = [row for example in examples for row in example.rows]
     tokens, lengths = pad_rows(rows, pad_id)
     masks = [mask for example in examples for mask in example.masks]
@@ -79,5 +79,9 @@ def collate(examples: Sequence[Example], pad_id: int, *, masked: bool = False) -
     loss_mask[:, 0] = 0  # nothing comes before the first token to predict it from
     keep = 0.0 if masked else 1.0
     weights = torch.tensor([example.weight for example in examples for _ in example.rows])
-    fields = {"loss_mask": loss_mask.float() * keep, "weights": weights * keep}
+    counts = loss_mask.sum(1)
+    given = [example.targets for example in examples for _ in example.rows]
+    targets = torch.tensor([count if own is None else own for own, count in zip(given, counts.tolist(), strict=True)])
+    fields = {"loss_mask": loss_mask.float(), "weights": weights, "targets": targets.float()}
+    fields = {name: value * keep for name, value in fields.items()}
     return Microbatch(tokens, lengths, fields)

@@ -42,11 +42,16 @@ def score(
 
 
 def examples_of(scored: Scored) -> list[Example]:
-    """What is trained on: the counted responses, the token that ended each included, weighted by their advantages."""
+    """What is trained on: the counted responses, the token that ended each included, weighted by their advantages.
+
+    One whose advantage is 0 has no gradient, so that only the number of its tokens is left of it.
+    """
     assert scored.advantages is not None
     return [
-        Example((r.row,), ([0] * len(r.prompt.tokens) + [1] * len(r.tokens),), weight=float(advantage))
-        for r, advantage, counted in zip(scored.rollouts, scored.advantages, scored.counted, strict=True)
+        Example((r.row,), ([0] * len(r.prompt.tokens) + [1] * len(r.tokens),), weight=advantage)
+        if advantage
+        else Example((r.row[:1],), ([0],), weight=0.0, targets=len(r.tokens) - (not r.prompt.tokens))
+        for r, advantage, counted in zip(scored.rollouts, scored.advantages.tolist(), scored.counted, strict=True)
         if counted
     ]
 

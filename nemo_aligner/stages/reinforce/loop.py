@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 
 
 def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
-    return reinforce_loss(logprobs, microbatch.fields["loss_mask"], microbatch.fields["weights"])
+    fields = microbatch.fields
+    return reinforce_loss(logprobs, fields["loss_mask"], fields["weights"], fields.get("targets"))
 
 
 def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:

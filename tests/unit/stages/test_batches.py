@@ -117,7 +117,10 @@ def test_a_micro_batch_is_padded_at_the_right_and_padding_is_no_target() -> None
     assert batch.fields["loss_mask"].tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0]]
     assert batch.fields["loss_mask"].dtype == torch.float32
     assert batch.fields["weights"].tolist() == [-2.0, -2.0, 3.0]
+    assert batch.fields["targets"].tolist() == [2, 1, 0]
     masked = collate([pair], pad_id=99, masked=True)
     assert masked.tokens.tolist() == [[5, 6, 7], [8, 9, 99]]
     assert not masked.fields["loss_mask"].any()
     assert not masked.fields["weights"].any()
+    assert not masked.fields["targets"].any()
+    assert collate([Example(([5],), ([0],), targets=7)], pad_id=0).fields["targets"].tolist() == [7]

@@ -73,6 +73,21 @@ def test_what_is_trained_on_are_the_response_tokens_weighted_by_their_advantage(
     assert examples[3].masks == ([0, 0, 0, 1, 1, 1],)
 
 
+def test_of_a_response_without_an_advantage_the_number_of_its_tokens_is_left() -> None:
+    even = [
+        rollout(0, 0, 2.0, 0.0),
+        rollout(0, 1, 2.0, 0.0, tokens=5),
+        rollout(1, 0, 1.0, 0.0),
+        rollout(1, 1, 3.0, 0.0),
+    ]
+    examples = examples_of(score(even, loop("RLOO"), None))
+    assert [(example.rows, example.masks, example.targets) for example in examples[:2]] == [
+        (([97],), ([0],), 3),
+        (([97],), ([0],), 5),
+    ]
+    assert [(example.rows[0][-3:], example.targets) for example in examples[2:]] == [([10, 11, 12], None)] * 2
+
+
 def test_masked_unfinished_responses_neither_teach_nor_stand_in_the_baseline() -> None:
     found = score(ROLLOUTS, loop("RLOO", unfinished="mask"), None)
     assert found.counted.tolist() == [True, True, False, True, True]

@@ -16,12 +16,15 @@ from nemo_aligner import loggers
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.data.prompts import PromptRow
+from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.interfaces import StepMetrics
 from nemo_aligner.engine.loading import LoadedModel
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError, ServerError, TrainingError
-from nemo_aligner.stages.reinforce.loop import Actor
+from nemo_aligner.stages.batches import microbatches
+from nemo_aligner.stages.reinforce.loop import Actor, reinforce_objective
 from tests.fakes import ByteTokenizer, RecordingLogger
 from tests.tiny import ARCH
 
@@ -115,6 +118,30 @@ def test_an_odd_number_of_prompts_is_used_to_the_last_in_every_epoch(cluster: Me
     assert [row["train_rollouts/rollout_size"] for row in metrics(tmp_path, "train_rollouts")] == [8, 8, 4] * 2
     asked = [sum(text.startswith(prompt.text) for text in judge.asked) for prompt in PROMPTS]
     assert asked == [16, 8, 16, 8, 8]  # "ab" stands in the file twice
+
+
+def test_a_response_that_is_left_out_for_its_advantage_changes_neither_loss_nor_update(
+    cluster: MegatronCluster, tmp_path: Path
+) -> None:
+    whole = [
+        Example((list(range(5 + i, 25 + 2 * i)),), ([0] * 12 + [1] * (8 + i),), weight)
+        for i, weight in enumerate((0.5, 0.0, -1.5, 0.0))
+    ]
+    left_out = [
+        example if example.weight else Example((example.rows[0][:1],), ([0],), 0.0, targets=sum(example.masks[0]))
+        for example in whole
+    ]
+
+    def updated(examples: list[Example]) -> tuple[StepMetrics, list[torch.Tensor]]:
+        policy = actor(cluster, config(tmp_path)).policy
+        batch = microbatches(examples, range(4), size=2, dp_rank=0, dp_size=1, pad_id=0)
+        found = policy.train_step(batch, reinforce_objective)
+        return found, list(policy.module.parameters())  # type: ignore[attr-defined]
+
+    (loss, weights), (same_loss, same_weights) = updated(whole), updated(left_out)
+    assert (same_loss.loss, same_loss.grad_norm) == pytest.approx((loss.loss, loss.grad_norm), rel=1e-5)
+    for a, b in zip(weights, same_weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_no_penalty_needs_no_initial_policy(cluster: MegatronCluster, tmp_path: Path) -> None:

@@ -94,12 +94,10 @@ def weighted_loss(model: Plain, batch: list[Microbatch]) -> Tensor:
     """− Σ A·log p over the response tokens of a global batch, averaged over them."""
     total, count = torch.zeros(()), 0.0
     for part in batch:
-        for row, length, weight, mask in zip(
-            part.tokens, part.lengths, part.fields["weights"], part.fields["loss_mask"], strict=True
-        ):
-            wanted = mask[1:length]
-            total = total - weight * (model.logprobs(row[:length].tolist()) * wanted).sum()
-            count += float(wanted.sum())
+        fields = (part.fields[name] for name in ("weights", "loss_mask", "targets"))
+        for row, length, weight, mask, targets in zip(part.tokens, part.lengths, *fields, strict=True):
+            total = total - weight * (model.logprobs(row[:length].tolist()) * mask[1:length]).sum()
+            count += float(targets)
     return total / count
 
 
