@@ -167,3 +167,12 @@ def test_the_reward_server_checks_its_standardisation() -> None:
             composed(SERVER, ["rm_model_file=m", "model.reward_standardization={enable: True, mean: 1.0, std: null}"]),
             SHIPPED[SERVER],
         )
+
+
+def test_validation_has_batches_as_training_has_unless_it_says_otherwise() -> None:
+    train = ["model.data.train_ds.micro_batch_size=5", "model.data.train_ds.global_batch_size=20"]
+    own = "model.data.validation_ds.micro_batch_size=3"
+    for more, sizes in (([], (5, 20)), ([own], (3, 20))):
+        cfg: Any = load_config(composed(SFT, [*REQUIRED[SFT], *train, *more]), SHIPPED[SFT])
+        held_out = cfg.model.data.validation_ds
+        assert (held_out.micro_batch_size, held_out.global_batch_size) == sizes
