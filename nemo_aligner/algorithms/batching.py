@@ -32,10 +32,10 @@ def deal(items: Sequence[Item], *, ranks: int, size: int, budget: int | None = N
     """
     largest = min(size, math.ceil(len(items) / ranks))
     pieces = [
-        (stream_length([row for i in piece for row in items[i]]), piece)
+        piece
         for group in prefix_groups([item[0] for item in items])
         for part in _even_parts(group.rows, largest)
-        for piece in _within(budget, items, part)
+        for piece in _within(math.inf if budget is None else budget, items, part)
     ]
     loads, dealt = [0] * ranks, [_Filler(size, budget) for _ in range(ranks)]
     for places, piece in sorted(pieces, key=lambda pair: (-pair[0], pair[1])):
@@ -58,10 +58,11 @@ def _even_parts(indices: Sequence[int], largest: int) -> Iterator[tuple[int, ...
         yield tuple(indices[part * len(indices) // parts : (part + 1) * len(indices) // parts])
 
 
-def _within(budget: int | None, items: Sequence[Item], piece: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """`piece`, halved until it is within the budget or one item."""
-    if len(piece) == 1 or budget is None or stream_length([row for i in piece for row in items[i]]) <= budget:
-        yield piece
+def _within(budget: float, items: Sequence[Item], piece: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """`piece`, halved until it is within the budget or one item, each part with its places."""
+    places = stream_length([row for i in piece for row in items[i]])
+    if len(piece) == 1 or places <= budget:
+        yield places, piece
     else:
         for half in (piece[: len(piece) // 2], piece[len(piece) // 2 :]):
             yield from _within(budget, items, half)

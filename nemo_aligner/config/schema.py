@@ -221,9 +221,7 @@ class ModelOverrides:
     activations_checkpoint_method: str | None = None  # uniform or block; with `full`
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
-    micro_batch_tokens: int | None = (
-        None  # tokens of a micro-batch at most, shared ones once; null = as many as there are
-    )
+    micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check_model(self, exp: ExpManagerConfig) -> None:

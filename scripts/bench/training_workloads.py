@@ -12,10 +12,13 @@ and `items`, the number of what the figure of the key counts. Only the standard 
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from workload import CLOCKS
 
 STEP_ROWS = 64
 """Rows, or pairs, of one optimizer step."""
@@ -46,6 +49,18 @@ TRAINING = ("sft", "rm", "rloo_short", "rloo_long")
 PRODUCTS_GOAL = 0.7
 LONGEST = 1024
 """Tokens of a text to label, at most."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What every worker is told."""
+    made = argparse.ArgumentParser()
+    made.add_argument("--model", required=True)
+    made.add_argument("--workload", required=True)
+    made.add_argument("--key", choices=KEYS, required=True)
+    made.add_argument("--dtype", choices=["32", "bf16"], required=True)
+    made.add_argument("--threads", type=int, required=True)
+    made.add_argument("--clock", choices=CLOCKS, required=True)
+    return made
 
 
 class Reviews:

@@ -170,14 +170,7 @@ def make_run(key: str, work: dict[str, Any], args: argparse.Namespace, cluster: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--workload", required=True)
-    parser.add_argument("--key", choices=training_workloads.KEYS, required=True)
-    parser.add_argument("--dtype", choices=["32", "bf16"], required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--clock", choices=workload.CLOCKS, required=True)
-    args = parser.parse_args()
+    args = training_workloads.parser().parse_args()
 
     torch.set_num_threads(args.threads)
     begin, work = time.perf_counter(), workload.load(args.workload)

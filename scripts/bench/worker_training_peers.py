@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -166,14 +165,8 @@ def rloo(path: str, work: dict[str, Any], options: dict[str, Any]) -> Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--workload", required=True)
-    parser.add_argument("--key", choices=training_workloads.KEYS, required=True)
-    parser.add_argument("--dtype", choices=["32", "bf16"], required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser = training_workloads.parser()
     parser.add_argument("--weights", choices=["same", "fp32"], required=True)
-    parser.add_argument("--clock", choices=workload.CLOCKS, required=True)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
