@@ -64,7 +64,7 @@ class Layer:
         self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
         self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
-        self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
+        self.activation, self.gated = mlp.config.activation_func, mlp.config.gated_linear_unit
         self.number = layer.layer_number - 1  # from 0, over all stages
 
 

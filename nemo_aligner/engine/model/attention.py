@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
+from nemo_aligner.engine.kernels.stream_attention import Spans, spans_of
 
 
 class StreamParams(PackedSeqParams):
@@ -25,11 +26,12 @@ class StreamParams(PackedSeqParams):
 
     layout: Layout
     wanted: Tensor | None
+    spans: Spans
 
     def __init__(self, layout: Layout, wanted: Tensor | None) -> None:
         longest = int(layout.positions.max()) + 1  # Megatron makes its rotary table so long
         super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
-        self.layout, self.wanted = layout, wanted
+        self.layout, self.wanted, self.spans = layout, wanted, spans_of(layout.groups)
 
 
 class SdpaCoreAttention(MegatronModule):

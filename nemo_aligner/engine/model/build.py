@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
+from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 
@@ -73,6 +73,11 @@ def _activation(arch: Architecture) -> dict[str, Any]:
     if arch.activation not in known:
         raise CheckpointError(f"activation {arch.activation!r} of the archive is not one of {', '.join(known)}")
     return known[arch.activation]
+
+
+def _has_silu_gate(arch: Architecture) -> bool:
+    activation = _activation(arch)
+    return activation["activation_func"] is F.silu and activation.get("gated_linear_unit", False)
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -146,6 +151,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        use_te_activation_func=_has_silu_gate(arch),  # that is, the one that the layer spec names
         **_activation(arch),
         **_recomputation(run),
     )
@@ -155,14 +161,14 @@ class _Norm:
     """RMSNorm or LayerNorm of torch; its gradient is summed over TP ranks when sequence parallelism cuts its input."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:  # type: ignore[misc]
-        kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+        kind = FusedRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 
-class _SelfAttention(SelfAttention):
+class _SelfAttention(StreamSelfAttention):
     """Megatron has one setting for biases of attention and feed-forward; here the attention's output has its own."""
 
     def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
@@ -178,10 +184,12 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     spec.submodules.pre_mlp_layernorm = _Norm
     own_bias = {} if arch.has_proj_bias == arch.has_mlp_bias else {"output_bias": arch.has_proj_bias}
     spec.submodules.self_attention = ModuleSpec(
-        module=_SelfAttention if own_bias else SelfAttention,
+        module=_SelfAttention if own_bias else StreamSelfAttention,
         params={**spec.submodules.self_attention.params, **own_bias},
         submodules=spec.submodules.self_attention.submodules,
     )
+    if config.use_te_activation_func:
+        spec.submodules.mlp.submodules.activation_func = silu_gate
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
