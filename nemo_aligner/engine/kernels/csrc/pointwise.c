@@ -58,25 +58,30 @@ int rms_norm_backward(const real *x, const real *weight, const real *given, real
     const long threads = omp_get_max_threads(), padded = (width + LANES - 1) / LANES * LANES;
     float *sums = calloc(threads * padded, sizeof(float)); /* a thread's own, and added up in the order of threads */
     if (!sums) return 1;
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-    for (long row = 0; row < rows; row++) {
-        const real *in = x + row * width, *from = given + row * width;
-        float *mine = sums + omp_get_thread_num() * padded;
-        floats squares = {0}, common = {0};
-        for (long i = 0; i < width; i += LANES) {
-            floats one = load_some(in + i, width - i);
-            squares += one * one;
-            common += load_some(from + i, width - i) * load_some(weight + i, width - i) * one;
+#pragma omp parallel if (rows * width > 8192)
+    {
+        const unsigned before = flush_tiny();
+#pragma omp for schedule(static)
+        for (long row = 0; row < rows; row++) {
+            const real *in = x + row * width, *from = given + row * width;
+            float *mine = sums + omp_get_thread_num() * padded;
+            floats squares = {0}, common = {0};
+            for (long i = 0; i < width; i += LANES) {
+                floats one = load_some(in + i, width - i);
+                squares += one * one;
+                common += load_some(from + i, width - i) * load_some(weight + i, width - i) * one;
+            }
+            const float scale = 1.0f / sqrtf(sum_of(squares) / width + eps), shift = scale * scale * sum_of(common) / width;
+            for (long i = 0; i < width; i += LANES) {
+                floats one = load_some(in + i, width - i), gradient = load_some(from + i, width - i), total;
+                memcpy(&total, mine + i, sizeof total);
+                total += gradient * one * scale;
+                memcpy(mine + i, &total, sizeof total);
+                gradient = scale * (gradient * load_some(weight + i, width - i) - one * shift);
+                store_some(x_gradient + row * width + i, gradient, width - i);
+            }
         }
-        const float scale = 1.0f / sqrtf(sum_of(squares) / width + eps), shift = scale * scale * sum_of(common) / width;
-        for (long i = 0; i < width; i += LANES) {
-            floats one = load_some(in + i, width - i), gradient = load_some(from + i, width - i), total;
-            memcpy(&total, mine + i, sizeof total);
-            total += gradient * one * scale;
-            memcpy(mine + i, &total, sizeof total);
-            gradient = scale * (gradient * load_some(weight + i, width - i) - one * shift);
-            store_some(x_gradient + row * width + i, gradient, width - i);
-        }
+        restore(before);
     }
     for (long i = 0; i < width; i += LANES) {
         floats total = {0}, part;
@@ -93,20 +98,25 @@ int rms_norm_backward(const real *x, const real *weight, const real *given, real
 /* Of silu_mul, from the gradient given[N, F] of its output: gradient[N, 2F], with σ the logistic function
  *     ∂ gate = given · value · σ(gate) · (1 + gate · (1 − σ(gate))),  ∂ value = given · silu(gate) */
 void silu_mul_backward(const real *inner, const real *given, real *gradient, long rows, long width) {
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-    for (long row = 0; row < rows; row++) {
-        const real *gate = inner + row * 2 * width, *value = gate + width, *from = given + row * width;
-        real *to = gradient + row * 2 * width;
-        for (long i = 0; i < width; i += LANES) {
-            floats x = load_some(gate + i, width - i), one = load_some(from + i, width - i), share;
-            for (int j = 0; j < LANES; j++) {
-                float e = exponential(-fabsf(x[j]));
-                share[j] = (x[j] < 0 ? e : 1.0f) / (1.0f + e);
+#pragma omp parallel if (rows * width > 8192)
+    {
+        const unsigned before = flush_tiny();
+#pragma omp for schedule(static)
+        for (long row = 0; row < rows; row++) {
+            const real *gate = inner + row * 2 * width, *value = gate + width, *from = given + row * width;
+            real *to = gradient + row * 2 * width;
+            for (long i = 0; i < width; i += LANES) {
+                floats x = load_some(gate + i, width - i), one = load_some(from + i, width - i), share;
+                for (int j = 0; j < LANES; j++) {
+                    float e = exponential(-fabsf(x[j]));
+                    share[j] = (x[j] < 0 ? e : 1.0f) / (1.0f + e);
+                }
+                real gated[LANES];
+                store(gated, x * share);
+                store_some(to + i, one * load_some(value + i, width - i) * share * (1.0f + x * (1.0f - share)), width - i);
+                store_some(to + width + i, one * load(gated), width - i);
             }
-            real gated[LANES];
-            store(gated, x * share);
-            store_some(to + i, one * load_some(value + i, width - i) * share * (1.0f + x * (1.0f - share)), width - i);
-            store_some(to + width + i, one * load(gated), width - i);
         }
+        restore(before);
     }
 }

@@ -35,6 +35,12 @@ typedef struct {
     float *key_gradient, *value_gradient;
 } Run;
 
+static inline floats load_floats(const float *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
 static long rounded(long n, long to) { return (n + to - 1) / to * to; }
 
 static long least(long a, long b) { return a < b ? a : b; }
@@ -65,28 +71,41 @@ static void pack_outputs(const real *rows, long n, long D, word *panels) {
                 else panels[w * PANEL + c] = 0;
 }
 
+/* The words of LANES outputs, whose inputs are in `rows` vectors `stride` numbers apart, the first `count` of them there */
+static inline words together(const real *rows, long stride, long count) {
+    words found = {0};
+    for (long i = 0; i < IN_WORD && i < count; i++) {
+#ifdef FLOAT32
+        memcpy(&found, rows + i * stride, sizeof found);
+#else
+        halves bits;
+        memcpy(&bits, rows + i * stride, sizeof bits);
+        found |= __builtin_convertvector(bits, words) << (16 * i);
+#endif
+    }
+    return found;
+}
+
 /* rows[n, D] → panels[D / PANEL][words of n][PANEL], the rows being inputs; `step` words from panel to panel */
 static void pack_inputs(const real *rows, long n, long D, word *panels, long step) {
-    for (long first = 0; first < D; first += PANEL, panels += step)
-        for (long k = 0; k < n; k += IN_WORD)
-            for (long c = 0; c < PANEL; c++) {
-                real together[IN_WORD] = {0};
-                for (long i = 0; i < IN_WORD && k + i < n && first + c < D; i++) together[i] = rows[(k + i) * D + first + c];
-                memcpy(panels + k / IN_WORD * PANEL + c, together, sizeof(word));
-            }
+    for (long d = 0; d < rounded(D, PANEL); d += LANES)
+        for (long k = 0; k < n; k += IN_WORD) {
+            words found = d < D ? together(rows + k * D + d, D, n - k) : (words){0};
+            memcpy(panels + d / PANEL * step + k / IN_WORD * PANEL + d % PANEL, &found, sizeof found);
+        }
 }
 
 static inline __attribute__((always_inline)) void multiply_tile(const word *x, long stride, const word *panel, long count,
                                                                 float *out, long width, int add, const int R) {
     floats sums[TILE][2];
     UNROLLED
-    for (int r = 0; r < R; r++) {
-        if (add) memcpy(sums[r], out + r * width, sizeof sums[r]);
-        else sums[r][0] = sums[r][1] = (floats){0};
-    }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++)
+            sums[r][half] = add ? load_floats(out + r * width + half * LANES) : (floats){0};
     add_products(sums, x, stride, panel, count, PANEL, R);
     UNROLLED
-    for (int r = 0; r < R; r++) memcpy(out + r * width, sums[r], sizeof sums[r]);
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) memcpy(out + r * width + half * LANES, &sums[r][half], sizeof(floats));
 }
 
 /* out[rows, outputs] (+)= x[rows, count words] · panels `step` words apart; rows of x and out lie `stride` words and
@@ -190,13 +209,6 @@ static void sum_up(const Stream *s, const Memory *m, long first, long count, int
                  (bound_of(run, first, count) + IN_WORD - 1) / IN_WORD, wide, m->sums, wide, i);
 }
 
-static inline floats load_floats(const float *from, long count) {
-    floats values = {0};
-    if (count >= LANES) memcpy(&values, from, sizeof values);
-    else memcpy(&values, from, count * sizeof(float));
-    return values;
-}
-
 /* The scores of the query at `position` become softmax's weights; returns log Σ e^(scale · score) */
 static float soften(const Stream *s, const Memory *m, float *scores, real *weights, long position, long first, long count) {
     const Run *run = &m->prefix;
@@ -221,7 +233,7 @@ static float soften(const Stream *s, const Memory *m, float *scores, real *weigh
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys, weights += m->prefix.keys) {
         seen(s, run, position, &from, &to);
         memset(weights, 0, from * sizeof(real));
-        for (long k = from; k < to; k += LANES) store_some(weights + k, load_floats(one + k, to - k) * share, to - k);
+        for (long k = from; k < to; k += LANES) store_some(weights + k, load_floats(one + k) * share, to - k);
         memset(weights + to, 0, (rounded(bound_of(run, first, count), IN_WORD) - to) * sizeof(real));
     }
     return s->scale * largest + logf(total);
@@ -245,7 +257,7 @@ static void differentiate(const Stream *s, const Memory *m, float *scores, float
             memset(both[j], 0, from * sizeof(float));
             memset(both[j] + to, 0, (end - to) * sizeof(float));
         }
-        for (long k = 0; k < end; k += LANES) store(weights + k, load_floats(gradients + k, LANES));
+        for (long k = 0; k < end; k += LANES) store(weights + k, load_floats(gradients + k));
         scores += m->prefix.keys, gradients += m->prefix.keys, weights += m->prefix.keys;
     }
 }
@@ -258,19 +270,11 @@ static void pack_queries(const Memory *m, const float *from, long first, long co
         long end = rounded(bound_of(run, first, count), PANEL);
         for (long q = 0; q < count; q += IN_WORD)
             for (long k = 0; k < end; k += LANES) {
-                words together = {0};
-                for (long j = 0; j < IN_WORD && q + j < count; j++) {
-                    real narrow[LANES];
-                    store(narrow, load_floats(from + (q + j) * width + k, LANES));
-#ifdef FLOAT32
-                    memcpy(&together, narrow, sizeof together);
-#else
-                    halves bits;
-                    memcpy(&bits, narrow, sizeof bits);
-                    together |= __builtin_convertvector(bits, words) << (16 * j);
-#endif
-                }
-                memcpy(panels + k / PANEL * step + q / IN_WORD * PANEL + k % PANEL, &together, sizeof together);
+                real narrow[IN_WORD][LANES];
+                for (long j = 0; j < IN_WORD && q + j < count; j++)
+                    store(narrow[j], load_floats(from + (q + j) * width + k));
+                words found = together(narrow[0], LANES, count - q);
+                memcpy(panels + k / PANEL * step + q / IN_WORD * PANEL + k % PANEL, &found, sizeof found);
             }
         from += m->prefix.keys, panels += m->prefix.keys / PANEL * step;
     }
@@ -299,8 +303,8 @@ static void give_back(const Stream *s, Memory *m, const Run *run, long g, real *
             m->sums[s->D + d] = run->value_gradient[d * run->keys + k];
         }
         for (long d = 0; d < s->D; d += LANES) {
-            store(m->rows + d, load_floats(m->sums + d, LANES));
-            store(value + d, load_floats(m->sums + s->D + d, LANES));
+            store(m->rows + d, load_floats(m->sums + d));
+            store(value + d, load_floats(m->sums + s->D + d));
         }
         turn(s, m->rows, run->start + k, 1, key);
     }
@@ -318,7 +322,7 @@ static void forward_block(const Stream *s, Memory *m, long g, long r, long from,
     sum_up(s, m, first, count, 1);
     for (long q = 0; q < count; q++)
         for (long d = 0; d < D; d += LANES)
-            store(out + ((place + q) * heads + head) * D + d, load_floats(m->sums + q * wide + d, LANES));
+            store(out + ((place + q) * heads + head) * D + d, load_floats(m->sums + q * wide + d));
 }
 
 /* Of the same: dQ, and what they add to the gradients of both runs */
@@ -342,7 +346,7 @@ static void backward_block(const Stream *s, Memory *m, long g, long r, long from
     add_gradient(s, m, m->queries, D, first, count, m->panels, 0);
     sum_up(s, m, first, count, 0);
     for (long q = 0; q < count; q++) {
-        for (long d = 0; d < D; d += LANES) store(m->rows + d, load_floats(m->sums + q * wide + d, LANES));
+        for (long d = 0; d < D; d += LANES) store(m->rows + d, load_floats(m->sums + q * wide + d));
         turn(s, m->rows, place + q, 1, mixed_gradient + (head_at(s, place + q, g, r) - s->mixed));
     }
 }
@@ -358,6 +362,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
     }
 #pragma omp parallel
     {
+        const unsigned before_all = flush_tiny();
         Memory memory;
         char *all = aligned_alloc(64, cut_memory(&memory, NULL, s, prefix, own));
         if (all) cut_memory(&memory, all, s, prefix, own);
@@ -390,6 +395,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
             }
         }
         free(all);
+        restore(before_all);
     }
     return failed;
 }
