@@ -1,7 +1,7 @@
 """The C files of csrc/, compiled for this machine on first use, and their functions on torch tensors.
 
-Compiled rather than shipped, so that it uses what the processor has. Without a C compiler the decode step runs on
-torch's own kernels, with one line in the log.
+Compiled rather than shipped, so that it uses what the processor has. Without a C compiler torch's own kernels
+do the same, with one line in the log.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | Non
         reason = next((line for line in fault.stderr.splitlines() if "error" in line), str(fault))
     except OSError as fault:
         reason = str(fault)
-    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
+    log.warning("torch's kernels are used, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
     return None
 
 

@@ -41,7 +41,7 @@ def spans_of(groups: Sequence[Suffixes]) -> Spans:
 
 
 def fits(head_dim: int) -> bool:
-    """Whether the kernel has this head dimension."""
+    """Whether the kernel takes heads of this dimension: multiples of 16 up to 256."""
     return head_dim % 16 == 0 and head_dim <= 256
 
 
@@ -68,10 +68,10 @@ class StreamAttention(torch.autograd.Function):
         scale: float,
         kernels: CpuKernels,
     ) -> Tensor:
-        """`mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group; D is a multiple of 16, at most 256.
+        """`mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group; for D see `fits`.
 
-        `rotary` is cos and signed sin of every place, `[N, D_rot]`, in the dtype of `mixed`. Returns `[N, G·R·D]`; places
-        of no span get 0. Raises MemoryError.
+        `rotary` is cos and signed sin of every place, `[N, D_rot]`, in the dtype of `mixed`. Returns `[N, G·R·D]`;
+        places of no span get 0. Raises MemoryError.
         """
         n, groups, heads, width = mixed.shape
         out = mixed.new_zeros(n, groups * (heads - 2) * width)

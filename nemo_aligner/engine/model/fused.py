@@ -1,4 +1,4 @@
-"""Parts of a layer that go through our kernels on a CPU, where torch takes many passes; elsewhere they are as they were."""
+"""Parts of a layer that go through our kernels on a CPU, where torch takes many passes; elsewhere torch computes them."""
 
 from __future__ import annotations
 
