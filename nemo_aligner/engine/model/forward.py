@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
+from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
 
@@ -45,14 +45,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: i
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
     get no probability mass.
     """
-    shard = logits.size(-1)
-    first = parallel_state.get_tensor_model_parallel_rank() * shard
-    if first + shard > vocab_size:
-        padding = torch.arange(first, first + shard, device=logits.device) >= vocab_size
-        logits = logits.masked_fill(padding, -torch.inf)
-    # Megatron's cross entropy works in place on its input, hence the copy
-    copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    found = -vocab_parallel_cross_entropy(copy, tokens.roll(-1, dims=1)[wanted].unsqueeze(0))
+    found = TokenLogprobs.apply(logits[0], tokens.roll(-1, dims=1)[wanted], vocab_size)
     return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 

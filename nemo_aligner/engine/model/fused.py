@@ -1,4 +1,4 @@
-"""Parts of a layer that go through our kernels on a CPU, where torch takes many passes; elsewhere torch computes them."""
+"""Parts of a layer: through our kernels on a CPU, where torch takes many passes; elsewhere through torch."""
 
 from __future__ import annotations
 
