@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from nemo_aligner.engine.processes import cuda_on_cpu
 
 CPU = torch.device("cpu")
+_PLAIN = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 _HERE = torch.zeros(1)  # as a list or an array is
 _RANDOM = {
     "rand",
@@ -74,6 +75,8 @@ class PretendGPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if any(kind.__torch_function__ not in _PLAIN for kind in types):
+            return func(*args, **kwargs)  # what consists of tensors, as torch's ShardedTensor does
         name = func.__name__
         if name in ("__get__", "__set__"):
             return self._attribute(func, func.__self__.__name__, args)
@@ -273,6 +276,7 @@ def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
     for name, value in of_cuda.items():
         patch.setattr(torch.cuda, name, value)
     patch.setattr(torch.cuda.random, "current_device", of_cuda["current_device"])
+    patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
     _gloo_for_nccl(gpu, patch)
     run_backward = torch.autograd._engine_run_backward
 
