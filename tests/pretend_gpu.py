@@ -8,6 +8,7 @@ host wait is counted. Not seen: what autograd computes by itself, between the op
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,9 +57,17 @@ class PretendGPU(TorchFunctionMode):
 
     def __init__(self, count: int = 1) -> None:
         super().__init__()
-        self.current, self.count = torch.device("cuda", 0), count
+        self._chosen = threading.local()
         self.waits, self.uploads = Counter[str](), Counter[str]()
         self.generators = tuple(torch.Generator() for _ in range(count))
+
+    @property
+    def current(self) -> torch.device:
+        """Every thread has its own, and begins with the first."""
+        return getattr(self._chosen, "device", torch.device("cuda", 0))
+
+    def choose(self, device: Any) -> None:
+        self._chosen.device = self.named(device)
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where it claims to be. What autograd made during a backward pass has had no chance to say so: on the GPU."""
@@ -239,16 +248,13 @@ def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
     def wait(*_: Any) -> None:
         gpu.waits["synchronize"] += 1
 
-    def set_device(device: Any) -> None:
-        gpu.current = gpu.named(device)
-
     of_cuda: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_initialized": True,
         "device_count": lambda: count,
         "current_device": lambda: gpu.current.index,
-        "set_device": set_device,
+        "set_device": gpu.choose,
         "synchronize": wait,
         "empty_cache": lambda: None,
         "default_generators": gpu.generators,
@@ -278,18 +284,22 @@ def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
     patch.setattr(torch.cuda.random, "current_device", of_cuda["current_device"])
     patch.setattr(torch.cuda.nccl, "version", lambda: (2, 0, 0))
     _gloo_for_nccl(gpu, patch)
-    run_backward = torch.autograd._engine_run_backward
-
-    def watched(*args: Any, **how: Any) -> Any:  # torch looks away within `backward`
-        with gpu:
-            return run_backward(*args, **how)
-
-    patch.setattr(torch.autograd, "_engine_run_backward", watched)
+    # torch looks away within `backward`, and in other threads
+    for owner, name in ((torch.autograd, "_engine_run_backward"), (threading.Thread, "run")):
+        patch.setattr(owner, name, _watched(getattr(owner, name), gpu))
     try:
         with gpu:
             yield gpu
     finally:
         patch.undo()
+
+
+def _watched(call: Callable[..., Any], gpu: PretendGPU) -> Callable[..., Any]:
+    def watched(*args: Any, **how: Any) -> Any:
+        with gpu:
+            return call(*args, **how)
+
+    return watched
 
 
 def _gloo_for_nccl(gpu: PretendGPU, patch: pytest.MonkeyPatch) -> None:
