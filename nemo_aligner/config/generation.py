@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import check_amp_o2
-from nemo_aligner.config.schema import InferenceConfig, ParallelConfig, TrainerConfig
+from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig
 from nemo_aligner.errors import ConfigError
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
-from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, SamplingConfig, TrainerConfig, at_least
+from nemo_aligner.config.schema import (
+    MISSING,
+    ExpManagerConfig,
+    ModelOverrides,
+    SamplingConfig,
+    TrainerConfig,
+    at_least,
+)
 from nemo_aligner.config.supervised import PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
 

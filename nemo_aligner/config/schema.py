@@ -10,11 +10,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.errors import ConfigError
+
+MISSING: Any = "???"
+"""OmegaConf's mark of what must be given. It is not imported for it: the engine needs none of what scripts need."""
 
 LEAST_TEMPERATURE = 1e-5
 """Below it logits no longer fit a float once divided by it, and the likeliest token is all that could be drawn."""

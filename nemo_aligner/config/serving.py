@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
-from nemo_aligner.config.schema import ParallelConfig, RewardStandardization, TrainerConfig, at_least
+from nemo_aligner.config.schema import MISSING, ParallelConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
 

@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.files import fsync
@@ -53,6 +51,8 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
     else:
         with _open_tar(path, key) as tar:
             text = _read_member(tar, CONFIG, path, key)
+    import yaml
+
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as fault:
@@ -167,6 +167,8 @@ def save_archive(
     path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
 ) -> None:
     """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
+    import yaml
+
     from nemo_aligner.engine.checkpoints.sharded import save_sharded, without_extra_state
 
     path = Path(path)

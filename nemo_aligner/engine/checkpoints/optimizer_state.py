@@ -24,9 +24,18 @@ from torch import Tensor
 Method = Callable[..., Any]
 
 
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether its state is cut over data-parallel ranks."""
+    return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
 def make_checkpointable(optimizer: MegatronOptimizer) -> None:
     """Let the distributed parts of `optimizer` save and load what they hold; others do so by themselves."""
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = _with_padding(part, part.get_parameter_state_dp_zero)
             part._set_main_param_and_optimizer_states = _keeping_steps(part, part._set_main_param_and_optimizer_states)

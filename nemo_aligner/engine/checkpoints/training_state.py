@@ -27,6 +27,7 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.engine.checkpoints.optimizer_state import is_distributed
 from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
@@ -71,9 +72,10 @@ def save(
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
             (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
+        cut = {} if optimizer is None else {"optimizer_is_distributed": is_distributed(optimizer)}
         with _on_every_rank(folder, cluster):
             if cluster.is_main:
-                _publish(partial, folder, state)
+                _publish(partial, folder, {**state, **cut})
     except OutputError:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -109,6 +111,12 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | Non
     """Read a checkpoint into model and optimizer; returns the caller's state. Collective."""
     state = read_state(folder)
     _check_files(folder, state.pop("files", {}))
+    cut = state.pop("optimizer_is_distributed", None)
+    if optimizer is not None and cut not in (None, is_distributed(optimizer)):
+        raise CheckpointError(
+            f"{folder}: the optimizer's state was {'' if cut else 'not '}cut over data-parallel ranks, in this run it "
+            f"is {'not' if cut else 'cut'}; model.optim.name=distributed_fused_adam cuts it on GPUs and not on a CPU"
+        )
     loaded = load_sharded(_sharded(model, optimizer, loading=True), folder / "shards")
     optimizer_state = loaded.pop("optimizer", None)
     weights = {name.removeprefix("model."): value for name, value in loaded.items() if name.startswith("model.")}
