@@ -30,7 +30,7 @@ EXAMPLES = [Example((row,), ([0] + [1] * (len(row) - 1),)) for row in ROWS]
 WEIGHTED = [replace(example, weight=a) for example, a in zip(EXAMPLES, (0.7, -1.3, 0.2, 2.1), strict=True)]
 PAIRS = [Example((a, b), ([0] * len(a), [0] * len(b))) for a, b in (ROWS[:2], ROWS[2:], ROWS[1:3])]
 BATCHES = (range(4), range(3), range(1))  # examples of each step
-OPTIM = OptimConfig(name="adamw", lr=1e-2)
+OPTIM = OptimConfig(name="distributed_fused_adam", lr=1e-2)  # cut over data-parallel ranks, where there are some
 
 CUTS = {
     "TP 2": (2, Cut(tensor=2)),
