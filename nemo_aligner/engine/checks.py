@@ -24,7 +24,7 @@ def check_is_reward_model(path: str | Path, key: str) -> None:
 
 
 def parallel_sizes(
-    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1
+    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1, context: int = 1
 ) -> tuple[int, int]:
     """Tensor- and pipeline-parallel sizes of a run of the archive at `path`, which `key` names in the config.
 
@@ -32,10 +32,14 @@ def parallel_sizes(
     Raises CheckpointError where there is no archive.
     """
     arch = read_architecture(path, key=key)
-    world = trainer.devices * trainer.num_nodes
+    world, there = trainer.devices * trainer.num_nodes, "trainer.devices × trainer.num_nodes"
+    if context < 1 or world % context:
+        raise ConfigError(f"{context} does not divide {there} = {world}", "model.context_parallel_size")
+    if context > 1:
+        world, there = world // context, f"{there} / model.context_parallel_size"
     for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
         if size != -1 and (size < 1 or world % size):
-            raise ConfigError(f"{size} does not divide trainer.devices × trainer.num_nodes = {world}", name)
+            raise ConfigError(f"{size} does not divide {there} = {world}", name)
     if tensor == -1:
         room = world if pipeline == -1 else world // pipeline
         stored = arch.tensor_model_parallel_size
@@ -46,7 +50,7 @@ def parallel_sizes(
     if world % (tensor * pipeline):
         raise ConfigError(
             f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
-            f"not divide trainer.devices × trainer.num_nodes = {world}",
+            f"not divide {there} = {world}",
             "tensor_model_parallel_size",
         )
     return tensor, pipeline
@@ -60,4 +64,5 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         key=key,
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
     )

@@ -36,7 +36,7 @@ def start_for_archive(
     `key` is the config key that named the archive, for messages. The archive's config is read before any process
     starts, so a wrong path fails at once.
     """
-    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline)
+    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
     launch_local_ranks(trainer)
     with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
         yield cluster
@@ -91,7 +91,7 @@ def load_for_training(
             dtype=parse_precision(trainer.precision),
             tp=cluster.tp,
             pp=cluster.pp,
-            context=model.context_parallel_size,
+            context=cluster.cp,
             sequence_parallel=model.sequence_parallel,
             activations_checkpoint_granularity=model.activations_checkpoint_granularity,
             activations_checkpoint_method=model.activations_checkpoint_method,

@@ -76,12 +76,15 @@ class MegatronPolicy(MegatronTrainable):
         self.module.eval()
         results: list[Tensor] = [torch.empty(0)] * len(rows)
         [batches] = deal([[row] for row in rows], ranks=1, size=micro_batch_size)
+        microbatches = []
         for batch in batches:
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
             firsts = torch.tensor([0 if starts is None else starts[i] for i in batch])
             asked = torch.arange(tokens.size(1)) >= firsts[:, None]
-            microbatch = Microbatch(tokens, lengths, {"loss_mask": asked.float()})
-            [logprobs] = forward_outputs(self.module, [microbatch], self.arch.vocab_size)
+            microbatches.append(Microbatch(tokens, lengths, {"loss_mask": asked.float()}))
+        for batch, logprobs in zip(
+            batches, forward_outputs(self.module, microbatches, self.arch.vocab_size), strict=True
+        ):
             for row, i in enumerate(batch):
                 results[i] = logprobs[row, : len(rows[i])].clone()
         self.module.train(was_training)

@@ -27,7 +27,7 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from nemo_aligner.engine.checkpoints.optimizer_state import is_distributed
+from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
 from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 STATE = "state.json"
 PARTIAL = ".partial"
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
@@ -47,8 +46,7 @@ def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, load
     if optimizer is None:
         return weights
     with cuda_type_names():
-        optimizer_state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_RESHARDABLE)
-    return {**weights, "optimizer": optimizer_state}
+        return {**weights, "optimizer": sharded_state(optimizer, weights, loading=loading)}
 
 
 def save(
@@ -72,10 +70,9 @@ def save(
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
             (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
-        cut = {} if optimizer is None else {"optimizer_is_distributed": is_distributed(optimizer)}
         with _on_every_rank(folder, cluster):
             if cluster.is_main:
-                _publish(partial, folder, {**state, **cut})
+                _publish(partial, folder, state)
     except OutputError:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -111,18 +108,13 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | Non
     """Read a checkpoint into model and optimizer; returns the caller's state. Collective."""
     state = read_state(folder)
     _check_files(folder, state.pop("files", {}))
-    cut = state.pop("optimizer_is_distributed", None)
-    if optimizer is not None and cut not in (None, is_distributed(optimizer)):
-        raise CheckpointError(
-            f"{folder}: the optimizer's state was {'' if cut else 'not '}cut over data-parallel ranks, in this run it "
-            f"is {'not' if cut else 'cut'}; model.optim.name=distributed_fused_adam cuts it on GPUs and not on a CPU"
-        )
-    loaded = load_sharded(_sharded(model, optimizer, loading=True), folder / "shards")
+    asked = _sharded(model, optimizer, loading=True)
+    loaded = load_sharded(asked, folder / "shards")
     optimizer_state = loaded.pop("optimizer", None)
     weights = {name.removeprefix("model."): value for name, value in loaded.items() if name.startswith("model.")}
     model.load_state_dict(weights, strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(optimizer_state)
+        restore(optimizer, asked["optimizer"], optimizer_state, state["optimizer_steps"])
     own = folder / f"rng_{cluster.rank}.pt"
     if own.is_file():
         try:

@@ -110,8 +110,6 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
 
 def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig:
     """Megatron's config of this shape run this way."""
-    if run.context > 1:
-        raise ConfigError("context parallelism is not supported; use 1", "model.context_parallel_size")
     if arch.num_attention_heads % run.tp or arch.num_layers % run.pp:
         raise ConfigError(
             f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
@@ -140,6 +138,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         pipeline_dtype=run.dtype,
         tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
+        context_parallel_size=run.context,
         sequence_parallel=run.sequence_parallel and run.tp > 1,
         use_cpu_initialization=on_cpu,
         variable_seq_lengths=True,  # micro-batches are padded to their own longest row only
@@ -204,7 +203,7 @@ class StreamGPTModel(GPTModel):
     def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         if rotary is not None and packed_seq_params is not None:
-            rotary = rotary[packed_seq_params.layout.positions]
+            rotary = rotary[packed_seq_params.positions]
         return embedded, rotary, *more
 
 
@@ -277,6 +276,8 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
     )
+    if run.context > 1 and arch.position_embedding_type == "rope":
+        model.rotary_pos_emb.cp_group = None  # a table of all positions: the model takes those of its places
     if scaling is not None and scaling.rope_type == "llama3":
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(

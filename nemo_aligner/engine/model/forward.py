@@ -21,6 +21,7 @@ from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
+from nemo_aligner.engine.model.context import ContextPart, context_part, of_all_ranks, places_multiple
 from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
@@ -55,61 +56,74 @@ class _Stream:
 
     rows: Microbatch
     layout: Layout
-    wanted: Tensor  # as `wanted_positions`
+    part: ContextPart | None  # of the places, this rank's; None = all
+    places: Tensor  # as `Layout.places`, counted among this rank's; −1 for another's
+    wanted: Tensor  # as `wanted_positions`, of this rank's places
 
     @property
     def wanted_places(self) -> Tensor:
         """`[N']`: the places of the wanted positions; the last of a prefix is there for each of its rows."""
-        return self.layout.places[self.wanted[:, : self.layout.places.size(1)]]
+        return self.places[self.wanted[:, : self.places.size(1)]]
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
-        """The model's output by rows, from its `raw` one by places."""
+        """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
         if isinstance(unwrap_model(model), RewardGPTModel):
             rows = torch.arange(len(self.rows.lengths), device=raw.device)
-            return raw[0].index_select(0, self.layout.places[rows, self.rows.lengths - 1])
-        # sequence parallelism cuts the stream until after the output layer, which then is of every place
-        logits = raw[:, self.wanted_places] if get_model_config(model).sequence_parallel else raw
-        return token_logprobs(logits, self.rows.tokens, self.wanted, vocab_size)
+            ends = self.places[rows, self.rows.lengths - 1]
+            found = raw[0].index_select(0, ends.clamp(min=0)).masked_fill(ends[:, None] < 0, 0)
+        else:
+            # sequence parallelism cuts the stream until after the output layer, which then is of every place
+            logits = raw[:, self.wanted_places] if get_model_config(model).sequence_parallel else raw
+            found = token_logprobs(logits, self.rows.tokens, self.wanted, vocab_size)
+        return found if self.part is None else self.part.sum(found)
 
 
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     device, config = next(model.parameters()).device, get_model_config(model)
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     # dropout is drawn for every row anew, and what is shared would have one draw for all
     alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
-    layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple)
+    layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple).to(device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    return _Stream(rows, layout.to(device), wanted_positions(rows))
+    part, wanted = context_part(layout), wanted_positions(rows)
+    places = layout.places if part is None else part.local[layout.places]
+    wanted[:, : places.size(1)] &= places >= 0
+    return _Stream(rows, layout, part, places, wanted)
 
 
 def _run(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
-    on_raw: Callable[[Tensor, _Stream], Callable[..., Any]],
+    on_raw: Callable[[Tensor, _Stream, bool], Callable[..., Any]],
     *,
     forward_only: bool,
     collect: bool,
 ) -> list[Any]:
     """Megatron's schedule over the micro-batches; what the last stage's loss function returned, on every stage.
 
-    `on_raw(raw model output, micro-batch)` gives Megatron's loss function.
+    `on_raw(raw model output, micro-batch, whether it is this rank's)` gives Megatron's loss function. With context
+    parallelism the ranks of a group compute the micro-batches of all of them, together; each answers for its own.
     """
-    streams = [_stream(microbatch, model) for microbatch in microbatches]
+    everyones, own = of_all_ranks(list(microbatches))
+    if not everyones:
+        return []
+    streams = [_stream(microbatch, model) for microbatch in everyones]
+    is_own = [False] * len(streams)
+    is_own[own] = [True] * len(microbatches)
     sequence_parallel = get_model_config(model).sequence_parallel
 
-    def forward_step(data: Iterator[_Stream], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        stream = next(data)
-        layout = stream.layout
-        params = StreamParams(layout, None if sequence_parallel else stream.wanted_places)
+    def forward_step(data: Iterator[tuple[_Stream, bool]], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        stream, mine = next(data)
+        params = StreamParams(stream.layout, None if sequence_parallel else stream.wanted_places, stream.part)
         # no mask: attention takes the layout
-        raw = stage(layout.tokens[None], layout.positions[None], None, packed_seq_params=params)
-        return raw, on_raw(raw, stream)
+        raw = stage(params.tokens[None], params.positions[None], None, packed_seq_params=params)
+        return raw, on_raw(raw, stream, mine)
 
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(streams),
+        data_iterator=zip(streams, is_own, strict=True),
         model=[model],
         num_microbatches=len(streams),
         seq_length=max(len(stream.layout.tokens) for stream in streams),
@@ -117,7 +131,7 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
-    return from_last_stage(results)
+    return from_last_stage(results[own])
 
 
 def from_last_stage(value: T) -> T:
@@ -139,11 +153,12 @@ def run_objective(
     Returns per micro-batch {"loss": Σ, "count": n, metric: Σ, ...}, the same on every rank of the replica.
     """
 
-    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
+    def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
         def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
-            return terms.loss_sum, terms.count.int(), {name: float(value.detach()) for name, value in sums.items()}
+            counted = terms.count.int() * mine  # Megatron adds it up over the group, whose ranks have the same
+            return terms.loss_sum, counted, {name: float(value.detach()) for name, value in sums.items()}
 
         return loss_function
 
@@ -154,7 +169,7 @@ def run_objective(
 def forward_outputs(model: nn.Module, microbatches: Sequence[Microbatch], vocab_size: int) -> list[Tensor]:
     """Logprobs `[B, S]` or rewards `[B, K]` of each micro-batch, float32, on every stage; no gradient."""
 
-    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
+    def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
         return lambda _, non_loss_data: stream.output(model, raw, vocab_size).cpu()
 
     return _run(model, microbatches, on_raw, forward_only=True, collect=True)

@@ -51,11 +51,13 @@ class StreamSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         kernels = kernels_for(hidden_states)
-        if packed_seq_params is None or kernels is None or not self._is_plain():
+        params = packed_seq_params
+        # of a stream that is cut over ranks the other ranks have some of the keys
+        if params is None or params.part is not None or kernels is None or not self._is_plain():
             options = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
             return super().forward(hidden_states, attention_mask, *args, **options, **kwargs)
         mixed, _ = self.linear_qkv(hidden_states)
-        core, params = self.core_attention, packed_seq_params
+        core = self.core_attention
         rotary = None if rotary_pos_emb is None else cos_and_signed_sin(rotary_pos_emb.flatten(1), mixed.dtype)
 
         def attend(mixed: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.stages.supervised.loop import sft_objective
-from tests.tiny import OPTIM, rows, trainable
-from tests.unit.engine.helpers import weights, without_optimizer
+from tests.tiny import rows, trainable
+from tests.unit.engine.helpers import weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,17 +166,3 @@ def test_code_hidden_in_a_checkpoint_is_not_run(name: str, model: MegatronTraina
     assert not trace.exists()
     pickle.loads(pickle.dumps(Planted(trace)))
     assert trace.exists(), "the planted code works where it is run"
-
-
-def test_a_state_that_is_cut_over_ranks_and_one_that_is_not_are_not_mixed(
-    cluster: MegatronCluster, model: MegatronTrainable, tmp_path: Path
-) -> None:
-    other = without_optimizer(cluster)
-    other.add_optimizer(replace(OPTIM, name="mcore_distributed_optim"), clip_grad=0.0, max_steps=10)
-    model.save_training_state(tmp_path / "whole", {"step": 1})
-    other.save_training_state(tmp_path / "cut", {"step": 1})
-    with pytest.raises(CheckpointError, match="whole: the optimizer's state was not cut over data-parallel ranks"):
-        other.load_training_state(tmp_path / "whole")
-    with pytest.raises(CheckpointError, match="cut: the optimizer's state was cut over data-parallel ranks, in this"):
-        model.load_training_state(tmp_path / "cut")
-    assert model.load_training_state(tmp_path / "whole") == {"step": 1, "format": 1, "optimizer_steps": 1}
