@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
 
 LEAST_TEMPERATURE = 1e-5
@@ -222,6 +223,7 @@ class ModelOverrides:
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
     micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check_model(self, exp: ExpManagerConfig) -> None:
@@ -229,6 +231,7 @@ class ModelOverrides:
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
+        self.peft.check()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
