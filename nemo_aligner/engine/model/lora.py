@@ -61,7 +61,7 @@ class LowRank(nn.Module):
         std = (2 / (inner * cuts + lora.adapter_dim)) ** 0.5  # Xavier's normal
         whole = torch.empty(rank, inner * cuts).normal_(std=std, generator=generator)
         own = whole if self._column else whole.chunk(cuts, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
-        self.linear_in = nn.Parameter(own.to(device))
+        self.linear_in = nn.Parameter(own.contiguous().to(device))  # as fused optimizers take it
         self.linear_out = nn.Parameter(torch.zeros(out, rank, device=device))
         # [out, r] bool: with an A for each part of the output, B is 0 elsewhere, and stays so
         mask = (part[:, None] == torch.arange(rank) // lora.adapter_dim).to(device) if canonical else None
