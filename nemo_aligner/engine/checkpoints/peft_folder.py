@@ -41,12 +41,15 @@ _TARGETS = {
     "linear_fc2": "mlp_fc2",
 }
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
-_HARMLESS = frozenset(  # what the library says of where an adapter came from, how it began and how it is run
+_HARMLESS = frozenset(  # where an adapter came from, which layers it has, as its tensors say too, and how it is run
     {
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision"),
-        *("runtime_config", "ensure_weight_tying", "task_type", "target_modules", "qalora_group_size"),
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+        *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
+        *("ensure_weight_tying", "megatron_core", "qalora_group_size", "runtime_config"),
     }
 )
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Of A and B, those that leave the base as it is."""
 
 
 def write_peft_folder(folder: Path, arch: Architecture, lora: LoraTuning, own: Mapping[str, Tensor]) -> None:
@@ -114,6 +117,8 @@ def read_peft_folder(folder: Path, arch: Architecture) -> tuple[LoraTuning, dict
         raise CheckpointError(f"{CONFIG}: peft_type={settings['peft_type']} is not LORA")
     if settings.get("bias") not in (None, "none"):
         raise CheckpointError(f"{CONFIG}: bias={settings['bias']} is not none")
+    if settings.get("init_lora_weights") not in _BEGINNINGS:
+        raise CheckpointError(f"{CONFIG}: init_lora_weights={settings['init_lora_weights']} changes the base's weights")
     rank, alpha = int(settings.needed("r")), float(settings.needed("lora_alpha"))
     if settings.get("use_rslora"):
         alpha *= rank**0.5  # there alpha / √r
