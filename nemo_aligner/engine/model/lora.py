@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
 
+_LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 
 
@@ -122,6 +125,23 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
+def _folded(x: Tensor) -> Tensor:
+    """`x` and its gradient, `[S, B, H]`, with the strides of `[S · B, H]`.
+
+    B is 1, and its stride may be any. By a matrix that needs no gradient torch multiplies `[S, B, H]` as `[S · B, H]`
+    only where the strides fit, and elsewhere, on a CPU, by S copies of the matrix.
+    """
+    return x.flatten(0, 1).unflatten(0, x.shape[:2])
+
+
+def _fold_input(linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (_folded(inputs[0]), *inputs[1:])
+
+
+def _fold_output(linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    return _folded(output[0]), output[1]
+
+
 class Adapters(nn.Module):
     """All adapters of this rank's part of a model, by the layer's number from 0 and the name of the linear layer."""
 
@@ -132,6 +152,8 @@ class Adapters(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("rm_head."))
         self._hooks = []
+        for linear in (module for module in model.modules() if isinstance(module, _LINEAR)):
+            self._hooks += [linear.register_forward_pre_hook(_fold_input), linear.register_forward_hook(_fold_output)]
         for layer in model.decoder.layers:
             number, own = layer.layer_number - 1, nn.ModuleDict()
             for name in lora.linears:
