@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
@@ -53,6 +54,14 @@ def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:
     return {f"model.optim.{name}": value for name, value in {**own, "sched": sched or None}.items()} | {
         "gradient_clip_val": clip
     }
+
+
+def adapter_settings(peft: PeftConfig) -> dict[str, Any]:
+    """Whether an adapter is trained, and which."""
+    if peft.lora is None:
+        return {"model.peft": None}
+    begun = None if peft.restore_from_path is None else _short(archive_hash(peft.restore_from_path))
+    return {"model.peft": {**peft.lora.to_nemo(), "restore_from_path": begun}}
 
 
 def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@
     model_weights/            megatron torch_dist shards, keys with NeMo's prefix `model.`; any TP/PP reads them
     tokenizer.json | *.model  the tokenizer
 
-An extracted folder is accepted wherever a file is.
+An extracted folder is accepted wherever a file is. The archive of an adapter has the base's shape and tokenizer, the
+adapter's weights alone, and says in `peft` of its `model_config.yaml` which archive its base is.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.files import fsync
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
 PREFIX = "model."
+_ADAPTERS = f"{PREFIX}adapters."
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
@@ -63,6 +66,35 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
         return Architecture.from_nemo(content)
     except (CheckpointError, TypeError) as fault:
         raise CheckpointError(f"{key}={path}: {fault}") from None
+
+
+def adapter_entry(lora: LoraTuning, base: Path, digest: str) -> dict[str, Any]:
+    """The `peft` of an adapter's archive; `digest` is the `archive_hash` of the archive `base`."""
+    where = {"path": str(base.resolve()), "sha256": digest}
+    return {"peft_scheme": "lora", "lora_tuning": lora.to_nemo(), "base": where}
+
+
+def base_of(path: str | Path, arch: Architecture, *, key: str) -> Path:
+    """The archive that the adapter at `path` belongs to: where it was, or beside the adapter.
+
+    Raises CheckpointError where it is in neither place.
+    """
+    assert arch.peft is not None, "a whole model has no base"
+    stored = Path(arch.peft["base"]["path"])
+    for place in (stored, Path(path).parent / stored.name):
+        if place.exists():
+            return place
+    raise CheckpointError(
+        f"{key}={path} is an adapter, and its base is not there: {stored} (put it beside the adapter, if it has moved)"
+    )
+
+
+def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluster, *, key: str) -> None:
+    """Raises CheckpointError on every rank where `base` is not what the adapter at `path` was trained beside."""
+    assert arch.peft is not None, "a whole model has no base"
+    found = archive_hash(base) if cluster.is_main else ""
+    if cluster.any(cluster.is_main and found != arch.peft["base"]["sha256"]):
+        raise CheckpointError(f"{key}={path} is an adapter of another archive than {base} as it is now")
 
 
 @contextmanager
@@ -149,27 +181,49 @@ def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_h
 
     `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
     """
-    from nemo_aligner.engine.checkpoints.sharded import load_sharded, without_extra_state
+    from nemo_aligner.engine.checkpoints.sharded import without_extra_state
 
     state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
+    state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
     if new_head:
         state = {name: value for name, value in state.items() if ".rm_head." not in name}
     may_stay = ["_extra_state", *(["output_layer.weight"] if hasattr(model, "rm_head") or new_head else [])]
+    _fill(model, state, folder, may_stay)
+    cluster.barrier()
+
+
+def load_adapter(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
+    """Read an opened adapter's archive into the adapters of `model`, and into its reward head unless `new_head`."""
+    from nemo_aligner.engine.checkpoints.sharded import without_extra_state, without_frozen
+
+    state = without_frozen(without_extra_state(model.sharded_state_dict(prefix=PREFIX)), model, PREFIX)
+    if new_head:
+        state = {name: value for name, value in state.items() if ".rm_head." not in name}
+    _fill(model, state, folder, ["_extra_state"])
+    cluster.barrier()
+
+
+def _fill(model: MegatronModule, state: dict[str, Any], folder: Path, may_stay: list[str]) -> None:
+    """The weights of `model` that `state` names, from an opened archive."""
+    from nemo_aligner.engine.checkpoints.sharded import load_sharded
+
     loaded = load_sharded(state, folder / WEIGHTS, may_stay=may_stay)
     weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
     _, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected:
         raise CheckpointError(f"the archive's weights do not fit the model: {', '.join(unexpected[:4])}")
-    cluster.barrier()
 
 
 def save_archive(
     path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
 ) -> None:
-    """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
+    """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename.
+
+    Of a model with adapters these alone where `arch.peft` says so, and all but these where it does not.
+    """
     import yaml
 
-    from nemo_aligner.engine.checkpoints.sharded import save_sharded, without_extra_state
+    from nemo_aligner.engine.checkpoints.sharded import save_sharded, without_extra_state, without_frozen
 
     path = Path(path)
     staging, partial = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.partial")
@@ -183,7 +237,12 @@ def save_archive(
             fault = OutputError(f"cannot write {path}: {error.strerror or error}")
     _raise_everywhere(fault, path, cluster)
     try:
-        save_sharded(without_extra_state(model.sharded_state_dict(prefix=PREFIX)), staging / WEIGHTS)
+        state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
+        if arch.peft is not None:
+            state = without_frozen(state, model, PREFIX)
+        else:
+            state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
+        save_sharded(state, staging / WEIGHTS)
         if cluster.is_main:
             try:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))

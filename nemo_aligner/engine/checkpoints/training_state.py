@@ -1,6 +1,6 @@
 """Training checkpoints: a folder that appears whole or not at all.
 
-<folder>/shards/        model and optimizer, torch_dist; any TP, PP, DP reads them
+<folder>/shards/        what is trained of the model, and optimizer, torch_dist; any TP, PP, DP reads them
 <folder>/rng_<rank>.pt  random number generators of each rank
 <folder>/state.json     step, consumed samples and whatever the caller adds; sizes of the other files
 
@@ -28,7 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
-from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state
+from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state, without_frozen
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import CheckpointError, OutputError
@@ -43,10 +43,11 @@ PARTIAL = ".partial"
 
 def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
     weights = without_extra_state(model.sharded_state_dict(prefix="model."))
+    saved = without_frozen(weights, model, "model.")
     if optimizer is None:
-        return weights
+        return saved
     with cuda_type_names():
-        return {**weights, "optimizer": sharded_state(optimizer, weights, loading=loading)}
+        return {**saved, "optimizer": sharded_state(optimizer, weights, loading=loading)}
 
 
 def save(

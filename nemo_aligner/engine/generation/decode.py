@@ -95,7 +95,8 @@ class CachedForward:
         self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
         self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
-        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike)
+        adapted = {} if model.adapters is None else {"merged": model.adapters.merged}
+        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike, **adapted)
         self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
 
     def product_weights(self) -> list[torch.nn.Parameter]:

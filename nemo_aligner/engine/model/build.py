@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 
@@ -38,6 +40,8 @@ class RunOptions:
     activations_checkpoint_num_layers: int | None = None
     hidden_dropout: float | None = None  # None: as the archive says
     attention_dropout: float | None = None
+    lora: LoraTuning | None = None  # None: no adapters
+    lora_seed: int = 1234  # of their A
 
     @classmethod
     def for_inference(cls, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> RunOptions:
@@ -200,10 +204,19 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
 class StreamGPTModel(GPTModel):
     """A GPTModel that takes a stream of rows (`StreamParams`), with rotary positions counted within the rows."""
 
+    adapters: Adapters | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapters = None
+
     def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         if rotary is not None and packed_seq_params is not None:
             rotary = rotary[packed_seq_params.positions]
+        if self.adapters is not None and embedded is not None and self.config.recompute_granularity == "full":
+            # a recomputed layer has a gradient only where its input has one, and a frozen embedding has none
+            embedded.requires_grad_(torch.is_grad_enabled())
         return embedded, rotary, *more
 
 
@@ -290,6 +303,8 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     if arch.rope_freq_factors is not None:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
+    if run.lora is not None:
+        model.adapters = Adapters(model, arch, run.lora, run.lora_seed)
     model.to(run.dtype)
     if torch.cuda.is_available():
         model.cuda()

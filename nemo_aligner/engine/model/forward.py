@@ -78,11 +78,17 @@ class _Stream:
         return found if self.part is None else self.part.sum(found)
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training of `model` drops anything out."""
+    config, adapters = get_model_config(model), unwrap_model(model).adapters
+    return config.hidden_dropout > 0 or config.attention_dropout > 0 or (adapters is not None and adapters.dropout > 0)
+
+
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     # dropout is drawn for every row anew, and what is shared would have one draw for all
-    alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
+    alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
     layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple).to(device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}

@@ -13,7 +13,7 @@ from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def run(cfg: RMConfig) -> None:
 def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
-    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
+    trained = optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
+    return batches | trained | adapter_settings(cfg.model.peft)
 
 
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:

@@ -22,7 +22,7 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
 from nemo_aligner.stages.supervised.monitors import monitors
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def settings(cfg: SFTConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     data = cfg.model.data.train_ds
     batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
-    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
+    trained = optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
+    return batches | trained | adapter_settings(cfg.model.peft)
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
