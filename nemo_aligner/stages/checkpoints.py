@@ -20,7 +20,7 @@ from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.engine.checkpoints.training_state import PARTIAL, STATE, latest, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError, ConfigError
-from nemo_aligner.stages.checkpoint_names import checkpoint_name
+from nemo_aligner.stages.checkpoint_names import checkpoint_name, log_dir
 from nemo_aligner.stages.run_checks import check_monitor
 
 log = logging.getLogger(__name__)
@@ -124,8 +124,3 @@ class Checkpoints:
             return (-math.inf if math.isnan(value) else value), int(state["step"])
 
         return sorted(paths, key=rank, reverse=True)
-
-
-def log_dir(config: ExpManagerConfig) -> Path:
-    """`explicit_log_dir`, or `<exp_dir or nemo_experiments>/<name>`."""
-    return Path(config.explicit_log_dir or Path(config.exp_dir or "nemo_experiments") / config.name)

@@ -9,6 +9,7 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import refuse_other_run
+from nemo_aligner.stages.run_owner import owning_log_dir
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -20,29 +21,30 @@ def run(cfg: ReinforceConfig) -> None:
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
-    from nemo_aligner.engine.loading import start_for_training
-    from nemo_aligner.engine.policy import load_policy_for_training
-    from nemo_aligner.servers.reward_client import RewardClient
-    from nemo_aligner.stages.reinforce.drawing import encode
-    from nemo_aligner.stages.reinforce.loop import Actor, step_settings
+    with owning_log_dir(cfg.exp_manager, cfg.trainer):
+        from nemo_aligner.engine.loading import start_for_training
+        from nemo_aligner.engine.policy import load_policy_for_training
+        from nemo_aligner.servers.reward_client import RewardClient
+        from nemo_aligner.stages.reinforce.drawing import encode
+        from nemo_aligner.stages.reinforce.loop import Actor, step_settings
 
-    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
-        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))
-        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
-        prompts = encode(cfg, policy, train)
-        held_out = [] if validation is None else encode(cfg, policy, validation)
-        if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
-            policy.keep_initial_weights()
-        actor = Actor(cfg, policy, cluster, prompts, held_out)
-        policy.add_optimizer(
-            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
-        )
-        client = RewardClient(cfg.remote_critic_rm)
-        try:
-            client.wait_until_ready()
-            actor.train(client)
-        finally:
-            client.close()
+        with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+            refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))
+            policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
+            prompts = encode(cfg, policy, train)
+            held_out = [] if validation is None else encode(cfg, policy, validation)
+            if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+                policy.keep_initial_weights()
+            actor = Actor(cfg, policy, cluster, prompts, held_out)
+            policy.add_optimizer(
+                cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
+            )
+            client = RewardClient(cfg.remote_critic_rm)
+            try:
+                client.wait_until_ready()
+                actor.train(client)
+            finally:
+                client.close()
 
 
 def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.offline.random_sampler import sampling_params
 from nemo_aligner.stages.run_control import StopSignal
+from nemo_aligner.stages.run_owner import owning
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +36,25 @@ def run(cfg: GenerationConfig) -> None:
     parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     check_is_policy(cfg.gpt_model_file, _ARCHIVE)
 
-    from nemo_aligner.engine.loading import start_for_archive
-    from nemo_aligner.engine.policy import load_policy
+    with owning(cfg.output_file, cfg.trainer) if cfg.output_file else nullcontext():
+        from nemo_aligner.engine.loading import start_for_archive
+        from nemo_aligner.engine.policy import load_policy
 
-    with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
-        if cfg.server and cluster.dp_size > 1:
-            raise ConfigError(
-                f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
-                "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
-                "trainer.devices",
-            )
-        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
-        if prompts:
-            scores = cfg.inference.compute_logprob
-            rows = score(cfg, prompts, policy) if scores else answer(cfg, prompts, policy, cluster)
-            if cluster.is_main:
-                write(cfg, rows)
-        if cfg.server:
-            serve(cfg, policy, cluster)
+        with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
+            if cfg.server and cluster.dp_size > 1:
+                raise ConfigError(
+                    f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
+                    "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
+                    "trainer.devices",
+                )
+            policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+            if prompts:
+                scores = cfg.inference.compute_logprob
+                rows = score(cfg, prompts, policy) if scores else answer(cfg, prompts, policy, cluster)
+                if cluster.is_main:
+                    write(cfg, rows)
+            if cfg.server:
+                serve(cfg, policy, cluster)
 
 
 def read_prompts(path: Path) -> list[str]:
