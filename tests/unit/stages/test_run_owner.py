@@ -17,6 +17,11 @@ FIRST = [
     {**SRUN, "SLURM_PROCID": "0"},
     {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
 ]
+    {},
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {**SRUN, "SLURM_PROCID": "0"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+]
 LATER = [{"RANK": "1", "WORLD_SIZE": "2"}, {**SRUN, "SLURM_PROCID": "1"}]
 
 
@@ -67,7 +72,7 @@ def test_a_log_folder_is_one_output_whatever_the_names_of_its_runs(tmp_path: Pat
     first, second = (ExpManagerConfig(name=name, explicit_log_dir=str(tmp_path / "log")) for name in "ab")
     with (
         owning_log_dir(first, TrainerConfig()),
-        pytest.raises(OutputError, match="log/run.lock"),
+        pytest.raises(OutputError, match=r"log/run\.lock"),
         owning_log_dir(second, TrainerConfig()),
     ):
         pass
