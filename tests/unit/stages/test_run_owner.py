@@ -17,11 +17,6 @@ FIRST = [
     {**SRUN, "SLURM_PROCID": "0"},
     {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
 ]
-    {},
-    {"RANK": "0", "WORLD_SIZE": "2"},
-    {**SRUN, "SLURM_PROCID": "0"},
-    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
-]
 LATER = [{"RANK": "1", "WORLD_SIZE": "2"}, {**SRUN, "SLURM_PROCID": "1"}]
 
 
