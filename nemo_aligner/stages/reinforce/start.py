@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
@@ -20,6 +21,7 @@ def run(cfg: ReinforceConfig) -> None:
     check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS, cfg.trainer.ppo.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
+    token = read_token(cfg.remote_critic_rm.auth_token_file, "remote_critic_rm.auth_token_file")
 
     with owning_log_dir(cfg.exp_manager, cfg.trainer):
         from nemo_aligner.engine.loading import start_for_training
@@ -39,7 +41,7 @@ def run(cfg: ReinforceConfig) -> None:
             policy.add_optimizer(
                 cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
             )
-            client = RewardClient(cfg.remote_critic_rm)
+            client = RewardClient(cfg.remote_critic_rm, token)
             try:
                 client.wait_until_ready()
                 actor.train(client)
