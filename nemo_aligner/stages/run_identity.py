@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
@@ -61,8 +62,6 @@ def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, sett
 
     For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
     """
-    from nemo_aligner.engine.checkpoints.training_state import latest, read_state
-
     fault = None
     newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
     if newest is not None:
