@@ -54,8 +54,8 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
             raise CheckpointError(f"{key}={path}: the folder has no {CONFIG}, so it is not an extracted .nemo archive")
         text = config.read_bytes()
     else:
-        with _open_tar(path, key) as tar:
-            text = _read_member(tar, CONFIG, path, key)
+        with open_tar(path, key) as tar:
+            text = read_member(tar, CONFIG, path, key)
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as fault:
@@ -69,7 +69,7 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
 
 
 @contextmanager
-def _open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
+def open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
     if not path.exists():
         raise CheckpointError(f"{key}={path}: no such file")
     try:
@@ -81,7 +81,7 @@ def _open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
         raise CheckpointError(f"{key}={path}: no permission to read it") from None
 
 
-def _read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
+def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
     for candidate in (name, f"./{name}"):  # NeMo's own writer puts ./ in front
         try:
             member = tar.getmember(candidate)
@@ -134,7 +134,7 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
-    with _open_tar(path, key) as tar:
+    with open_tar(path, key) as tar:
         for member in checked_members(tar, path, key, room=shutil.disk_usage(folder).free):
             try:
                 tar.extract(member, folder, filter="data")
