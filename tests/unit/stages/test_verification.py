@@ -123,12 +123,10 @@ def test_what_a_kill_left_and_what_came_from_elsewhere_is_said_and_sound(results
     assert found["out.jsonl"][1].endswith(f"changed since: {results}/in.jsonl")
 
 
-def test_where_there_is_nothing_to_verify_that_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [("no", "no such file"), (".", "neither an arch"), ("notes.txt", "neither an")]
+)
+def test_where_there_is_nothing_to_verify_that_is_said(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    for path, said in (
-        (tmp_path / "no", "no such file or folder"),
-        (tmp_path, "neither an archive, "),
-        (tmp_path / "notes.txt", "neither"),
-    ):
-        with pytest.raises(DataError, match=said):
-            list(verify(tmp_path / name))
+    with pytest.raises(DataError, match=said):
+        list(verify(tmp_path / name))
