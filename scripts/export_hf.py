@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it is not installed
 
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.owner import lock_of, sole_owner
 
 
 def main() -> None:
@@ -26,9 +27,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
-    from nemo_aligner.engine.conversion import export_adapter, export_hf
+    with sole_owner(lock_of(args.output)):
+        from nemo_aligner.engine.conversion import export_adapter, export_hf
 
-    (export_adapter if args.adapter else export_hf)(args.input, args.output)
+        (export_adapter if args.adapter else export_hf)(args.input, args.output)
 
 
 if __name__ == "__main__":

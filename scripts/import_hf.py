@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it
 
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.owner import lock_of, sole_owner
 
 
 def package_gguf(package: str) -> Path:
@@ -50,6 +51,11 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
+    with sole_owner(lock_of(args.output)):
+        convert(args)
+
+
+def convert(args: argparse.Namespace) -> None:
     # here, as it takes seconds and --help does not need it
     from nemo_aligner.engine.conversion import (
         import_adapter,

@@ -12,9 +12,11 @@ from typing import Any
 
 from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.stages.checkpoint_names import log_dir
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +71,6 @@ def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, sett
 
     For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
     """
-    from nemo_aligner.engine.checkpoints.training_state import latest, read_state
-    from nemo_aligner.stages.checkpoints import log_dir
-
     fault = None
     newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
     if newest is not None:

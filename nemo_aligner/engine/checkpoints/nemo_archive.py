@@ -1,6 +1,7 @@
 """The .nemo archive: an uncompressed tar of `model_config.yaml`, `model_weights/` and the tokenizer's files.
 
     model_config.yaml         shape and provenance, NeMo's key names
+    SHA256SUMS                sums of all other files, checked before a weight is used; other programs' have none
     model_weights/            megatron torch_dist shards, keys with NeMo's prefix `model.`; any TP/PP reads them
     tokenizer.json | *.model  the tokenizer
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.errors import CheckpointError, OutputError
@@ -38,6 +40,7 @@ CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
 PREFIX = "model."
 _ADAPTERS = f"{PREFIX}adapters."
+_MOST_TEXT = 16 << 20
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
@@ -52,8 +55,8 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
             raise CheckpointError(f"{key}={path}: the folder has no {CONFIG}, so it is not an extracted .nemo archive")
         text = config.read_bytes()
     else:
-        with _open_tar(path, key) as tar:
-            text = _read_member(tar, CONFIG, path, key)
+        with open_tar(path, key) as tar:
+            text = read_member(tar, CONFIG, path, key)
     import yaml
 
     try:
@@ -98,7 +101,7 @@ def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluste
 
 
 @contextmanager
-def _open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
+def open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
     if not path.exists():
         raise CheckpointError(f"{key}={path}: no such file")
     try:
@@ -110,12 +113,15 @@ def _open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
         raise CheckpointError(f"{key}={path}: no permission to read it") from None
 
 
-def _read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
+def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
     for candidate in (name, f"./{name}"):  # NeMo's own writer puts ./ in front
         try:
-            stream = tar.extractfile(candidate)
+            member = tar.getmember(candidate)
         except KeyError:
             continue
+        if member.size > _MOST_TEXT:
+            raise CheckpointError(f"{key}={path}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}")
+        stream = tar.extractfile(member) if member.isfile() else None
         if stream is not None:
             return stream.read()
     raise CheckpointError(f"{key}={path}: the archive has no {name}, so it is not a .nemo archive")
@@ -125,10 +131,12 @@ def _read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes
 def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") -> Iterator[Path]:
     """The archive's folder: itself when already extracted, else a temporary one that is removed afterwards.
 
-    One rank per node extracts. Raises CheckpointError for truncated archives and members that leave the folder.
+    One rank per node extracts. Raises CheckpointError for archives that are damaged, by the sums in them too, and for
+    members that leave the folder, are no plain files, or claim more than is there.
     """
     path = Path(path)
     if path.is_dir():
+        _check_folder(path, cluster, key)
         yield path
         return
     extracts = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -142,6 +150,7 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
             folder.mkdir(mode=0o700)
             try:
                 _extract(path, folder, key)
+                _check_sums(path, folder, key)
             except CheckpointError as found:
                 fault = found
         failed = cluster.any(fault is not None)
@@ -157,12 +166,8 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
-    with _open_tar(path, key) as tar:
-        for member in tar:
-            if not (member.isfile() or member.isdir()):
-                raise CheckpointError(f"{key}={path}: member {member.name!r} is a link or device; archives hold files")
-            if member.name.startswith("/") or ".." in Path(member.name).parts:
-                raise CheckpointError(f"{key}={path}: member {member.name!r} would leave the archive's folder")
+    with open_tar(path, key) as tar:
+        for member in checked_members(tar, path, key, room=shutil.disk_usage(folder).free):
             try:
                 tar.extract(member, folder, filter="data")
             except tarfile.FilterError as fault:
@@ -174,6 +179,55 @@ def _extract(path: Path, folder: Path, key: str) -> None:
     if not (folder / WEIGHTS).is_dir():
         found = "model_weights.ckpt" if (folder / "model_weights.ckpt").exists() else "nothing"
         raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
+
+
+def checked_members(
+    tar: tarfile.TarFile, path: Path, key: str, *, room: int | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive, in their order. Raises CheckpointError for one that no archive should have.
+
+    `room`: bytes that there are for all of them.
+    """
+    size, names = path.stat().st_size, set[str]()
+    for member in tar:
+        name = os.path.normpath(member.name)
+        fault = None
+        if not (member.isfile() or member.isdir()) or member.issparse():
+            fault = "is a link, a device or sparse; archives hold files"
+        elif member.name.startswith("/") or ".." in Path(member.name).parts:
+            fault = "would leave the archive's folder"
+        elif member.offset_data + member.size > size:
+            fault = f"claims {member.size} bytes, which the file, truncated or corrupt, has not"
+        elif room is not None and member.size > room:
+            fault = f"has {member.size} bytes, and the disk of {tempfile.gettempdir()} has room for {room}"
+        elif name in names:
+            fault = "is there twice"
+        if fault is not None:
+            raise CheckpointError(f"{key}={path}: member {member.name!r} {fault}")
+        names.add(name)
+        if room is not None:
+            room -= member.size
+        yield member
+
+
+def _check_folder(path: Path, cluster: Cluster, key: str) -> None:
+    """Raises CheckpointError on every rank for an extracted folder with damaged files. Collective."""
+    fault: CheckpointError | None = None
+    if cluster.is_main:
+        try:
+            _check_sums(path, path, key)
+        except CheckpointError as found:
+            fault = found
+    failed = cluster.any(fault is not None)
+    if failed:
+        raise fault or CheckpointError(f"{key}={path}: damaged; rank 0 says which file")
+
+
+def _check_sums(path: Path, folder: Path, key: str) -> None:
+    try:
+        check_sums(folder)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{key}={path}: {fault}") from None
 
 
 def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
@@ -248,6 +302,7 @@ def save_archive(
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
                 for name, content in tokenizer.files.items():
                     (staging / name).write_bytes(content)
+                write_sums(staging)
                 _pack(staging, partial)
                 os.replace(partial, path)
                 fsync(path.parent)

@@ -22,7 +22,8 @@ from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
 from nemo_aligner.errors import ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
-from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.checkpoint_names import log_dir
+from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.reinforce.advantages import (
     Scored,
     check_finite,
