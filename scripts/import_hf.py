@@ -56,15 +56,6 @@ def main() -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    # here, as it takes seconds and --help does not need it
-    from nemo_aligner.engine.conversion import (
-        import_adapter,
-        random_checkpoint,
-        read_checkpoint,
-        with_first_layers,
-        write_archive,
-    )
-
     is_adapter = args.input is not None and (args.input / "adapter_config.json").is_file()
     if is_adapter != (args.base is not None):
         raise CheckpointError(
@@ -74,6 +65,16 @@ def convert(args: argparse.Namespace) -> None:
         )
     if is_adapter and args.num_layers is not None:
         raise CheckpointError("--num-layers: an adapter has the layers of its base")
+
+    # here, as it takes seconds and --help does not need it
+    from nemo_aligner.engine.conversion import (
+        import_adapter,
+        random_checkpoint,
+        read_checkpoint,
+        with_first_layers,
+        write_archive,
+    )
+
     if is_adapter:
         import_adapter(args.input, args.base, args.output, precision=args.dtype)
         return

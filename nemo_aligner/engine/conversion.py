@@ -92,6 +92,7 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
         with open_archive(base, cluster, key="--base") as opened:
             tokenizer = load_tokenizer(opened, arch)
+        arch = replace(arch, vocab_size=arch.vocab_size or tokenizer.vocab_size)
         model = build_model(arch, RunOptions(dtype=parse_precision(precision), lora=lora))
         _, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected, unexpected

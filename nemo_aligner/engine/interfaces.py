@@ -238,7 +238,7 @@ class Policy(TrainableModel, Protocol):
     def initial_logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """The same under the weights that `keep_initial_weights` kept."""
+        """The same under the weights that `keep_initial_weights` kept; of a model with an adapter, without it."""
 
 
 class RewardModel(TrainableModel, Protocol):

@@ -11,7 +11,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.engine.interfaces import GenerationRequest
-from tests.distributed.helpers import run_ranks
+from tests.distributed.helpers import Cut, Job, run_jobs, run_ranks
 from tests.distributed.test_parallel_invariance import EXAMPLES, ROWS, close
 from tests.tiny import ARCHIVED
 
@@ -88,9 +88,9 @@ def measure(
 
 
 def test_every_cut_gives_the_numbers_of_one_process(tmp_path: Path) -> None:
-    run_ranks(2, begin, tmp_path, tensor=2)
+    run_jobs(2, [Job(Cut(tensor=2), begin, (tmp_path,))])
     run_ranks(1, alone, tmp_path)
-    run_ranks(4, measure, tmp_path, "TP 2, PP 2 goes on", HARDEST, "TP 2", tensor=2, pipeline=2)
+    run_jobs(4, [Job(Cut(tensor=2, pipeline=2), measure, (tmp_path, "TP 2, PP 2 goes on", HARDEST, "TP 2"))])
     for cut, whole in (("TP 2", "one"), ("TP 2, PP 2 goes on", "one goes on")):
         found, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in (cut, whole))
         assert found["drawn"] == one["drawn"]

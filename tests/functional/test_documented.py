@@ -167,3 +167,25 @@ def test_torchrun_gives_what_plain_python_gives(workshop: Workshop, tmp_path: Pa
     wrong = run("torchrun", "--standalone", "--nproc-per-node=1", *sampler("none.jsonl"), check=False)
     assert wrong.returncode == 1
     assert "torchrun started 1 processes, but trainer.devices=2" in wrong.stderr
+
+
+def test_an_adapter_is_trained_sampled_and_exported(workshop: Workshop, tmp_path: Path) -> None:
+    base, adapter = workshop.path("sft_model.nemo"), tmp_path / "run/checkpoints/megatron_gpt_sft.nemo"
+    run(
+        "python", SFT, f"model.restore_from_path={base}", f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        "model.peft.peft_scheme=lora", "model.peft.lora_tuning.target_modules=[all]", "model.optim.lr=3e-4",
+        f"model.data.train_ds.file_path={workshop.path('sft_samples.jsonl')}", "trainer.precision=32",
+        "++trainer.sft.skip_validation=True",
+    )  # fmt: skip
+    assert adapter.stat().st_size < base.stat().st_size
+    run(
+        "python", SAMPLER, f"gpt_model_file={adapter}", "trainer.precision=32", "data.hf_dataset=False",
+        f"data.file_names=[{workshop.path('prompts_dataset.jsonl')}]", "inference.tokens_to_generate=6",
+        f"output_file={tmp_path / 'samples.jsonl'}",
+    )  # fmt: skip
+    assert len(lines(tmp_path / "samples.jsonl")) == 6
+    folder = tmp_path / "peft"
+    run("python", "scripts/export_hf.py", "--input", str(adapter), "--adapter", "--output", str(folder))
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    imported = ("python", "scripts/import_hf.py", "--input", str(folder), "--output", str(tmp_path / "again.nemo"))
+    assert "an adapter; give the archive of its model as --base" in run(*imported, check=False).stderr

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.errors import CheckpointError
-from nemo_aligner.stages.run_identity import check_same_run, optimizer_settings, tell_end_of_data, tokens_hash
+from nemo_aligner.stages.run_identity import (
+    adapter_settings,
+    check_same_run,
+    optimizer_settings,
+    tell_end_of_data,
+    tokens_hash,
+)
 
 
 def test_rows_are_told_apart_by_tokens_order_and_where_they_end() -> None:
@@ -43,6 +51,28 @@ def test_a_schedule_counts_but_for_its_length() -> None:
     assert of(name="CosineAnnealing", max_steps=3) == of(name="CosineAnnealing")
     assert of(name="CosineAnnealing", min_lr=1.0) != of(name="CosineAnnealing")
     assert of() == of(max_steps=3)
+
+
+def test_the_adapter_that_is_trained_counts_and_the_one_it_begins_with(tmp_path: Path) -> None:
+    begun = tmp_path / "adapter.nemo"
+    begun.write_bytes(b"1")
+    runs = [
+        PeftConfig(),
+        PeftConfig("lora"),
+        *(PeftConfig("lora", lora_tuning=LoraTuning(**own)) for own in ({"adapter_dim": 4}, {"alpha": 4.0})),
+        *(
+            PeftConfig("lora", lora_tuning=LoraTuning(**own))
+            for own in ({"variant": "canonical"}, {"adapter_dropout": 0.1})
+        ),
+        PeftConfig("lora", lora_tuning=LoraTuning(target_modules=["all"])),
+        PeftConfig("lora", restore_from_path=str(begun)),
+    ]
+    found = [json.dumps(adapter_settings(run)) for run in runs]
+    assert len({*found}) == len(runs)
+    assert adapter_settings(PeftConfig(lora_tuning=LoraTuning(4))) == {"model.peft": None}
+    assert adapter_settings(PeftConfig("lora", merge=True)) == adapter_settings(PeftConfig("lora"))
+    begun.write_bytes(b"2")
+    assert json.dumps(adapter_settings(runs[-1])) != found[-1]
 
 
 def test_what_changed_is_named_with_both_values() -> None:

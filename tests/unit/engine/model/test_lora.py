@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.architecture import Architecture
@@ -216,6 +217,27 @@ def test_dropout_is_of_what_the_adapter_reads_and_in_training_alone(cluster: Meg
     assert not torch.equal(logits(model.module), logits(model.module))
     with model.module.adapters.off():
         assert torch.equal(logits(model.module), logits(model.module))
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the batches of products that torch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.batches.append(tuple(args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_frozen_weight_is_copied_for_each_token(cluster: MegatronCluster) -> None:
+    model = made(cluster, lora=LORA)
+    model.add_optimizer(OPTIM, clip_grad=0.0, max_steps=10)
+    with Products() as seen:
+        model.train_step([rows()], sft_objective)
+    assert not [shape for shape in seen.batches if shape[0] > ARCH.num_attention_heads]
 
 
 def test_where_an_adapter_begins_depends_on_the_seed_alone(cluster: MegatronCluster) -> None:
