@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 _CLOSING_S = 5
 """How long open connections have to end when the server closes."""
 
+_DROPPED = 32
+"""Bounds that a body may fill before the connection is closed under it."""
+
 _PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
 """Whether the server lives is no secret: whoever looks after it asks without a token."""
 
@@ -69,7 +72,7 @@ class Guard:
             refusal = JSONResponse({"error": "bearer token needed"}, 401, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
         else:
-            body = await _read(headers, receive, door.max_bytes)
+            body = await _read(receive, door.max_bytes)
             if isinstance(body, bytes):
                 await self._app(scope, _again(body, receive), send)
             elif body:
@@ -85,21 +88,26 @@ def _authorized(headers: dict[bytes, bytes], wanted: str) -> bool:
     return hmac.compare_digest(headers.get(b"authorization", b""), wanted.encode())
 
 
-async def _read(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | bool:
-    """The body of a request; True where it is longer than `limit`, False where the client has gone."""
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        return True
-    body = bytearray()
+async def _read(receive: Receive, limit: int) -> bytes | bool:
+    """The body of a request; True where it is longer than `limit`, False where the client has gone.
+
+    What is too long is read on, and dropped, for a while: most clients look for an answer when they have sent it all.
+    """
+    body, size = bytearray(), 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return False
-        body += message.get("body", b"")
-        if len(body) > limit:
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= limit:
+            body += part
+        else:
+            body.clear()
+        if size > _DROPPED * limit:
             return True
         if not message.get("more_body"):
-            return bytes(body)
+            return bytes(body) if size <= limit else True
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
