@@ -10,12 +10,12 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_aligner.errors import ServerError
@@ -30,6 +30,11 @@ _DROPPED = 32
 
 _PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
 """Whether the server lives is no secret: whoever looks after it asks without a token."""
+
+
+def plain_refusal(said: str, status: int) -> Response:
+    """As Triton has it."""
+    return JSONResponse({"error": said}, status)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Door:
     token: str | None = None
     max_bytes: int = 16 << 20  # of the body of a request
     host_key: str = "host"
+    refusal: Callable[[str, int], Response] = plain_refusal  # of a message and a status, as clients here expect it
 
 
 class Guard:
@@ -69,14 +75,15 @@ class Guard:
         elif (
             door.token is not None and scope["path"] not in _PROBES and not _authorized(headers, f"Bearer {door.token}")
         ):
-            refusal = JSONResponse({"error": "bearer token needed"}, 401, {"WWW-Authenticate": "Bearer"})
+            refusal = door.refusal("bearer token needed", 401)
+            refusal.headers["WWW-Authenticate"] = "Bearer"
             await refusal(scope, receive, send)
         else:
             body = await _read(receive, door.max_bytes)
             if isinstance(body, bytes):
                 await self._app(scope, _again(body, receive), send)
             elif body:
-                await JSONResponse({"error": f"more than {door.max_bytes} bytes"}, 413)(scope, receive, send)
+                await door.refusal(f"more than {door.max_bytes} bytes", 413)(scope, receive, send)
 
 
 def _basic(door: Door) -> str:
