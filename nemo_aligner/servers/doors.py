@@ -10,12 +10,12 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_aligner.errors import ServerError
@@ -25,8 +25,16 @@ log = logging.getLogger(__name__)
 _CLOSING_S = 5
 """How long open connections have to end when the server closes."""
 
+_DROPPED = 32
+"""Bounds that a body may fill before the connection is closed under it."""
+
 _PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
 """Whether the server lives is no secret: whoever looks after it asks without a token."""
+
+
+def plain_refusal(said: str, status: int) -> Response:
+    """As Triton has it."""
+    return JSONResponse({"error": said}, status)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Door:
     token: str | None = None
     max_bytes: int = 16 << 20  # of the body of a request
     host_key: str = "host"
+    refusal: Callable[[str, int], Response] = plain_refusal  # of a message and a status, as clients here expect it
 
 
 class Guard:
@@ -66,14 +75,15 @@ class Guard:
         elif (
             door.token is not None and scope["path"] not in _PROBES and not _authorized(headers, f"Bearer {door.token}")
         ):
-            refusal = JSONResponse({"error": "bearer token needed"}, 401, {"WWW-Authenticate": "Bearer"})
+            refusal = door.refusal("bearer token needed", 401)
+            refusal.headers["WWW-Authenticate"] = "Bearer"
             await refusal(scope, receive, send)
         else:
-            body = await _read(headers, receive, door.max_bytes)
+            body = await _read(receive, door.max_bytes)
             if isinstance(body, bytes):
                 await self._app(scope, _again(body, receive), send)
             elif body:
-                await JSONResponse({"error": f"more than {door.max_bytes} bytes"}, 413)(scope, receive, send)
+                await door.refusal(f"more than {door.max_bytes} bytes", 413)(scope, receive, send)
 
 
 def _basic(door: Door) -> str:
@@ -85,21 +95,26 @@ def _authorized(headers: dict[bytes, bytes], wanted: str) -> bool:
     return hmac.compare_digest(headers.get(b"authorization", b""), wanted.encode())
 
 
-async def _read(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | bool:
-    """The body of a request; True where it is longer than `limit`, False where the client has gone."""
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        return True
-    body = bytearray()
+async def _read(receive: Receive, limit: int) -> bytes | bool:
+    """The body of a request; True where it is longer than `limit`, False where the client has gone.
+
+    What is too long is read on, and dropped, for a while: most clients look for an answer when they have sent it all.
+    """
+    body, size = bytearray(), 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return False
-        body += message.get("body", b"")
-        if len(body) > limit:
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= limit:
+            body += part
+        else:
+            body.clear()
+        if size > _DROPPED * limit:
             return True
         if not message.get("more_body"):
-            return bytes(body)
+            return bytes(body) if size <= limit else True
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

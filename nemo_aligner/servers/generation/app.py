@@ -55,13 +55,20 @@ def make_app(served: Served, desk: FrontDesk) -> FastAPI:
     return app
 
 
+def answer(fault: RequestFault) -> JSONResponse:
+    """As OpenAI's clients read it."""
+    kind = "invalid_request_error" if fault.status < 500 else "server_error"
+    error = {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}
+    return JSONResponse({"error": error}, status_code=fault.status)
+
+
+def refusal(said: str, status: int) -> JSONResponse:
+    """Of who is not let in, or comes with too much."""
+    return answer(RequestFault(said, status=status))
+
+
 def _answer_faults(app: FastAPI) -> None:
     """Every fault has the form that OpenAI's clients read."""
-
-    def answer(fault: RequestFault) -> JSONResponse:
-        kind = "invalid_request_error" if fault.status < 500 else "server_error"
-        error = {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}
-        return JSONResponse({"error": error}, status_code=fault.status)
 
     @app.exception_handler(RequestFault)
     async def refused(request: Request, fault: RequestFault) -> JSONResponse:

@@ -150,7 +150,7 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
             return
 
         from nemo_aligner.servers.doors import Door, open_doors
-        from nemo_aligner.servers.generation.app import make_app
+        from nemo_aligner.servers.generation.app import make_app, refusal
         from nemo_aligner.servers.generation.clerk import Served
         from nemo_aligner.servers.generation.desk import FrontDesk
 
@@ -165,9 +165,9 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,
         )
-        doors = [Door(cfg.host, cfg.port, "port", token=token)]
+        doors = [Door(cfg.host, cfg.port, "port", token=token, refusal=refusal)]
         if cfg.web_server:
-            doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password))
+            doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password, refusal=refusal))
         desk = FrontDesk(stopped=lambda: stop.name is not None)
         with open_doors(make_app(served, desk), doors):
             try:

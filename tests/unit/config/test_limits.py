@@ -80,6 +80,7 @@ def loaded(name: str) -> Any:
         (SERVER, "inference.inference_micro_batch_size", [1], [0]),
         (SERVER, "inference.max_batch_size", [1], [0]),
         (SERVER, "inference.max_text_bytes", [1], [0]),
+        (SERVER, "inference.max_request_bytes", [1], [0]),
         (SERVER, "inference.max_queue_delay_microseconds", [0], [-1]),
         (SERVER, "inference.port", [1, 65535], [0, 65536]),
         (EVAL, "port", [1, 65535], [0, 65536]),
@@ -120,6 +121,10 @@ def test_the_limits_of_a_key_belong_to_it(name: str, key: str, fine: list[Any], 
         (["prompts=null"], "^prompts: nothing to do"),
         (["prompts=[]"], "^prompts: nothing to do"),
         (["server=True", "web_server=True", "web_port=5555"], "^web_port: 5555 is port's too"),
+        (
+            ["server=True", "web_server=True", "inference.auth_token_file=token"],
+            "^password: the page is a door too; give one where clients need a token$",
+        ),
         (["username=me"], "^password: a username needs one"),
     ],
 )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from tests.unit.stages.conftest import MEAN, STD, Archives
 from tests.unit.stages.plain import opened
 from tests.unit.stages.refusals import check_refused
 
+TOKEN = "0123456789abcdef"
 TEXTS = ["A film", "It was", "x"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
 
@@ -75,7 +77,7 @@ def serving(cfg: GenerationConfig, talk: Callable[[openai.OpenAI], Any]) -> Any:
             return httpx.get(f"{url}/health").status_code == 200
         return False
 
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=20)
     return while_running(lambda: generation.run(cfg), is_up, lambda: talk(client))
 
 
@@ -120,13 +122,19 @@ def test_the_server_answers_as_its_config_says_until_it_is_told_to_stop(archives
         assert probe.connect_ex(("127.0.0.1", cfg.port)) != 0, "nobody is there any more"
 
 
-def test_without_a_seed_of_their_own_requests_are_drawn_with_the_servers(archives: Archives, alone: None) -> None:
+def test_without_a_seed_of_their_own_requests_are_drawn_with_the_servers(
+    archives: Archives, alone: None, tmp_path: Path
+) -> None:
     cfg = config(archives, model_name="mine")
+    cfg.inference.auth_token_file = str(tmp_path / "token")
+    (tmp_path / "token").write_text(TOKEN)
 
     def talk(client: openai.OpenAI) -> list[str]:
         with pytest.raises(openai.BadRequestError, match="the model has no chat template"):
             client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hi"}])
         asked: Any = {"model": "mine", "prompt": TEXTS[0], "max_tokens": 6}
+        with pytest.raises(openai.AuthenticationError, match="bearer token needed"):
+            client.with_options(api_key="none").completions.create(**asked)
         return [client.completions.create(seed=seed, **asked).choices[0].text for seed in (None, 41, 42)]
 
     [unseeded, same, other] = serving(cfg, talk)
