@@ -20,14 +20,14 @@ from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
 class StreamParams(PackedSeqParams):
     """What the model is told of a stream: Megatron hands it to every attention, through recomputation too.
 
-    `wanted` `[N']` int64: the places whose logits are asked for; None = all.
+    `wanted` `[N']` int64: the places whose logits are asked for; None = all. `longest`: tokens of the longest row.
     """
 
     layout: Layout
     wanted: Tensor | None
 
-    def __init__(self, layout: Layout, wanted: Tensor | None) -> None:
-        longest = int(layout.positions.max()) + 1  # Megatron makes its rotary table so long
+    def __init__(self, layout: Layout, wanted: Tensor | None, longest: int) -> None:
+        # Megatron makes its rotary table as long as the longest
         super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
         self.layout, self.wanted = layout, wanted
 

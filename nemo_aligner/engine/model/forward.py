@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
-from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
+from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
@@ -39,11 +39,11 @@ def wanted_positions(microbatch: Microbatch) -> Tensor:
     return wanted
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
+def token_logprobs(logits: Tensor, targets: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
     """Log-probability of the token after every wanted position, at that token: `[B, S]` float32, 0 elsewhere.
 
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
-    get no probability mass.
+    get no probability mass. targets: `[N]` int64, the tokens after them. wanted: `[B, S]` bool.
     """
     shard = logits.size(-1)
     first = parallel_state.get_tensor_model_parallel_rank() * shard
@@ -52,8 +52,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: i
         logits = logits.masked_fill(padding, -torch.inf)
     # Megatron's cross entropy works in place on its input, hence the copy
     copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    found = -vocab_parallel_cross_entropy(copy, tokens.roll(-1, dims=1)[wanted].unsqueeze(0))
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
+    found = -vocab_parallel_cross_entropy(copy, targets.unsqueeze(0))
+    return torch.zeros(wanted.shape, device=wanted.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
 @dataclass(frozen=True)
@@ -61,34 +61,37 @@ class _Stream:
     """A micro-batch on the device, as rows and as the stream that goes through the model."""
 
     rows: Microbatch
-    layout: Layout
+    params: StreamParams
     wanted: Tensor  # as `wanted_positions`
-
-    @property
-    def wanted_places(self) -> Tensor:
-        """`[N']`: the places of the wanted positions; the last of a prefix is there for each of its rows."""
-        return self.layout.places[self.wanted[:, : self.layout.places.size(1)]]
+    places: Tensor  # `[N]`: those of the wanted positions; the last of a prefix is there for each of its rows
+    targets: Tensor  # `[N]`: the tokens after them
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by places."""
         if isinstance(unwrap_model(model), RewardGPTModel):
             rows = torch.arange(len(self.rows.lengths), device=raw.device)
-            return raw[0].index_select(0, self.layout.places[rows, self.rows.lengths - 1])
+            return raw[0].index_select(0, self.params.layout.places[rows, self.rows.lengths - 1])
         # sequence parallelism cuts the stream until after the output layer, which then is of every place
-        logits = raw[:, self.wanted_places] if get_model_config(model).sequence_parallel else raw
-        return token_logprobs(logits, self.rows.tokens, self.wanted, vocab_size)
+        logits = raw[:, self.places] if self.params.wanted is None else raw
+        return token_logprobs(logits, self.targets, self.wanted, vocab_size)
 
 
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
+    """All that is to be found out of a micro-batch is found out here, before the device has to be waited for."""
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     # dropout is drawn for every row anew, and what is shared would have one draw for all
     alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
     layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple)
+    wanted = wanted_positions(microbatch)
+    places = layout.places[wanted[:, : layout.places.size(1)]].to(device)
+    targets = microbatch.tokens.roll(-1, dims=1)[wanted].to(device)
+    longest = int(layout.positions.max()) + 1
+    params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    return _Stream(rows, layout.to(device), wanted_positions(rows))
+    return _Stream(rows, params, wanted.to(device), places, targets)
 
 
 def _run(
@@ -99,32 +102,29 @@ def _run(
     forward_only: bool,
     collect: bool,
 ) -> list[Any]:
-    """Megatron's schedule over the micro-batches; what the last stage's loss function returned, on every stage.
+    """Megatron's schedule over the micro-batches; what the loss function returned, on the last stage.
 
     `on_raw(raw model output, micro-batch)` gives Megatron's loss function.
     """
     streams = [_stream(microbatch, model) for microbatch in microbatches]
-    sequence_parallel = get_model_config(model).sequence_parallel
 
     def forward_step(data: Iterator[_Stream], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         stream = next(data)
-        layout = stream.layout
-        params = StreamParams(layout, None if sequence_parallel else stream.wanted_places)
+        layout = stream.params.layout
         # no mask: attention takes the layout
-        raw = stage(layout.tokens[None], layout.positions[None], None, packed_seq_params=params)
+        raw = stage(layout.tokens[None], layout.positions[None], None, packed_seq_params=stream.params)
         return raw, on_raw(raw, stream)
 
-    results = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(streams),
         model=[model],
         num_microbatches=len(streams),
-        seq_length=max(len(stream.layout.tokens) for stream in streams),
+        seq_length=max(len(stream.params.layout.tokens) for stream in streams),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
-    return from_last_stage(results)
 
 
 def from_last_stage(value: T) -> T:
@@ -147,14 +147,21 @@ def run_objective(
     """
 
     def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
-        def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
-            return terms.loss_sum, terms.count.int(), {name: float(value.detach()) for name, value in sums.items()}
+            return terms.loss_sum, terms.count.int(), {name: value.detach() for name, value in sums.items()}
 
         return loss_function
 
-    return _run(model, microbatches, on_raw, forward_only=forward_only, collect=False)
+    return from_last_stage(_fetched(_run(model, microbatches, on_raw, forward_only=forward_only, collect=False)))
+
+
+def _fetched(sums: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars from the device, all at once."""
+    values = [value.double() for part in sums for value in part.values()]
+    numbers = iter(torch.stack(values).tolist() if values else ())
+    return [{name: next(numbers) for name in part} for part in sums]
 
 
 @torch.no_grad()
@@ -164,4 +171,4 @@ def forward_outputs(model: nn.Module, microbatches: Sequence[Microbatch], vocab_
     def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
         return lambda _, non_loss_data: stream.output(model, raw, vocab_size).cpu()
 
-    return _run(model, microbatches, on_raw, forward_only=True, collect=True)
+    return from_last_stage(_run(model, microbatches, on_raw, forward_only=True, collect=True))
