@@ -173,6 +173,7 @@ def requests(arch: Architecture, sizes: Sizes) -> list[GenerationRequest]:
 
 def beside_transformers(task: Task, ours: float) -> None:
     arch, device, sizes = task.arch, task.device, task.sizes
+    gc.collect()  # ours is gone
     model = models.peer(arch, device.device)
     if model is None:
         task.add("generation over transformers", None, "", "transformers cannot be imported here")

@@ -124,6 +124,8 @@ class CachedForward:
                 yield
             finally:
                 self._whole_layers = [None] * len(self.layers)
+                if self._graphed is not None:
+                    self._graphed.clear()
 
     def _whole_layer(self, index: int, layer: Layer) -> CpuLayer | None:
         """The layer for KernelAttention in two calls of the kernels, if it is of the kind they know."""

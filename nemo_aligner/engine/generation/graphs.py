@@ -83,9 +83,15 @@ class GraphedSteps:
         if fresh and not self._record(graph, [block for _, block in blocks]):
             return self._step(tokens, positions, cache.blocks())
         self._recorded[key] = graph
+        self._recorded.move_to_end(key)
         if len(self._recorded) > _KEPT:
             self._recorded.popitem(last=False)
         return graph.replay(places)
+
+    def clear(self) -> None:
+        """Give back the memory of all recordings."""
+        self._recorded.clear()
+        self._last, self._repeats = (), 0
 
     def _record(self, recorded: _Recorded, blocks: Sequence[Tensor]) -> bool:
         """False where it cannot be done."""

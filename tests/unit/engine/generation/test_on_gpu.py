@@ -64,7 +64,10 @@ def responses(
             return found
 
         generator._decode = noted  # type: ignore[method-assign]
-        return sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
+        found = sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
+        recordings = generator._forward._graphed
+        assert recordings is None or not recordings._recorded, "their memory is given back"
+        return found
 
 
 @pytest.fixture
