@@ -58,6 +58,8 @@ class PretendGPU(TorchFunctionMode):
     def __init__(self, count: int = 1) -> None:
         super().__init__()
         self._chosen = threading.local()
+        self.recording: list[tuple[Callable[[], Any], Any]] | None = None
+        self.replays = 0  # of graphs
         self.waits, self.uploads = Counter[str](), Counter[str]()
         self.generators = tuple(torch.Generator() for _ in range(count))
 
@@ -83,6 +85,16 @@ class PretendGPU(TorchFunctionMode):
         return torch.device("cuda", self.current.index) if found == torch.device("cuda") else found
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if self.recording is None:
+            return self._computed(func, types, args, kwargs)
+        waited = sum(self.waits.values()) + sum(self.uploads.values())
+        result = self._computed(func, types, args, kwargs)
+        if sum(self.waits.values()) + sum(self.uploads.values()) > waited:
+            raise DeviceFault(f"{func.__name__}: not permitted while a graph is recorded")
+        self.recording.append((functools.partial(self._computed, func, types, args, kwargs), result))
+        return result
+
+    def _computed(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if any(kind.__torch_function__ not in _PLAIN for kind in types):
             return func(*args, **kwargs)  # what consists of tensors, as torch's ShardedTensor does
@@ -238,6 +250,23 @@ class _Stream:
         return lambda *args, **kwargs: _Stream() if name == "record_event" else None
 
 
+class _Graph:
+    """What was called while it was recorded, called again on the same memory."""
+
+    gpu: PretendGPU
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[[], Any], Any]] = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.gpu.replays += 1
+        with torch._C.DisableTorchFunction():
+            for call, recorded in self.calls:
+                for old, new in zip(_tensors((recorded,)), _tensors((call(),)), strict=True):
+                    old.copy_(new)
+
+
 @contextmanager
 def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
     """torch sees `count` GPUs; nothing is left of them afterwards, nor is the CPU in CUDA's place meanwhile."""
@@ -247,6 +276,15 @@ def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
 
     def wait(*_: Any) -> None:
         gpu.waits["synchronize"] += 1
+
+    @contextmanager
+    def record(graph: _Graph, pool: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+        wait()
+        graph.gpu, gpu.recording = gpu, graph.calls
+        try:
+            yield
+        finally:
+            gpu.recording = None
 
     of_cuda: dict[str, Any] = {
         "is_available": lambda: True,
@@ -273,6 +311,9 @@ def pretend_gpu(count: int = 1) -> Iterator[PretendGPU]:
         "stream": lambda _: nullcontext(),
         "device": lambda _: nullcontext(),
         "is_current_stream_capturing": lambda: False,
+        "CUDAGraph": _Graph,
+        "graph": record,
+        "graph_pool_handle": lambda: None,
     }
     # a process in which the CPU stood in CUDA's place before
     for (owner, name), original in cuda_on_cpu.replaced.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.generation import graphs
 from nemo_aligner.engine.interfaces import GenerationRequest
 from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import MegatronCluster
@@ -43,7 +45,7 @@ class Sizes:
     side: int = 8192  # of the matrices multiplied to find the speed of products
 
 
-TINY = Sizes(4, 2, 8, 6, (16, 8, 8), 2, 2**20, 64)
+TINY = Sizes(4, 2, 8, 32, (16, 8, 8), 2, 2**20, 64)
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,34 @@ def decoding(task: Task) -> float:
         assert sum(len(response.tokens) for response in drawn) == sizes.slots * tokens
 
     few = max(2, sizes.response // 8)
-    run(few)  # warms up
-    short, long = device.seconds(lambda: run(few)), device.seconds(lambda: run(sizes.response))
-    step = (long - short) / (sizes.response - few)
-    task.add(f"generation, {sizes.slots} slots", sizes.slots * sizes.response / long, "tokens/s", "with prefill")
+    run(sizes.response)  # warms up
+
+    def timed() -> tuple[float, float]:
+        """Seconds of a whole run, and of a decode step."""
+        short, long = device.seconds(lambda: run(few)), device.seconds(lambda: run(sizes.response))
+        return long, (long - short) / (sizes.response - few)
+
+    whole, step = timed()
+    rate = sizes.slots * sizes.response / whole
+    task.add(f"generation, {sizes.slots} slots", rate, "tokens/s", "with prefill")
     task.add(f"decode step, {sizes.slots} slots", 1e3 * step, "ms")
     positions = sizes.prompt + (few + sizes.response) / 2
     cached = sizes.slots * positions * 4 * arch.num_layers * arch.query_groups * arch.head_dim  # bf16 keys and values
     bound = (2 * models.product_parameters(arch) + cached) / device.bandwidth
     task.add("decode step, part of the bandwidth bound", bound / step, "", f"the bound is {1e3 * bound:.2f} ms")
-    return sizes.slots * sizes.response / long
+    if device.device.type == "cuda":
+        with without_graphs():
+            task.add("decode step without CUDA graphs", 1e3 * timed()[1], "ms")
+    return rate
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    before, graphs.MIN_STEPS = graphs.MIN_STEPS, sys.maxsize
+    try:
+        yield
+    finally:
+        graphs.MIN_STEPS = before
 
 
 def requests(arch: Architecture, sizes: Sizes) -> list[GenerationRequest]:
@@ -153,6 +173,7 @@ def requests(arch: Architecture, sizes: Sizes) -> list[GenerationRequest]:
 
 def beside_transformers(task: Task, ours: float) -> None:
     arch, device, sizes = task.arch, task.device, task.sizes
+    gc.collect()  # ours is gone
     model = models.peer(arch, device.device)
     if model is None:
         task.add("generation over transformers", None, "", "transformers cannot be imported here")

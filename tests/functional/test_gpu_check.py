@@ -87,6 +87,7 @@ def test_every_line_of_it_runs_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFi
         assert check.main(["--shapes", "tiny", "--json", str(told)]) == 0
     found = figures(told)
     assert all(found[name]["value"] <= 1e-3 and found[name]["note"].startswith("ok") for name in COMPARED)
+    assert "decode step without CUDA graphs" in found
     peaks = [f"{name}: peak memory" for name in ("generation", "SFT", "REINFORCE")]
     assert [found[name]["value"] for name in peaks] == [0, 0, 0]
     assert all(found[name]["value"] > 0 for name in (*MEASURED, "generation over transformers"))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_aligner.engine.generation.kv_cache import KVCache
 from nemo_aligner.engine.kernels.library import CpuKernels
 from nemo_aligner.engine.model.attention import packed_attention
 
@@ -72,7 +71,10 @@ class PromptAttention:
 class BlockAttention:
     """Of a step, block by block of the cache, with torch's kernel over all positions of a block and masked."""
 
-    def __init__(self, rotary: Rotary | None, positions: Tensor, cache: KVCache, windows: Windows) -> None:
+    def __init__(
+        self, rotary: Rotary | None, positions: Tensor, blocks: Iterable[tuple[slice, Tensor]], windows: Windows
+    ) -> None:
+        """`blocks` as KVCache.blocks has them."""
         self._turn, self._positions, self._windows = rotary and rotary.at(positions), positions, windows
         self._parts = [
             (
@@ -81,7 +83,7 @@ class BlockAttention:
                 torch.arange(block.size(2), device=positions.device),
                 {window: _bias(positions[rows], block, window) for window in set(windows)},
             )
-            for rows, block in cache.blocks()
+            for rows, block in blocks
         ]
 
     def __call__(self, layer: int, mixed: Tensor) -> Tensor:

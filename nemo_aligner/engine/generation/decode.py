@@ -9,7 +9,7 @@ query heads per key/value head, D head dimension, T cached positions, V vocabula
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from nemo_aligner.engine.generation.cached_attention import (
     PromptAttention,
     Rotary,
 )
+from nemo_aligner.engine.generation.graphs import GraphedSteps
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache, place_of
 from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
 from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
@@ -98,6 +99,9 @@ class CachedForward:
         adapted = {} if model.adapters is None else {"merged": model.adapters.merged}
         self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike, **adapted)
         self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
+        # what ranks say to each other is left out of graphs
+        alone = self._first and self._last and self._tp == 1
+        self._graphed = GraphedSteps(self._step_over, self.device) if self.device.type == "cuda" and alone else None
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
@@ -121,6 +125,8 @@ class CachedForward:
                 yield
             finally:
                 self._whole_layers = [None] * len(self.layers)
+                if self._graphed is not None:
+                    self._graphed.clear()
 
     def _whole_layer(self, index: int, layer: Layer) -> CpuLayer | None:
         """The layer for KernelAttention in two calls of the kernels, if it is of the kind they know."""
@@ -222,11 +228,16 @@ class CachedForward:
 
         The cache has room for every position. Returns logits `[B, V]` on the last pipeline stage, else None.
         """
-        attend: CachedAttention
         if self._attends:
             attend = self._kernel_attention(cache.places(), positions)
-        else:
-            attend = BlockAttention(self._rotary, positions, cache, self._windows)
+            return self.logits(self._layers(tokens, positions, attend))
+        if self._graphed is not None:
+            return self._graphed(tokens, positions, cache)
+        return self._step_over(tokens, positions, cache.blocks())
+
+    def _step_over(self, tokens: Tensor, positions: Tensor, blocks: Iterable[tuple[slice, Tensor]]) -> Any:
+        """`step` over blocks of the cache."""
+        attend = BlockAttention(self._rotary, positions, blocks, self._windows)
         return self.logits(self._layers(tokens, positions, attend))
 
     def _kernel_attention(self, places: Tensor, positions: Tensor) -> KernelAttention:

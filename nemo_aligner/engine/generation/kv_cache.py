@@ -81,10 +81,10 @@ class Bucket:
             self._blocks.pop()
         return moved
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The rows in use, `[layers, 2, rows, G, width, D]`, block by block."""
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks `[layers, 2, block_rows, G, width, D]`, and how many rows of each are in use, the first ones."""
         for start, block in zip(range(0, len(self.slots), self._block_rows), self._blocks, strict=True):
-            yield block[:, :, : len(self.slots) - start]
+            yield min(self._block_rows, len(self.slots) - start), block
 
 
 class KVCache:
@@ -134,10 +134,14 @@ class KVCache:
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a decode step, and their keys and values `[layers, 2, rows, G, T, D]`, block by block."""
         start = 0
+        for used, block in self.whole_blocks():
+            yield slice(start, start + used), block[:, :, :used]
+            start += used
+
+    def whole_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The blocks in the same order with all their rows, and how many of those are in use, the first ones."""
         for bucket in self._buckets.values():
-            for block in bucket.blocks():
-                yield slice(start, start + block.size(2)), block
-                start += block.size(2)
+            yield from bucket.blocks()
 
     def places(self) -> Tensor:
         """Where the rows of a decode step are, `[rows, 9]` int64: positions of the prompt that is shared, and the

@@ -22,8 +22,8 @@ from nemo_aligner.engine.model.context import ContextPart
 class StreamParams(PackedSeqParams):
     """What the model is told of a stream: Megatron hands it to every attention, through recomputation too.
 
-    `wanted` `[N']` int64: those of this rank's places whose logits are asked for; None = all. `part`: which places are
-    this rank's; None = all.
+    `wanted` `[N']` int64: those of this rank's places whose logits are asked for; None = all. `longest`: tokens of the
+    longest row. `part`: which places are this rank's; None = all.
     """
 
     layout: Layout
@@ -31,8 +31,8 @@ class StreamParams(PackedSeqParams):
     spans: Spans
     part: ContextPart | None
 
-    def __init__(self, layout: Layout, wanted: Tensor | None, part: ContextPart | None = None) -> None:
-        longest = int(layout.positions.max()) + 1  # Megatron makes its rotary table so long
+    def __init__(self, layout: Layout, wanted: Tensor | None, longest: int, part: ContextPart | None = None) -> None:
+        # Megatron makes its rotary table as long as the longest
         super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
         self.layout, self.wanted, self.part = layout, wanted, part
         self.spans = spans_of(layout.groups)

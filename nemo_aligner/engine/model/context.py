@@ -8,7 +8,7 @@ gradients are summed and scattered on the way back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -46,6 +46,10 @@ class ContextPart:
     local: Tensor
     gathered: Tensor
     pieces: tuple[Piece, ...]
+
+    def to(self, device: torch.device) -> ContextPart:
+        moved = {name: getattr(self, name).to(device) for name in ("own", "local", "gathered")}
+        return replace(self, **moved)
 
     def all_places(self, values: Tensor) -> Tensor:
         """`[N, ...]` of the stream, from `[N/c, ...]` of each rank; a place's gradient is the sum of all ranks'."""

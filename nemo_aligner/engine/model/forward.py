@@ -17,11 +17,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
-from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
+from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
-from nemo_aligner.engine.model.context import ContextPart, context_part, of_all_ranks, places_multiple
+from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
 from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
@@ -40,14 +40,14 @@ def wanted_positions(microbatch: Microbatch) -> Tensor:
     return wanted
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
+def token_logprobs(logits: Tensor, targets: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
     """Log-probability of the token after every wanted position, at that token: `[B, S]` float32, 0 elsewhere.
 
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
-    get no probability mass.
+    get no probability mass. targets: `[N]` int64, the tokens after them. wanted: `[B, S]` bool.
     """
-    found = TokenLogprobs.apply(logits[0], tokens.roll(-1, dims=1)[wanted], vocab_size)
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
+    found = TokenLogprobs.apply(logits[0], targets, vocab_size)
+    return torch.zeros(wanted.shape, device=wanted.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,21 @@ class _Stream:
     """A micro-batch on the device, as rows and as the stream that goes through the model."""
 
     rows: Microbatch
-    layout: Layout
-    part: ContextPart | None  # of the places, this rank's; None = all
-    places: Tensor  # as `Layout.places`, counted among this rank's; −1 for another's
+    params: StreamParams
     wanted: Tensor  # as `wanted_positions`, of this rank's places
-
-    @property
-    def wanted_places(self) -> Tensor:
-        """`[N']`: the places of the wanted positions; the last of a prefix is there for each of its rows."""
-        return self.places[self.wanted[:, : self.places.size(1)]]
+    places: Tensor  # `[N]`: those of the wanted positions, among this rank's; a prefix's last for each of its rows
+    targets: Tensor  # `[N]`: the tokens after them
+    ends: Tensor  # `[B]`: the places of the rows' last tokens, among this rank's; −1 for another's
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
         if isinstance(unwrap_model(model), RewardGPTModel):
-            rows = torch.arange(len(self.rows.lengths), device=raw.device)
-            ends = self.places[rows, self.rows.lengths - 1]
-            found = raw[0].index_select(0, ends.clamp(min=0)).masked_fill(ends[:, None] < 0, 0)
+            found = raw[0].index_select(0, self.ends.clamp(min=0)).masked_fill(self.ends[:, None] < 0, 0)
         else:
             # sequence parallelism cuts the stream until after the output layer, which then is of every place
-            logits = raw[:, self.wanted_places] if get_model_config(model).sequence_parallel else raw
-            found = token_logprobs(logits, self.rows.tokens, self.wanted, vocab_size)
-        return found if self.part is None else self.part.sum(found)
+            logits = raw[:, self.places] if self.params.wanted is None else raw
+            found = token_logprobs(logits, self.targets, self.wanted, vocab_size)
+        return found if self.params.part is None else self.params.part.sum(found)
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -85,18 +79,25 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
+    """All that is to be found out of a micro-batch is found out here, before the device has to be waited for."""
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     # dropout is drawn for every row anew, and what is shared would have one draw for all
     alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
-    layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple).to(device)
+    layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple)
+    part, wanted = context_part(layout), wanted_positions(microbatch)
+    own = layout.places if part is None else part.local[layout.places]
+    wanted[:, : own.size(1)] &= own >= 0
+    places = own[wanted[:, : own.size(1)]].to(device)
+    targets = microbatch.tokens.roll(-1, dims=1)[wanted].to(device)
+    ends = own[torch.arange(len(own)), microbatch.lengths - 1].to(device)
+    longest = int(layout.positions.max()) + 1
+    on_device = None if part is None else part.to(device)
+    params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest, on_device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    part, wanted = context_part(layout), wanted_positions(rows)
-    places = layout.places if part is None else part.local[layout.places]
-    wanted[:, : places.size(1)] &= places >= 0
-    return _Stream(rows, layout, part, places, wanted)
+    return _Stream(rows, params, wanted.to(device), places, targets, ends)
 
 
 def _run(
@@ -107,7 +108,7 @@ def _run(
     forward_only: bool,
     collect: bool,
 ) -> list[Any]:
-    """Megatron's schedule over the micro-batches; what the last stage's loss function returned, on every stage.
+    """Megatron's schedule over the micro-batches; what the loss function returned, on the last stage.
 
     `on_raw(raw model output, micro-batch, whether it is this rank's)` gives Megatron's loss function. With context
     parallelism the ranks of a group compute the micro-batches of all of them, together; each answers for its own.
@@ -118,11 +119,10 @@ def _run(
     streams = [_stream(microbatch, model) for microbatch in everyones]
     is_own = [False] * len(streams)
     is_own[own] = [True] * len(microbatches)
-    sequence_parallel = get_model_config(model).sequence_parallel
 
     def forward_step(data: Iterator[tuple[_Stream, bool]], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         stream, mine = next(data)
-        params = StreamParams(stream.layout, None if sequence_parallel else stream.wanted_places, stream.part)
+        params = stream.params
         # no mask: attention takes the layout
         raw = stage(params.tokens[None], params.positions[None], None, packed_seq_params=params)
         return raw, on_raw(raw, stream, mine)
@@ -132,12 +132,12 @@ def _run(
         data_iterator=zip(streams, is_own, strict=True),
         model=[model],
         num_microbatches=len(streams),
-        seq_length=max(len(stream.layout.tokens) for stream in streams),
+        seq_length=max(len(stream.params.layout.tokens) for stream in streams),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
-    return from_last_stage(results[own])
+    return results[own]
 
 
 def from_last_stage(value: T) -> T:
@@ -160,15 +160,22 @@ def run_objective(
     """
 
     def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
-        def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
             counted = terms.count.int() * mine  # Megatron adds it up over the group, whose ranks have the same
-            return terms.loss_sum, counted, {name: float(value.detach()) for name, value in sums.items()}
+            return terms.loss_sum, counted, {name: value.detach() for name, value in sums.items()}
 
         return loss_function
 
-    return _run(model, microbatches, on_raw, forward_only=forward_only, collect=False)
+    return from_last_stage(_fetched(_run(model, microbatches, on_raw, forward_only=forward_only, collect=False)))
+
+
+def _fetched(sums: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars from the device, all at once."""
+    values = [value.double() for part in sums for value in part.values()]
+    numbers = iter(torch.stack(values).tolist() if values else ())
+    return [{name: next(numbers) for name in part} for part in sums]
 
 
 @torch.no_grad()
@@ -178,4 +185,4 @@ def forward_outputs(model: nn.Module, microbatches: Sequence[Microbatch], vocab_
     def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
         return lambda _, non_loss_data: stream.output(model, raw, vocab_size).cpu()
 
-    return _run(model, microbatches, on_raw, forward_only=True, collect=True)
+    return from_last_stage(_run(model, microbatches, on_raw, forward_only=True, collect=True))

@@ -44,10 +44,10 @@ class TokenLogprobs(torch.autograd.Function):
             part = (logits[rows, : ctx.real].float() - log_sums[rows, None]).exp_().mul_(-given[rows, None])
             found[rows, : ctx.real] = part
             found[rows, ctx.real :] = 0
-        mine = (own >= 0).nonzero().squeeze(1)
         # from the probability in float32 again: what was stored is rounded
-        target = logits[mine, own[mine]].float()
-        found[mine, own[mine]] = (given[mine] * -torch.expm1(target - log_sums[mine])).to(found.dtype)
+        at, is_mine = own.clamp(min=0)[:, None], (own >= 0)[:, None]
+        target = given[:, None] * -torch.expm1(logits.gather(1, at).float() - log_sums[:, None])
+        found.scatter_(1, at, target.to(found.dtype).where(is_mine, found.gather(1, at)))
         return found, None, None
 
 

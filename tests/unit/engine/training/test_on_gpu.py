@@ -1,4 +1,4 @@
-"""Training on a GPU: its random numbers are saved with a checkpoint, and are the same when a layer is recomputed."""
+"""Training on a GPU: its random numbers are saved and the same when a layer is recomputed, and the host runs ahead."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import sft_objective
 from tests.fakes import ByteTokenizer
-from tests.pretend_gpu import pretend_gpu
+from tests.pretend_gpu import PretendGPU, pretend_gpu
 from tests.tiny import ARCH, OPTIM, rows
-from tests.unit.engine.helpers import weights
+from tests.unit.engine.helpers import split, weights
 
 DROPPING = replace(ARCH, hidden_dropout=0.2, attention_dropout=0.2)
 
 
 @pytest.fixture(autouse=True)
-def cluster() -> Iterator[MegatronCluster]:
-    with pretend_gpu(), start_cluster(TrainerConfig(accelerator="gpu"), tensor=1, pipeline=1, seed=11) as cluster:
+def gpu() -> Iterator[PretendGPU]:
+    with pretend_gpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def cluster(gpu: PretendGPU) -> Iterator[MegatronCluster]:
+    with start_cluster(TrainerConfig(accelerator="gpu"), tensor=1, pipeline=1, seed=11) as cluster:
         yield cluster
 
 
@@ -67,3 +73,13 @@ def test_a_layer_that_is_recomputed_drops_what_it_dropped(cluster: MegatronClust
     found = [trainable(cluster, run).train_step([rows()], reinforce_objective) for run in (RunOptions(), full)]
     assert found[1].loss == pytest.approx(found[0].loss, abs=1e-6)
     assert found[1].grad_norm == pytest.approx(found[0].grad_norm, rel=1e-5)
+
+
+def test_the_host_waits_no_more_for_many_micro_batches_than_for_one(cluster: MegatronCluster, gpu: PretendGPU) -> None:
+    found = []
+    for size in (4, 1):
+        model = trainable(cluster)
+        gpu.waits.clear()
+        model.train_step(split(rows(), size), reinforce_objective)
+        found.append(sum(gpu.waits.values()))
+    assert found[0] == found[1] < 6
