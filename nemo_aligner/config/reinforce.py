@@ -99,7 +99,7 @@ class RolloutConfig:
     num_val_samples: int = 512  # prompts of each validation, the first of the file
     sampling_params: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
     length_params: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
-    offload_adam_states: bool = False  # of NeMo-Aligner; only False is accepted
+    offload_adam_states: bool = False  # of NeMo-Aligner: as model.optim.cpu_offload
 
 
 @dataclass
@@ -182,5 +182,3 @@ class ReinforceConfig:
             raise ConfigError(
                 "greedy responses to one prompt are all alike; set it to False", "model.ppo.sampling_params.use_greedy"
             )
-        if rollout.offload_adam_states:
-            raise ConfigError("there is no such thing here; set it to False", "model.ppo.offload_adam_states")

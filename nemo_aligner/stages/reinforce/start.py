@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
@@ -34,9 +36,9 @@ def run(cfg: ReinforceConfig) -> None:
         if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
             policy.keep_initial_weights()
         actor = Actor(cfg, policy, cluster, prompts, held_out)
-        policy.add_optimizer(
-            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
-        )
+        offload = cfg.model.optim.cpu_offload or cfg.model.ppo.offload_adam_states
+        optim = replace(cfg.model.optim, cpu_offload=offload)
+        policy.add_optimizer(optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps)
         client = RewardClient(cfg.remote_critic_rm)
         try:
             client.wait_until_ready()
