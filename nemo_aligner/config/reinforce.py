@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING
 
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
-from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, SamplingConfig, TrainerConfig, at_least
+from nemo_aligner.config.schema import (
+    ExpManagerConfig,
+    ModelOverrides,
+    OptimConfig,
+    SamplingConfig,
+    TrainerConfig,
+    at_least,
+)
 from nemo_aligner.config.supervised import PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
 
@@ -147,6 +154,12 @@ class ReinforceConfig:
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     remote_critic_rm: RemoteRewardModelConfig = field(default_factory=RemoteRewardModelConfig)
     model: ReinforceModelConfig = field(default_factory=ReinforceModelConfig)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """`model.optim`, with its state offloaded where either key says so."""
+        optim = self.model.optim
+        return replace(optim, cpu_offload=optim.cpu_offload or self.model.ppo.offload_adam_states)
 
     def validate(self) -> None:
         self.trainer.validate()

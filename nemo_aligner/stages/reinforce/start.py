@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
@@ -36,9 +34,7 @@ def run(cfg: ReinforceConfig) -> None:
         if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
             policy.keep_initial_weights()
         actor = Actor(cfg, policy, cluster, prompts, held_out)
-        offload = cfg.model.optim.cpu_offload or cfg.model.ppo.offload_adam_states
-        optim = replace(cfg.model.optim, cpu_offload=offload)
-        policy.add_optimizer(optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps)
+        policy.add_optimizer(cfg.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps)
         client = RewardClient(cfg.remote_critic_rm)
         try:
             client.wait_until_ready()

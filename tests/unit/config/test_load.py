@@ -207,6 +207,15 @@ def test_megatrons_names_of_what_ranks_do_beside_the_passes_are_taken_by_every_t
         assert (optim.overlap_grad_sync, optim.overlap_param_sync) == (True, True)
 
 
+def test_adams_state_is_offloaded_by_either_key() -> None:
+    for overrides, offloaded in (
+        ([], False),
+        (["model.optim.cpu_offload=True"], True),
+        (["model.ppo.offload_adam_states=True"], True),
+    ):
+        assert load_actor(*overrides).optim.cpu_offload == offloaded
+
+
 def test_the_guides_name_of_the_servers_batch_size_is_taken() -> None:
     for name in ("trainer.rs.inference_micro_batch_size", "inference.micro_batch_size"):
         overrides = let_through(["rm_model_file=m", f"{name}=17"], SERVING)
