@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# ahead of what may be missing
+import nemo_aligner.config.requirements  # noqa: F401
+
+# isort: split
 import logging
 import re
 from collections.abc import Mapping, Sequence

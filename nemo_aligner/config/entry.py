@@ -7,6 +7,10 @@ exit status 75    stopped early on purpose (time limit, SIGTERM), state saved; t
 
 from __future__ import annotations
 
+# ahead of what may be missing
+import nemo_aligner.config.requirements  # noqa: F401
+
+# isort: split
 import os
 import sys
 from collections.abc import Callable, Iterator

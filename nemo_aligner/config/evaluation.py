@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import EVALUATION, EVALUATION_ROWS, check_fixed
 from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, SamplerDataConfig
+from nemo_aligner.config.schema import MISSING
 from nemo_aligner.errors import ConfigError
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import check_amp_o2
-from nemo_aligner.config.schema import InferenceConfig, ParallelConfig, TrainerConfig
+from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig
 from nemo_aligner.errors import ConfigError
 
 
@@ -18,6 +16,7 @@ class EvalInferenceConfig(InferenceConfig):
 
     compute_logprob: bool = False  # nothing is generated: the log-probabilities of the prompts themselves
     all_probs: bool = False
+    auth_token_file: str | None = None  # of the server: clients must send the token in it; null = nobody must
 
 
 @dataclass
@@ -73,6 +72,8 @@ class GenerationConfig(ParallelConfig):
             raise ConfigError("the page needs the server; add server=True", "web_server")
         if self.web_server and self.web_port == self.port:
             raise ConfigError(f"{self.port} is port's too; choose another", "web_port")
+        if self.web_server and self.inference.auth_token_file is not None and self.password is None:
+            raise ConfigError("the page is a door too; give one where clients need a token", "password")
         if self.username is not None and self.password is None:
             raise ConfigError("a username needs one", "password")
 

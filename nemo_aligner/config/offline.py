@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import Fixed, check_amp_o2, check_fixed
-from nemo_aligner.config.schema import InferenceConfig, RewardStandardization, TrainerConfig, at_least
+from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
 
 
 @dataclass

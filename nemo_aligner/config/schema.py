@@ -10,11 +10,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
+
+MISSING: Any = "???"
+"""OmegaConf's mark of what must be given. It is not imported for it: the engine needs none of what scripts need."""
 
 LEAST_TEMPERATURE = 1e-5
 """Below it logits no longer fit a float once divided by it, and the likeliest token is all that could be drawn."""
@@ -223,6 +225,7 @@ class ModelOverrides:
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
     micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check_model(self, exp: ExpManagerConfig) -> None:
@@ -230,6 +233,7 @@ class ModelOverrides:
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
+        self.peft.check()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from nemo_aligner.config.fixed import SFT_ROWS, WORKERS, check_fixed
-from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
+from nemo_aligner.config.schema import MISSING, ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
 
 
 @dataclass

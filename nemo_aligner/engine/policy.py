@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -26,18 +27,22 @@ from nemo_aligner.engine.training.trainable import MegatronTrainable
 class MegatronPolicy(MegatronTrainable):
     """Implements interfaces.Policy."""
 
-    _initial: KeptWeights | None = None
+    _as_initial: Callable[[], AbstractContextManager[None]] | None = None  # inside it the weights are the initial ones
 
     def keep_initial_weights(self) -> None:
-        """Remember the weights as they are now, in CPU memory, for `initial_logprobs`."""
-        self._initial = KeptWeights(self.module)
+        """Remember the weights as they are now, in CPU memory, for `initial_logprobs`.
+
+        With an adapter nothing is copied: the initial policy is the model without it.
+        """
+        adapters = self.module.adapters
+        self._as_initial = KeptWeights(self.module).swapped_in if adapters is None else adapters.off
 
     def initial_logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """`logprobs` under the kept weights, which take the place of the present ones meanwhile."""
-        assert self._initial is not None, "keep_initial_weights comes first"
-        with self._initial.swapped_in():
+        """`logprobs` under the initial weights, which take the place of the present ones meanwhile."""
+        assert self._as_initial is not None, "keep_initial_weights comes first"
+        with self._as_initial():
             return self.logprobs(rows, micro_batch_size, starts)
 
     def generate(

@@ -1,10 +1,11 @@
-"""Run functions on several gloo processes, each of them a rank of a Megatron cluster on the CPU."""
+"""Run functions on several gloo processes, each of them a rank of a Megatron cluster on the CPU or a pretend GPU."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Cut(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    gpus: bool = False
 
 
 class Job(NamedTuple):
@@ -32,16 +34,19 @@ class Job(NamedTuple):
 def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
     torch.set_num_threads(1)
     from nemo_aligner.engine.processes.cluster import start_cluster
+    from tests.pretend_gpu import pretend_gpu
 
     for port, (cut, function, args) in jobs:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
-        trainer = TrainerConfig(devices=world, accelerator="cpu")
+        trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
+        sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
         try:
-            with start_cluster(
-                trainer, tensor=cut.tensor, pipeline=cut.pipeline, context=cut.context, seed=7
-            ) as cluster:
+            with (
+                pretend_gpu(world) if cut.gpus else nullcontext(),
+                start_cluster(trainer, **sizes, seed=7) as cluster,
+            ):
                 function(cluster, *args)
         except BaseException as fault:
             fault.add_note(f"{function.__name__} of {cut}")

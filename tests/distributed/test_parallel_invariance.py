@@ -2,7 +2,7 @@
 
 Cuts over 2 and 4 processes against one process, training also with sequence parallelism and with recomputation. The
 vocabulary of 259 is no multiple of TP, and batches have fewer examples, and steps fewer prompts, than there are ranks.
-Not covered: virtual pipeline stages, NCCL.
+TP 2, PP 2 and DP 2 also on pretend GPUs. Not covered: virtual pipeline stages, NCCL itself.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ CUTS = {
     "PP 2": (2, Cut(pipeline=2)),
     "PP 2, recomputed": (2, Cut(pipeline=2)),
     "DP 2": (2, Cut()),
+    "TP 2 on GPUs": (2, Cut(tensor=2, gpus=True)),
+    "PP 2 on GPUs": (2, Cut(pipeline=2, gpus=True)),
+    "DP 2 on GPUs": (2, Cut(gpus=True)),
     "CP 2": (2, Cut(context=2)),
     "TP 2, PP 2": (4, Cut(tensor=2, pipeline=2)),
     "TP 2, DP 2": (4, Cut(tensor=2)),
@@ -58,6 +61,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 RESUMED = [
     ("one", "CP 2"),
+    ("one", "TP 2 on GPUs"),
     ("TP 2", "PP 2"),
     ("TP 2, DP 2", "CP 2, PP 2"),
     ("CP 2, PP 2", "DP 2"),

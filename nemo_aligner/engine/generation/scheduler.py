@@ -20,7 +20,8 @@ from torch import Tensor
 from nemo_aligner.algorithms.sampling import Drawn, SamplingParams, draw, likeliest, uniform_noise
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt
-from nemo_aligner.engine.generation.slots import Kind, Kinds, Slots
+from nemo_aligner.engine.generation.slots import Kind, Kinds, Rows, Slots
+from nemo_aligner.engine.generation.transfers import upload
 from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Orders, Response, Tokenizer, TopLogprobs
 from nemo_aligner.engine.model.forward import from_last_stage
 
@@ -43,6 +44,7 @@ class Generator:
         self._default = self._kinds.of(sampling)  # held, so that it is not made anew for every batch
         self._cache = forward.new_cache(max_slots)
         self._slots = Slots(max_slots, max(1, sampling.max_tokens))
+        self._fed = torch.zeros(max_slots, dtype=torch.int64, device=forward.device)  # newest token by slot
         self._seen: Tensor | None = None  # [slots, V] bool, only with a repetition penalty
         self._newest: Prefilled = {}  # the newest prompt: its next samples may come first
 
@@ -97,7 +99,7 @@ class Generator:
         mine = [prompts[self._prompt_key(request)] for request in batch]
         slots = np.array([self._take_slot(request, prompt) for request, prompt in zip(batch, mine, strict=True)])
         logits = [prompt.logits for prompt in mine if prompt.logits is not None]
-        self._draw(slots, torch.stack(logits) if logits else None)
+        self._draw(slots, self._rows(slots), torch.stack(logits) if logits else None)
         last = self._prompt_key(batch[-1])
         self._newest = {last: prompts[last]}
         return slots
@@ -139,50 +141,59 @@ class Generator:
 
     def _decode(self) -> np.ndarray:
         """Feed every slot's newest token and draw the next; returns the slots."""
-        state, device = self._slots, self._forward.device
+        state = self._slots
         held = np.array(list(state.requests))
         self._cache.ensure(held, state.prompt_length[held] + state.count[held])
         slots = np.array(self._cache.slots)  # in the order of the cache's rows
-        newest = state.tokens[slots, state.count[slots] - 1]
-        positions = state.prompt_length[slots] + state.count[slots] - 1
-        tokens, where = torch.from_numpy(newest).to(device), torch.from_numpy(positions).to(device)
-        self._draw(slots, self._forward.step(tokens, where, self._cache))
+        rows = self._rows(slots)
+        self._draw(slots, rows, self._forward.step(self._fed[rows.slots], rows.positions, self._cache))
         return slots
 
-    def _draw(self, slots: np.ndarray, logits: Tensor | None) -> None:
+    def _rows(self, slots: np.ndarray) -> Rows:
+        """What a step has to know of `slots`."""
+        state, kinds = self._slots, list(self._slots.by_kind(slots))
+        noise, too_early = np.zeros(len(slots)), np.zeros(len(slots), dtype=bool)
+        if not all(kind.params.greedy for kind, _ in kinds):
+            tables = state.seed, state.prompt_index, state.sample_index, state.count
+            noise = uniform_noise(*(table[slots] for table in tables))
+        for kind, where in kinds:
+            too_early[where] = state.count[slots[where]] < kind.params.min_tokens
+        order = [] if len(kinds) == 1 else [np.concatenate([np.arange(len(slots))[where] for _, where in kinds])]
+        positions = state.prompt_length[slots] + state.count[slots] - 1
+        own, at, uniform, early, *by_kind = upload([slots, positions, noise, too_early, *order], self._forward.device)
+        return Rows(kinds, own, at, uniform, early, by_kind[0] if order else None)
+
+    def _draw(self, slots: np.ndarray, rows: Rows, logits: Tensor | None) -> None:
         """Draw one token for each of `slots`; `logits` `[slots, V]` is None off the last stage."""
-        state = self._slots
-        kinds = list(state.by_kind(slots))
         drawn: Drawn | None = None
         top: list[TopLogprobs] | None = None
+        asks_for_top = any(kind.params.top_logprobs for kind, _ in rows.kinds)
         if logits is not None:
-            parts = [self._draw_alike(kind, slots[where], logits[where]) for kind, where in kinds]
-            drawn = _in_order(parts, [where for _, where in kinds], len(slots))
-            if any(kind.params.top_logprobs for kind, _ in kinds):
-                drawn, top = _likeliest(logits, drawn, kinds)
+            parts = [self._draw_alike(kind, slots[where], *part) for (kind, where), part in rows.by_kind(logits)]
+            drawn = _in_order(parts, rows.order)
+            if asks_for_top:
+                drawn, top = _likeliest(logits, drawn, rows.kinds)
         drawn = _from_last_stage(drawn, len(slots), self._forward.device)
-        if any(kind.params.top_logprobs for kind, _ in kinds):
+        if asks_for_top:
             top = from_last_stage(top)
+        self._fed[rows.slots] = drawn.tokens
         if self._seen is not None:
-            self._seen[torch.from_numpy(slots).to(self._seen.device), drawn.tokens] = True
-        state.record(slots, drawn, top)
+            self._seen[rows.slots, drawn.tokens] = True
+        self._slots.record(slots, drawn, top)
 
-    def _draw_alike(self, kind: Kind, slots: np.ndarray, logits: Tensor) -> Drawn:
+    def _draw_alike(self, kind: Kind, slots: np.ndarray, rows: Rows, logits: Tensor) -> Drawn:
         """Draw for slots of one kind."""
-        state, params, device = self._slots, kind.params, self._forward.device
-        too_early = state.count[slots] < params.min_tokens
-        forbidden = (torch.from_numpy(too_early).to(device), kind.stop_ids) if too_early.any() else None
-        noise = None
-        if not params.greedy:
-            numbers = state.seed[slots], state.prompt_index[slots], state.sample_index[slots], state.count[slots]
-            noise = torch.from_numpy(uniform_noise(*numbers)).to(device)
+        params = kind.params
+        some_too_early = (self._slots.count[slots] < params.min_tokens).any()
+        forbidden = (rows.too_early, kind.stop_ids) if some_too_early else None
+        noise = None if params.greedy else rows.noise
         kernels = self._forward.kernels
         if kernels is not None and noise is not None and not params.filters:
             return kernels.draw(logits, params.temperature, noise, forbidden)
         seen = None
         if kind.penalises:
             assert self._seen is not None
-            seen = self._seen[torch.from_numpy(slots).to(device)]
+            seen = self._seen[rows.slots]
         return draw(logits, params, noise, seen, forbidden)
 
     def _mark_prompt_seen(self, slot: int, prompt_tokens: Sequence[int]) -> None:
@@ -214,12 +225,12 @@ def _scored(key: tuple[tuple[int, ...], int | None]) -> int:
     return -1 if key[1] is None else key[1]
 
 
-def _in_order(parts: Sequence[Drawn], places: Sequence[slice | np.ndarray], count: int) -> Drawn:
-    """Draws for parts of `count` rows as one, in the order of the rows."""
-    if len(parts) == 1:
+def _in_order(parts: Sequence[Drawn], order: Tensor | None) -> Drawn:
+    """Draws for parts of the rows as one: the i-th of the parts is row `order[i]`."""
+    if order is None:
         return parts[0]
-    order = np.concatenate([np.arange(count)[where] for where in places]).argsort()
-    return Drawn(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+    joined = [torch.cat(values) for values in zip(*parts, strict=True)]
+    return Drawn(*(torch.empty_like(values).index_copy_(0, order, values) for values in joined))
 
 
 def _likeliest(

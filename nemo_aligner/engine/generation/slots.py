@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo_aligner.algorithms.sampling import Drawn, SamplingParams
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt
 from nemo_aligner.engine.generation.stopping import StopCondition
+from nemo_aligner.engine.generation.transfers import download
 from nemo_aligner.engine.interfaces import GenerationRequest, Progress, PromptScores, Response, Tokenizer, TopLogprobs
 
 
@@ -53,6 +56,35 @@ class Kinds:
         return kind
 
 
+KindsRows = tuple[Kind, slice | np.ndarray]
+"""A kind, and which rows are drawn so."""
+
+
+class Rows(NamedTuple):
+    """Rows of a step, in its order: who is drawn alike, and `[B]` on the device what is known of each."""
+
+    kinds: list[KindsRows]
+    slots: Tensor  # int64
+    positions: Tensor  # int64, of the newest token
+    noise: Tensor  # float64 in (0, 1); anything where all are greedy
+    too_early: Tensor  # bool: to end is forbidden
+    order: Tensor | None  # int64, the rows kind by kind; None where there is one kind
+
+    def by_kind(self, logits: Tensor) -> Iterator[tuple[KindsRows, tuple[Rows, Tensor]]]:
+        """Kind by kind, its rows and their `logits` `[B, V]`."""
+        start = 0
+        for kind, where in self.kinds:
+            if self.order is None or isinstance(where, slice):
+                yield (kind, where), (self, logits)
+                continue
+            mine = self.order[start : start + len(where)]
+            slots, positions, noise, too_early = (
+                t[mine] for t in (self.slots, self.positions, self.noise, self.too_early)
+            )
+            start += len(where)
+            yield (kind, where), (Rows([(kind, slice(None))], slots, positions, noise, too_early, None), logits[mine])
+
+
 class Slots:
     """Bookkeeping of the responses being drawn, by slot; `max_tokens` is the most that any of them may have."""
 
@@ -88,7 +120,7 @@ class Slots:
         self.prompt_length[slot], self.count[slot], self.limit[slot] = len(request.prompt_tokens), 0, limit
         return slot
 
-    def by_kind(self, slots: np.ndarray) -> Iterator[tuple[Kind, slice | np.ndarray]]:
+    def by_kind(self, slots: np.ndarray) -> Iterator[KindsRows]:
         """The kinds among `slots`, and where in `slots` each is."""
         kinds = [self.kinds[slot] for slot in slots.tolist()]
         if all(kind is kinds[0] for kind in kinds):
@@ -103,9 +135,7 @@ class Slots:
     def record(self, slots: np.ndarray, drawn: Drawn, top: Sequence[TopLogprobs] | None) -> None:
         """Append one drawn token to each of `slots`."""
         at = self.count[slots]
-        self.tokens[slots, at] = drawn.tokens.cpu().numpy()
-        self.logprobs[slots, at] = drawn.logprobs.float().cpu().numpy()
-        self.sampling_logprobs[slots, at] = drawn.sampling_logprobs.float().cpu().numpy()
+        self.tokens[slots, at], self.logprobs[slots, at], self.sampling_logprobs[slots, at] = download(drawn)
         self.count[slots] += 1
         for slot, likeliest in zip(slots.tolist(), top or (), strict=False):
             if likeliest:

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
+from nemo_aligner.engine.kernels.stream_attention import Spans, spans_of
 from nemo_aligner.engine.model.context import ContextPart
 
 
@@ -27,12 +28,14 @@ class StreamParams(PackedSeqParams):
 
     layout: Layout
     wanted: Tensor | None
+    spans: Spans
     part: ContextPart | None
 
     def __init__(self, layout: Layout, wanted: Tensor | None, part: ContextPart | None = None) -> None:
         longest = int(layout.positions.max()) + 1  # Megatron makes its rotary table so long
         super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
         self.layout, self.wanted, self.part = layout, wanted, part
+        self.spans = spans_of(layout.groups)
 
     @property
     def tokens(self) -> Tensor:

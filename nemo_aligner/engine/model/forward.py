@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.context import ContextPart, context_part, of_all_ranks, places_multiple
+from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
 
@@ -46,14 +46,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Tensor, vocab_size: i
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
     get no probability mass.
     """
-    shard = logits.size(-1)
-    first = parallel_state.get_tensor_model_parallel_rank() * shard
-    if first + shard > vocab_size:
-        padding = torch.arange(first, first + shard, device=logits.device) >= vocab_size
-        logits = logits.masked_fill(padding, -torch.inf)
-    # Megatron's cross entropy works in place on its input, hence the copy
-    copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    found = -vocab_parallel_cross_entropy(copy, tokens.roll(-1, dims=1)[wanted].unsqueeze(0))
+    found = TokenLogprobs.apply(logits[0], tokens.roll(-1, dims=1)[wanted], vocab_size)
     return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
@@ -85,11 +78,17 @@ class _Stream:
         return found if self.part is None else self.part.sum(found)
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training of `model` drops anything out."""
+    config, adapters = get_model_config(model), unwrap_model(model).adapters
+    return config.hidden_dropout > 0 or config.attention_dropout > 0 or (adapters is not None and adapters.dropout > 0)
+
+
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     # dropout is drawn for every row anew, and what is shared would have one draw for all
-    alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
+    alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
     layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple).to(device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}

@@ -1,7 +1,7 @@
 """Megatron-core on a machine without a GPU.
 
 Megatron addresses "the current CUDA device" throughout; where there is none, this module makes those addresses mean the
-CPU, so that the laptop runs the same engine as the cluster. Nothing is changed where CUDA is available.
+CPU, so that the laptop runs the same engine as the cluster. Nothing is changed where a GPU is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
-_enabled = False
+
+replaced: dict[tuple[Any, str], Any] = {}
+"""What stood where the CPU stands now, by module or class and name."""
 
 
 def multiplies_bf16() -> bool:
@@ -23,25 +25,29 @@ def multiplies_bf16() -> bool:
 
 
 def enable_cpu() -> None:
-    """Point Megatron's CUDA calls at the CPU; idempotent, and nothing at all where CUDA is available."""
-    global _enabled
-    if torch.cuda.is_available() or _enabled:
+    """Point Megatron's CUDA calls at the CPU, also on a machine with GPUs, which are then not seen; idempotent."""
+    if replaced:
         return
-    _enabled = True
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]  # used as a `device=` argument
-    torch.cuda.synchronize = lambda device=None: None  # a CPU has no queue to wait for
-    torch.cuda.set_device = lambda device: None  # one CPU, always current
-    torch.cuda.empty_cache = lambda: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    _replace(torch.cuda, "is_available", lambda: False)
+    _replace(torch.cuda, "current_device", lambda: cpu)  # used as a `device=` argument
+    _replace(torch.cuda, "synchronize", lambda device=None: None)  # a CPU has no queue to wait for
+    _replace(torch.cuda, "set_device", lambda device: None)  # one CPU, always current
+    _replace(torch.cuda, "empty_cache", lambda: None)
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.nn.Module, "cuda", lambda self, device=None: self)
     # activation recomputation saves and restores the random state of both; here the CPU's alone decides
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
-    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
+    _replace(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
     for name in _FACTORIES:  # buffers and counters are made with device="cuda"
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    replaced[owner, name] = getattr(owner, name)
+    setattr(owner, name, value)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

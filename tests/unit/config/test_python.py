@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner import config
+from nemo_aligner.config import requirements
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted(
@@ -23,7 +23,7 @@ SCRIPTS = sorted(
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the package seems to lie, in a Python without torch and megatron."""
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "nemo_aligner" / "config" / "__init__.py"))
+    monkeypatch.setattr(requirements, "__file__", str(tmp_path / "nemo_aligner" / "config" / "requirements.py"))
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in ("torch", "megatron") else found(name)
@@ -39,13 +39,13 @@ def test_what_a_python_lacks_is_named_with_the_environment_that_has_it(clone: Pa
         (clone / ".venv" / "bin" / "python").touch()
         make = ""
     with pytest.raises(SystemExit) as caught:
-        config.check_python()
+        requirements.check_python()
     line = f"error: {sys.executable} has no torch, megatron; {make}source {clone}/.venv/bin/activate"
     assert caught.value.code == line
 
 
 def test_a_python_that_lacks_nothing_goes_on() -> None:
-    config.check_python()
+    requirements.check_python()
 
 
 @pytest.mark.processes

@@ -17,6 +17,7 @@ import torch
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints import training_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, latest_whole
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import CheckpointError, OutputError
@@ -57,7 +58,7 @@ def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_n
         patch.setattr(training_state, moment, killed)
         with pytest.raises(SystemExit):
             model.save_training_state(tmp_path / "second", {"step": 2})
-    assert training_state.latest(tmp_path) == tmp_path / "first"
+    assert latest(tmp_path) == tmp_path / "first"
     other = trainable(cluster)
     assert other.load_training_state(tmp_path / "first")["step"] == 1
     assert all(torch.equal(a, b) for a, b in zip(at_first, weights(other), strict=True))
@@ -123,10 +124,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_file_name(
         victim.unlink()
     else:
         os.truncate(victim, victim.stat().st_size - 1)
-    assert training_state.latest(tmp_path) == tmp_path / "sound"
+    assert latest(tmp_path) == tmp_path / "sound"
     said = "it is missing" if damage == "missing" else f"it has {victim.stat().st_size} bytes"
     with pytest.raises(CheckpointError, match=f"{victim.name}: not as it was saved: {said}, "):
         model.load_training_state(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.distcp", "shards/.metadata", "rng_0.pt", "state.json"])
+def test_a_flipped_bit_is_found_and_the_run_goes_on_from_the_newest_whole_checkpoint(
+    pattern: str, model: MegatronTrainable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        model.save_training_state(tmp_path / f"step{step}", {"step": step, "note": "a" * 30})
+    assert latest_whole(tmp_path) == tmp_path / "step3"
+    victim = next(iter(sorted((tmp_path / "step3").glob(pattern))))
+    content = bytearray(victim.read_bytes())
+    place = content.index(b"aaaa") if pattern == "state.json" else len(content) // 2
+    content[place] ^= 2
+    victim.write_bytes(content)
+    with caplog.at_level("WARNING"):
+        assert latest_whole(tmp_path) == tmp_path / "step2"
+    said = f"damaged, the next one is taken: {victim}: not as it was saved, by SHA256SUMS: its bytes are others"
+    assert [line for line in caplog.messages if line.startswith(said)]
+    assert latest(tmp_path) == tmp_path / "step3", "without a look at every byte"
+    (tmp_path / "step3" / "SHA256SUMS").unlink()
+    assert latest_whole(tmp_path) == tmp_path / "step3", "as those of earlier versions"
 
 
 def test_random_numbers_go_on_where_the_save_left_them(model: MegatronTrainable, tmp_path: Path) -> None:
