@@ -1,4 +1,4 @@
-"""Names that NeMo-Aligner 0.7 and earlier used for keys of ours: accepted everywhere, with one line of log each."""
+"""Names that NeMo-Aligner 0.7 and earlier, or Megatron, used for keys of ours: accepted, with one line of log each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ log = logging.getLogger(__name__)
 
 Aliases = Mapping[str, str]
 
-# older name → name here; applied from top to bottom
+# other name → name here; applied from top to bottom
+TRAINING: Aliases = {
+    "model.optim.overlap_grad_reduce": "model.optim.overlap_grad_sync",
+    "model.optim.overlap_param_gather": "model.optim.overlap_param_sync",
+}
 REINFORCE: Aliases = {
+    **TRAINING,
     "trainer.reinforce": "trainer.ppo",
     "model.reinforce": "model.ppo",
     "remote_rm": "remote_critic_rm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
@@ -10,6 +10,7 @@ from nemo_aligner.config.schema import (
     MISSING,
     ExpManagerConfig,
     ModelOverrides,
+    OptimConfig,
     SamplingConfig,
     TrainerConfig,
     at_least,
@@ -104,7 +105,7 @@ class RolloutConfig:
     num_val_samples: int = 512  # prompts of each validation, the first of the file
     sampling_params: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
     length_params: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
-    offload_adam_states: bool = False  # of NeMo-Aligner; only False is accepted
+    offload_adam_states: bool = False  # of NeMo-Aligner: as model.optim.cpu_offload
 
 
 @dataclass
@@ -154,6 +155,12 @@ class ReinforceConfig:
     remote_critic_rm: RemoteRewardModelConfig = field(default_factory=RemoteRewardModelConfig)
     model: ReinforceModelConfig = field(default_factory=ReinforceModelConfig)
 
+    @property
+    def optim(self) -> OptimConfig:
+        """`model.optim`, with its state offloaded where either key says so."""
+        optim = self.model.optim
+        return replace(optim, cpu_offload=optim.cpu_offload or self.model.ppo.offload_adam_states)
+
     def validate(self) -> None:
         self.trainer.validate()
         self.exp_manager.validate()
@@ -188,5 +195,3 @@ class ReinforceConfig:
             raise ConfigError(
                 "greedy responses to one prompt are all alike; set it to False", "model.ppo.sampling_params.use_greedy"
             )
-        if rollout.offload_adam_states:
-            raise ConfigError("there is no such thing here; set it to False", "model.ppo.offload_adam_states")

@@ -137,6 +137,7 @@ class OptimConfig:
     overlap_grad_sync: bool = False  # ranks sum gradients bucket by bucket during the backward pass
     bucket_cap_mb: float | None = None  # MiB of a bucket; null: Megatron's choice
     overlap_param_sync: bool = False  # weights that other ranks updated arrive beside what comes after the step
+    cpu_offload: bool = False  # Adam's state, and its arithmetic, in the CPU's memory: for the CPU to do, beside a GPU
     contiguous_grad_buffer: bool = True
     contiguous_param_buffer: bool = True
     sched: dict[str, Any] | None = (

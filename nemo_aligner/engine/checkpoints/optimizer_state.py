@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedStateDict
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -34,7 +36,7 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(optimizer: MegatronOptimizer, weights: ShardedStateDict, *, loading: bool) -> dict[str, Any]:
-    """What is saved of `optimizer`, or asked for; `weights` is the sharded state of its model."""
+    """What is saved of `optimizer`, its tensors, or what is asked for; `weights` is the sharded state of its model."""
     state: dict[str, Any] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_RESHARDABLE)
     for part in _parts(optimizer, state):
         for tensors in part.get("param_state", {}).values():
@@ -42,7 +44,7 @@ def sharded_state(optimizer: MegatronOptimizer, weights: ShardedStateDict, *, lo
             if optimizer.config.params_dtype != torch.float32:  # else they are the weights, which are saved anyway
                 name = master.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
                 tensors["fp32_param"] = dataclasses.replace(master, key=name)
-    return state
+    return state if loading else extract_sharded_base(state)[0]
 
 
 def restore(optimizer: MegatronOptimizer, asked: dict[str, Any], loaded: dict[str, Any], steps: int) -> None:
@@ -88,7 +90,10 @@ def make_checkpointable(optimizer: MegatronOptimizer) -> None:
             part.get_parameter_state_dp_zero = _with_padding(part, part.get_parameter_state_dp_zero)
             part._set_main_param_and_optimizer_states = _keeping_steps(part, part._set_main_param_and_optimizer_states)
             part.load_state_dict = _own_counters(part, part.load_state_dict)
-            if isinstance(part.optimizer, torch.optim.Adam):
+            if isinstance(part.optimizer, HybridDeviceOptimizer):
+                _begin_beside_gpu(part.optimizer)
+                part.load_state_dict = _with_copies(part.optimizer, part.load_state_dict)
+            elif isinstance(part.optimizer, torch.optim.Adam):
                 _begin(part.optimizer)
 
 
@@ -98,6 +103,25 @@ def _begin(adam: torch.optim.Adam) -> None:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _begin_beside_gpu(hybrid: HybridDeviceOptimizer) -> None:
+    hybrid.param_update_in_fp32 = False  # what it is given is fp32, and it would look for bf16 originals of that
+    for adam in hybrid.cpu_optimizers:
+        _begin(adam)
+    hybrid._sync_sub_optimizers_state_to_hdo()
+
+
+def _with_copies(hybrid: HybridDeviceOptimizer, load: Method) -> Method:
+    """Megatron copies parameters to the CPU before they are loaded; here again after."""
+
+    def load_state(state: Any) -> None:
+        load(state)
+        hybrid._init_sub_optimizers()
+        hybrid._sync_hdo_param_groups_to_sub_optimizers()
+        hybrid._sync_hdo_state_to_sub_optimizers()
+
+    return load_state
 
 
 def _with_padding(part: Any, gathered: Method) -> Method:

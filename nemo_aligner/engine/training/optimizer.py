@@ -38,6 +38,7 @@ def build_optimizer(
     sharded = is_sharded(optim, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
     ddp = data_parallel_settings(optim, sharded)
     wrapped = DistributedDataParallel(config=get_model_config(model), ddp_config=ddp, module=model)
+    offloads = is_offloaded(optim, sharded, dtype)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -50,6 +51,9 @@ def build_optimizer(
         clip_grad=clip_grad,
         use_distributed_optimizer=sharded,
         overlap_param_gather=ddp.overlap_param_gather,
+        optimizer_cpu_offload=offloads,
+        optimizer_offload_fraction=float(offloads),  # all of it
+        overlap_cpu_optimizer_d2h_h2d=offloads,  # parameters are copied while others are computed
     )
     with cuda_type_names():
         # the overrides take biases and norms out of weight decay; Megatron will not do so by itself for ever
@@ -79,6 +83,15 @@ def is_sharded(optim: OptimConfig, ranks: int) -> bool:
     if optim.name == "distributed_fused_adam":
         return ranks > 1 or torch.cuda.is_available()
     return optim.name == "mcore_distributed_optim"
+
+
+def is_offloaded(optim: OptimConfig, sharded: bool, dtype: torch.dtype) -> bool:
+    """Whether Adam's moments lie in CPU memory beside a GPU. Raises ConfigError where Megatron cannot do that."""
+    if optim.cpu_offload and not torch.cuda.is_available():
+        log.info("model.optim.cpu_offload: there is no GPU, so Adam's state is in the CPU's memory anyway")
+    elif optim.cpu_offload and not (sharded and dtype == torch.bfloat16):
+        raise ConfigError("it takes name=distributed_fused_adam and trainer.precision=bf16", "model.optim.cpu_offload")
+    return optim.cpu_offload and torch.cuda.is_available()
 
 
 def data_parallel_settings(optim: OptimConfig, sharded: bool) -> DistributedDataParallelConfig:

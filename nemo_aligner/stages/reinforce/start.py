@@ -39,7 +39,7 @@ def run(cfg: ReinforceConfig) -> None:
                 policy.keep_initial_weights()
             actor = Actor(cfg, policy, cluster, prompts, held_out)
             policy.add_optimizer(
-                cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
+                cfg.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
             )
             client = RewardClient(cfg.remote_critic_rm, token)
             try:

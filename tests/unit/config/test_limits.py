@@ -76,7 +76,6 @@ def loaded(name: str) -> Any:
         (ACTOR, "model.ppo.length_params.min_length", [0], [-1]),
         (ACTOR, "model.ppo.num_rollout_per_prompt", [2], [1, 0]),
         (ACTOR, "model.ppo.sampling_params.use_greedy", [False], [True]),
-        (ACTOR, "model.ppo.offload_adam_states", [False], [True]),
         (SERVER, "inference.inference_micro_batch_size", [1], [0]),
         (SERVER, "inference.max_batch_size", [1], [0]),
         (SERVER, "inference.max_text_bytes", [1], [0]),

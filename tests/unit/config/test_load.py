@@ -12,6 +12,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_aligner.config.aliases import REINFORCE, SERVING, let_through
+from nemo_aligner.config.aliases import TRAINING as OPTIMIZER
 from nemo_aligner.config.entry import SharedConf
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.generation import GenerationConfig
@@ -197,6 +198,22 @@ def test_older_names_mean_the_keys_of_today_and_win_over_their_defaults() -> Non
     assert cfg.model.ppo.num_val_samples == 5, "what follows another key follows it under either name"
     assert cfg.trainer.ppo.estimator == "abs"
     assert load_actor().trainer.ppo.estimator == "k1"
+
+
+def test_megatrons_names_of_what_ranks_do_beside_the_passes_are_taken_by_every_training_script() -> None:
+    asked = ["model.optim.overlap_grad_reduce=True", "model.optim.overlap_param_gather=True"]
+    sft = composed("conf/gpt_sft", let_through(["model.restore_from_path=m", *asked], OPTIMIZER))
+    for optim in (load_config(sft, SFTConfig, OPTIMIZER).model.optim, load_actor(*asked).model.optim):
+        assert (optim.overlap_grad_sync, optim.overlap_param_sync) == (True, True)
+
+
+def test_adams_state_is_offloaded_by_either_key() -> None:
+    for overrides, offloaded in (
+        ([], False),
+        (["model.optim.cpu_offload=True"], True),
+        (["model.ppo.offload_adam_states=True"], True),
+    ):
+        assert load_actor(*overrides).optim.cpu_offload == offloaded
 
 
 def test_the_guides_name_of_the_servers_batch_size_is_taken() -> None:
