@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.load import load_config
@@ -16,8 +18,13 @@ from tests.unit.config.test_load import composed
 LORA = "model.peft.lora_tuning"
 
 
+@functools.cache
+def shipped() -> DictConfig:
+    return composed("conf/gpt_sft", ["model.restore_from_path=m"])
+
+
 def loaded(*overrides: str) -> SFTConfig:
-    return load_config(composed("conf/gpt_sft", ["model.restore_from_path=m", *overrides]), SFTConfig)
+    return load_config(cast(DictConfig, OmegaConf.merge(shipped(), OmegaConf.from_dotlist([*overrides]))), SFTConfig)
 
 
 def test_target_modules_are_layers_of_megatron_in_their_order() -> None:

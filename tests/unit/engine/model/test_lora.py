@@ -179,6 +179,7 @@ def test_a_reward_model_trains_its_head_and_the_adapter(cluster: MegatronCluster
     assert model.score(RUNS, 2) == rewards
 
 
+@pytest.mark.processes  # takes a second
 def test_a_killed_run_goes_on_and_its_checkpoint_holds_the_adapter_alone(
     cluster: MegatronCluster, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nemo_aligner import loggers
+from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.data.prompts import PromptRow
@@ -28,6 +29,7 @@ from nemo_aligner.stages.reinforce.loop import Actor, reinforce_objective
 from tests.fakes import ByteTokenizer, RecordingLogger
 from tests.tiny import ARCH
 
+WHOLE, ADAPTER = PeftConfig(), PeftConfig("lora", lora_tuning=LoraTuning(adapter_dim=4, target_modules=["all"]))
 PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("ab", "the film", "ab", "so long a prompt", "x")]
 
 
@@ -62,8 +64,9 @@ def cluster() -> Iterator[MegatronCluster]:
         yield cluster
 
 
-def config(folder: Path, **ppo: Any) -> ReinforceConfig:
+def config(folder: Path, peft: PeftConfig = WHOLE, **ppo: Any) -> ReinforceConfig:
     cfg = ReinforceConfig()
+    cfg.model.peft = peft
     cfg.exp_manager.explicit_log_dir, cfg.exp_manager.name = str(folder), "actor"
     cfg.exp_manager.create_tensorboard_logger = False
     cfg.exp_manager.checkpoint_callback_params.monitor = "rewards"
@@ -81,7 +84,7 @@ def config(folder: Path, **ppo: Any) -> ReinforceConfig:
 
 def actor(cluster: MegatronCluster, cfg: ReinforceConfig, prompts: Sequence[PromptRow] = PROMPTS) -> Actor:
     torch.manual_seed(5)
-    run = RunOptions()
+    run = RunOptions(lora=cfg.model.peft.lora)
     loaded = LoadedModel(build_model(ARCH, run), ARCH, ByteTokenizer(), run, Path("none"))  # type: ignore[arg-type]
     policy = MegatronPolicy(loaded, cluster)
     if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
@@ -151,10 +154,11 @@ def test_no_penalty_needs_no_initial_policy(cluster: MegatronCluster, tmp_path: 
     assert "train_rollouts/init_policy_kl" not in metrics(tmp_path, "train_rollouts")[0]
 
 
+@pytest.mark.parametrize("peft", [WHOLE, ADAPTER], ids=["all weights", "adapter"])
 def test_the_policy_begins_at_kl_zero_and_the_penalty_is_taken_off_the_reward(
-    cluster: MegatronCluster, tmp_path: Path
+    peft: PeftConfig, cluster: MegatronCluster, tmp_path: Path
 ) -> None:
-    actor(cluster, config(tmp_path, initial_policy_kl_penalty=0.5)).train(Judge(plain_letters))
+    actor(cluster, config(tmp_path, peft, initial_policy_kl_penalty=0.5)).train(Judge(plain_letters))
     rows = metrics(tmp_path, "train_rollouts")
     kls = [row["train_rollouts/init_policy_kl"] for row in rows]
     assert kls[0] == pytest.approx(0.0, abs=1e-5)
@@ -214,10 +218,13 @@ def test_a_checkpoint_of_other_settings_is_refused(cluster: MegatronCluster, tmp
         actor(cluster, other).train(Judge(plain_letters))
 
 
-def test_a_resumed_run_logs_what_an_uninterrupted_one_does(cluster: MegatronCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft", [WHOLE, ADAPTER], ids=["all weights", "adapter"])
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
+    peft: PeftConfig, cluster: MegatronCluster, tmp_path: Path
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    actor(cluster, config(whole, max_epochs=2)).train(Judge(plain_letters))
-    first = actor(cluster, config(parts, max_epochs=2, save_interval=2))
+    actor(cluster, config(whole, peft, max_epochs=2)).train(Judge(plain_letters))
+    first = actor(cluster, config(parts, peft, max_epochs=2, save_interval=2))
     original = first.step
 
     def dies_in_step_3(step: int, worker: Any) -> Any:
@@ -230,7 +237,7 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(cluster: MegatronClus
     with pytest.raises(KeyboardInterrupt):
         first.train(Judge(plain_letters))
     assert len(metrics(parts, "train_rollouts")) == 3
-    actor(cluster, config(parts, max_epochs=2)).train(Judge(plain_letters))
+    actor(cluster, config(parts, peft, max_epochs=2)).train(Judge(plain_letters))
     for name in ("train_rollouts", "train_optim"):
         assert metrics(parts, name) == metrics(whole, name)
 
