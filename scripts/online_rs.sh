@@ -17,7 +17,8 @@
 #
 # A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
 # after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is
-# replaced by one rename.
+# replaced by one rename. SIGTERM, SIGINT and SIGUSR1 end the stage as they would by themselves, and then the loop. While a
+# loop runs, another one in the same RESULT_PATH is refused.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,6 +36,49 @@ eval "sampler_args=(${SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_
 MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
 mkdir -p "$RESULT_PATH/checkpoints"
 
+# The lock belongs to the open file, so it ends with this script; stages are started without it.
+lock=$RESULT_PATH/loop.lock
+locked=3
+while ((locked == 3)); do # the loop before this one removed it while we opened it
+  exec {owner}<>"$lock"
+  locked=0
+  "$PYTHON" -m nemo_aligner.owner "$lock" --descriptor "$owner" --pid $$ || locked=$?
+done
+if ((locked)); then exit "$locked"; fi
+trap 'rm -f "$lock"' EXIT
+
+# A signal goes to the stage, which saves and leaves; then the loop does. One that is killed outright takes its stage along,
+# where this machine knows how; Slurm ends its own job steps.
+child="" told="" signals=0
+tell() {
+  told=$1 signals=$((signals + 1))
+  if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
+}
+for name in TERM INT USR1 HUP; do trap "tell SIG$name" "$name"; done
+tied=()
+if [[ -z ${LAUNCH:-} ]] && setpriv --pdeathsig KILL true 2>/dev/null; then tied=(setpriv --pdeathsig KILL); fi
+
+# A command that gets the signals of this script; told to stop, the script ends with it: 75, or what else it ended with.
+attended() {
+  local status=0
+  if [[ -z $told ]]; then
+    "${tied[@]}" ${LAUNCH:-} "$PYTHON" "$@" {owner}>&- &
+    child=$!
+    if [[ -n $told ]]; then kill -TERM "$child" 2>/dev/null || true; fi # it came before we knew whom to tell
+    local before=-1
+    while ((before != signals)); do # a signal ends `wait`, not the stage
+      before=$signals status=0
+      wait "$child" || status=$?
+    done
+    child=""
+  fi
+  if [[ -n $told ]]; then
+    echo "stopped early: $told; run the same command again to go on" >&2
+    ((status == 0 || status == 143)) && status=75
+  fi
+  if ((status)); then exit "$status"; fi
+}
+
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
 
@@ -43,7 +87,7 @@ run_stage() {
   local name=$1 started=$SECONDS
   shift
   echo "== iteration $iter: $name"
-  ${LAUNCH:-} "$PYTHON" "$@"
+  attended "$@"
   echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
 }
 
@@ -91,7 +135,7 @@ while ((iter < TRAINING_ITERS)); do
   ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
   mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
   if [[ -f $GENERATE_SAMPLES_PATH && -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after the record was made
-    ${LAUNCH:-} "$PYTHON" -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
+    attended -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
       --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
   fi
   rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*

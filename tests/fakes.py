@@ -171,8 +171,8 @@ class FakeTriton:
     made: list[FakeTriton]
     fault: Exception | None = None  # what starting ends with
 
-    def __init__(self, config: Any, workspace: Path) -> None:
-        self.config, self.workspace = config, workspace
+    def __init__(self, config: Any, workspace: Path, security_config: Any) -> None:
+        self.config, self.workspace, self.security = config, workspace, security_config
         self.model: dict[str, Any] = {}
         self.runs, self.stopped = False, 0
         self.made.append(self)

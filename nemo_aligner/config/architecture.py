@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.errors import CheckpointError
 
 # settings of NeMo's models that change what is computed, and are known here by these values alone
@@ -17,12 +18,25 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "moe_router_topk": (None, 1, 2),  # of experts, which the next line refuses
     "num_moe_experts": (None, 0, 1),
     "normalize_attention_scores": (True,),
-    "peft": (None, {"peft_scheme": None}, {"peft_scheme": "none"}),
     "rotary_interleaved": (False,),
     "seq_len_interpolation_factor": (None, 1, 1.0),
     "transformer_block_type": ("pre_ln",),
 }
 _NORMALIZATIONS = ("rmsnorm", "layernorm")
+
+
+def _adapter(peft: Any) -> dict[str, Any] | None:
+    """The `peft` of an archive: None where it holds a whole model. Raises CheckpointError for what is not LoRA's."""
+    if peft in (None, {}) or (isinstance(peft, dict) and peft.get("peft_scheme") in (None, "none")):
+        return None
+    if not (
+        isinstance(peft, dict) and peft.get("peft_scheme") == "lora" and {"path", "sha256"} <= {*peft.get("base", ())}
+    ):
+        raise CheckpointError(
+            f"model_config.yaml: peft={peft} is not supported; of adapters, those written here are read"
+        )
+    LoraTuning.from_nemo(peft)
+    return peft
 
 
 @dataclass
@@ -76,6 +90,7 @@ class Architecture:
     reward_model_type: str | None = None  # binary_ranking: the archive holds an `rm_head`, no output layer
     reward_standardization: dict[str, float] | None = None  # {mean, std} of its rewards on validation data
     append_eod: bool = False  # reward models: texts ended with EOS in training
+    peft: dict[str, Any] | None = None  # the archive holds an adapter: {peft_scheme, lora_tuning, base: {path, sha256}}
     other: dict[str, Any] = field(
         default_factory=dict
     )  # keys of the archive that are not ours; written back as they were
@@ -102,6 +117,7 @@ class Architecture:
         if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
             wanted = " or ".join(_NORMALIZATIONS)
             raise CheckpointError(f"model_config.yaml: normalization={values['normalization']} is not {wanted}")
+        values["peft"] = _adapter(config.get("peft"))
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
         return cls(**values, other={k: v for k, v in config.items() if k not in known})
 

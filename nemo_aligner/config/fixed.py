@@ -43,6 +43,13 @@ OPTIM = {
     "contiguous_grad_buffer": Fixed((True,), _CONTIGUOUS),
     "contiguous_param_buffer": Fixed((True,), _CONTIGUOUS),
 }
+LORA = {
+    "column_init_method": Fixed(("xavier",), "A begins so (its columns are those of the input); leave it out"),
+    "row_init_method": Fixed(("zero",), "B begins at 0, so that training begins with the model as it is; leave it out"),
+    "layer_selection": Fixed((None,), "all layers have an adapter; leave it out"),
+    "weight_tying": Fixed((False,), "layers share no adapter; leave it out"),
+    "position_embedding_strategy": Fixed((None,), "layers share no adapter; leave it out"),
+}
 WORKERS = {"num_workers": Fixed((0, 2), _NO_WORKERS)}
 SFT_ROWS = {
     **WORKERS,

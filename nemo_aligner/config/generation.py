@@ -16,6 +16,7 @@ class EvalInferenceConfig(InferenceConfig):
 
     compute_logprob: bool = False  # nothing is generated: the log-probabilities of the prompts themselves
     all_probs: bool = False
+    auth_token_file: str | None = None  # of the server: clients must send the token in it; null = nobody must
 
 
 @dataclass
@@ -71,6 +72,8 @@ class GenerationConfig(ParallelConfig):
             raise ConfigError("the page needs the server; add server=True", "web_server")
         if self.web_server and self.web_port == self.port:
             raise ConfigError(f"{self.port} is port's too; choose another", "web_port")
+        if self.web_server and self.inference.auth_token_file is not None and self.password is None:
+            raise ConfigError("the page is a door too; give one where clients need a token", "password")
         if self.username is not None and self.password is None:
             raise ConfigError("a username needs one", "password")
 

@@ -141,6 +141,7 @@ class RemoteRewardModelConfig:
     reward_model: ServerAddress = field(default_factory=ServerAddress)
     init_timeout_s: float = 1800.0  # how long to wait for a server that is not there yet
     inference_timeout_s: float = 1800.0  # how long to go on asking one that stopped answering
+    auth_token_file: str | None = None  # the token that the server asks for
     pad_to_length: int | None = None  # null, or model.encoder_seq_length as in NeMo-Aligner; texts are not padded
 
 

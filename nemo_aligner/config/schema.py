@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
 
 MISSING: Any = "???"
@@ -128,7 +129,7 @@ class RewardStandardization:
 
 @dataclass
 class OptimConfig:
-    name: str = "distributed_fused_adam"  # distributed_fused_adam, fused_adam, adamw, adam: all are AdamW
+    name: str = "distributed_fused_adam"  # all are AdamW; this one is cut over data-parallel ranks
     lr: float = 3e-5
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -223,6 +224,7 @@ class ModelOverrides:
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
     micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def check_model(self, exp: ExpManagerConfig) -> None:
@@ -230,6 +232,7 @@ class ModelOverrides:
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
+        self.peft.check()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -66,6 +66,10 @@ class _Generation(Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""Of what a template does with the messages; it reaches no attribute that begins with _, and changes nothing."""
+
+
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
     """Jinja's own escapes for HTML and sorts."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
@@ -111,7 +115,7 @@ class ChatTemplate:
         values = {"messages": messages, "add_generation_prompt": generation_prompt, "tools": None, "documents": None}
         try:
             return self._template.render(**values, **self._special)
-        except (TypeError, ValueError, KeyError) as fault:  # of what the template does with the messages
+        except _FAULTS as fault:
             raise jinja2.TemplateError(str(fault)) from None
 
     def render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:

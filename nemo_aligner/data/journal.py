@@ -22,7 +22,7 @@ from nemo_aligner.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-_FINGERPRINT = "fingerprint.json"
+FINGERPRINT = "fingerprint.json"
 
 
 class _Cluster(Protocol):
@@ -47,7 +47,7 @@ def refuse_other_run(output_file: str | Path, fingerprint: Callable[[], Mapping[
     For the time before a model is loaded; nothing is written.
     """
     folder = _folder(output_file)
-    _on_main(cluster, lambda: (folder / _FINGERPRINT).exists() and _same_run(folder, fingerprint()))
+    _on_main(cluster, lambda: (folder / FINGERPRINT).exists() and _same_run(folder, fingerprint()))
 
 
 class Journal:
@@ -62,34 +62,19 @@ class Journal:
         self._own = self.folder / f"rank_{cluster.dp_rank}.json"
         self._buffer: list[str] = []
         _on_main(cluster, lambda: self._prepare(fingerprint))
-        self.done: set[int] = {index for index, _, _ in self._entries()}
+        self.done: set[int] = {index for index, _, _ in _entries(self.folder)}
         """Indices whose rows are on disk."""
 
     def _prepare(self, fingerprint: Mapping[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = _same_run(self.folder, fingerprint)
-            for file in self._files():
+            for file in _files(self.folder):
                 _cut_torn_line(file)
             if not begun:
-                write_atomically(self.folder / _FINGERPRINT, [json.dumps(fingerprint, indent=1)])
+                write_atomically(self.folder / FINGERPRINT, [json.dumps(fingerprint, indent=1)])
         except OSError as fault:
             raise OutputError(f"cannot write {self.folder}: {fault.strerror or fault}") from fault
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("rank_*.json"))
-
-    def _entries(self) -> Iterator[tuple[int, Path, int]]:
-        """(index, file, byte offset) of every row on disk."""
-        for path in self._files():
-            offset = 0
-            with path.open("rb") as stream:
-                for number, line in enumerate(stream, 1):
-                    try:
-                        yield json.loads(line)["index"], path, offset
-                    except (ValueError, KeyError, TypeError):
-                        raise OutputError(f"{path}:{number}: damaged; remove that line to make its row again") from None
-                    offset += len(line)
 
     def add(self, index: int, row: Row) -> None:
         """Keep a row until the next flush; only the rank that speaks for its replica writes."""
@@ -111,7 +96,7 @@ class Journal:
 
     def merged(self) -> Iterator[tuple[int, Row]]:
         """Every (index, row) once, in the order of the indices; rows are read one at a time."""
-        places = {index: (path, offset) for index, path, offset in self._entries()}
+        places = {index: (path, offset) for index, path, offset in _entries(self.folder)}
         streams = {path: path.open("rb") for path, _ in places.values()}
         try:
             for index in sorted(places):
@@ -121,6 +106,42 @@ class Journal:
         finally:
             for stream in streams.values():
                 stream.close()
+
+
+def check_journal(folder: Path) -> tuple[int, bool]:
+    """How many rows a journal has, and whether a kill cut one off. Raises OutputError for what damages it otherwise."""
+    _fingerprint(folder)
+    seen: set[int] = set()
+    for index, path, offset in _entries(folder, until_torn=True):
+        if index in seen:
+            raise OutputError(f"{path}: row {index} is there twice; its second line begins at byte {offset}")
+        seen.add(index)
+    return len(seen), any(_is_torn(path) for path in _files(folder))
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 1))
+        return stream.read() not in (b"", b"\n")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rank_*.json"))
+
+
+def _entries(folder: Path, *, until_torn: bool = False) -> Iterator[tuple[int, Path, int]]:
+    """(index, file, byte offset) of every row on disk; with `until_torn` without a last line that has no end."""
+    for path in _files(folder):
+        offset = 0
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if until_torn and not line.endswith(b"\n"):
+                    break
+                try:
+                    yield json.loads(line)["index"], path, offset
+                except (ValueError, KeyError, TypeError):
+                    raise OutputError(f"{path}:{number}: damaged; remove that line to make its row again") from None
+                offset += len(line)
 
 
 def _folder(output_file: str | Path) -> Path:
@@ -142,11 +163,7 @@ def _on_main(cluster: _Cluster, work: Callable[[], object]) -> None:
 
 def _same_run(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
     """Whether `folder` has rows made with `fingerprint`; False where it has none. Raises OutputError for others."""
-    path = folder / _FINGERPRINT
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as fault:
-        raise OutputError(f"{path}: damaged ({fault}); remove {folder} to start over") from fault
+    found = _fingerprint(folder)
     if found is None:
         return False
     wanted = json.loads(json.dumps(fingerprint))
@@ -157,6 +174,15 @@ def _same_run(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
                 f"{wanted.get(key)!r}; remove that folder, or choose another output_file"
             )
     return True
+
+
+def _fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What the rows in `folder` were made with; None where it has none. Raises OutputError for a damaged one."""
+    path = folder / FINGERPRINT
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as fault:
+        raise OutputError(f"{path}: damaged ({fault}); remove {folder} to start over") from fault
 
 
 def _cut_torn_line(path: Path) -> None:

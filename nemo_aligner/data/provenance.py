@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.files import write_atomically
 
 _PACKAGES = ("nemo-aligner", "torch", "megatron-core", "tokenizers", "datasets")
-
-
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:
@@ -40,8 +34,8 @@ def write_provenance(
         "archive_sha256": archive,
         "seed": settings.get("seed"),
         "config": settings,
-        "inputs_sha256": {path: file_hash(path) for path in inputs},
-        "output_sha256": file_hash(output_file),
+        "inputs_sha256": {path: file_sum(path) for path in inputs},
+        "output_sha256": file_sum(output_file),
         "counts": dict(counts),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }

@@ -1,7 +1,11 @@
 """The only code that imports megatron.core or torch.distributed."""
 
 import logging
+import os
 import warnings
+
+# or MKL, on some processors, sums in an order that depends on where in memory its operands lie; read at its first use
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # Megatron says at import which accelerator packages it did not find, and at every layer which arguments it will want
 # some day; a user's own messages would drown in that

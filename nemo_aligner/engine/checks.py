@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
+from nemo_aligner.engine.checkpoints.nemo_archive import base_of, read_architecture
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 
@@ -24,7 +25,7 @@ def check_is_reward_model(path: str | Path, key: str) -> None:
 
 
 def parallel_sizes(
-    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1
+    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1, context: int = 1
 ) -> tuple[int, int]:
     """Tensor- and pipeline-parallel sizes of a run of the archive at `path`, which `key` names in the config.
 
@@ -32,10 +33,16 @@ def parallel_sizes(
     Raises CheckpointError where there is no archive.
     """
     arch = read_architecture(path, key=key)
-    world = trainer.devices * trainer.num_nodes
+    if arch.peft is not None:
+        base_of(path, arch, key=key)
+    world, there = trainer.devices * trainer.num_nodes, "trainer.devices × trainer.num_nodes"
+    if context < 1 or world % context:
+        raise ConfigError(f"{context} does not divide {there} = {world}", "model.context_parallel_size")
+    if context > 1:
+        world, there = world // context, f"{there} / model.context_parallel_size"
     for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
         if size != -1 and (size < 1 or world % size):
-            raise ConfigError(f"{size} does not divide trainer.devices × trainer.num_nodes = {world}", name)
+            raise ConfigError(f"{size} does not divide {there} = {world}", name)
     if tensor == -1:
         room = world if pipeline == -1 else world // pipeline
         stored = arch.tensor_model_parallel_size
@@ -46,18 +53,46 @@ def parallel_sizes(
     if world % (tensor * pipeline):
         raise ConfigError(
             f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
-            f"not divide trainer.devices × trainer.num_nodes = {world}",
+            f"not divide {there} = {world}",
             "tensor_model_parallel_size",
         )
     return tensor, pipeline
 
 
 def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -> None:
-    """The archive and the sizes of a training run; `key` names the archive. Raises as `parallel_sizes`."""
+    """The archives and the sizes of a training run; `key` names that of the model.
+
+    Raises as `parallel_sizes`, and CheckpointError for an adapter that is not one, or not of the shape asked for.
+    """
+    if model.peft.lora is not None:
+        check_adapter(model.peft, model.peft.lora, model.restore_from_path, key=key)
     parallel_sizes(
         trainer,
         model.restore_from_path,
         key=key,
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
     )
+
+
+def check_adapter(peft: PeftConfig, lora: LoraTuning, base: str | Path, *, key: str) -> None:
+    """The archives of a run that trains an adapter. Raises CheckpointError."""
+    if read_architecture(base, key=key).peft is not None:
+        raise CheckpointError(
+            f"{key}={base} is an adapter; give its base there, and the adapter as model.peft.restore_from_path"
+        )
+    if peft.restore_from_path is None:
+        return
+    own = "model.peft.restore_from_path"
+    stored = read_architecture(peft.restore_from_path, key=own).peft
+    if stored is None:
+        raise CheckpointError(f"{own}={peft.restore_from_path} is a whole model, not an adapter")
+    begun = LoraTuning.from_nemo(stored)
+    for name in ("adapter_dim", "scale", "linears", "variant"):
+        if getattr(begun, name) != getattr(lora, name):
+            asked = {"scale": "alpha", "linears": "target_modules"}.get(name, name)
+            raise CheckpointError(
+                f"{own}={peft.restore_from_path} has {asked} {begun.to_nemo()[asked]}, and "
+                f"model.peft.lora_tuning.{asked} is {lora.to_nemo()[asked]}"
+            )

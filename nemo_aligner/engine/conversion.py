@@ -10,12 +10,21 @@ import yaml
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
+from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
-from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture, save_archive
-from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
+from nemo_aligner.engine.checkpoints.nemo_archive import (
+    adapter_entry,
+    archive_hash,
+    open_archive,
+    read_architecture,
+    save_archive,
+)
+from nemo_aligner.engine.checkpoints.peft_folder import read_peft_folder, write_peft_folder
+from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
 from nemo_aligner.engine.loading import load_for_inference, start_for_archive
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size, parse_precision
 from nemo_aligner.engine.processes.cluster import start_cluster
@@ -73,8 +82,43 @@ def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed:
         save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster)
 
 
+def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) -> None:
+    """An adapter of the PEFT library as the archive of an adapter of `base`. Raises CheckpointError."""
+    arch = read_architecture(base, key="--base")
+    if arch.peft is not None or arch.reward_model_type is not None:
+        raise CheckpointError(f"--base {base}: an adapter, or a reward model; give a whole policy")
+    log.info("reading %s", folder)
+    lora, tensors = read_peft_folder(folder, arch)
+    with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
+        with open_archive(base, cluster, key="--base") as opened:
+            tokenizer = load_tokenizer(opened, arch)
+        model = build_model(arch, RunOptions(dtype=parse_precision(precision), lora=lora))
+        _, unexpected = model.load_state_dict(tensors, strict=False)
+        assert not unexpected, unexpected
+        peft = adapter_entry(lora, base, archive_hash(base))
+        save_archive(output, model, replace(arch, precision=precision, peft=peft), tokenizer, cluster)
+
+
+def export_adapter(source: Path, target: Path) -> None:
+    """A policy's adapter as a folder that the PEFT library loads. Raises CheckpointError where there is none."""
+    arch = read_architecture(source, key="--input")
+    if arch.peft is None:
+        raise CheckpointError(f"--input {source}: a whole model; --adapter wants the archive of an adapter")
+    if arch.reward_model_type is not None:
+        raise CheckpointError(f"--input {source}: of a reward model, whose head has no Hugging Face form")
+    to_hf_config(arch, arch.precision)  # or there is no Hugging Face model that it could be loaded into
+    with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
+        loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input", merge=False)
+        log.info("writing %s", target)
+        write_peft_folder(target, arch, LoraTuning.from_nemo(arch.peft), loaded.module.state_dict())
+    log.info("wrote %s", target)
+
+
 def export_hf(source: Path, target: Path) -> None:
-    """A policy's archive as a folder that transformers loads. Raises CheckpointError for reward models."""
+    """A policy's archive as a folder that transformers loads, an adapter merged into its base.
+
+    Raises CheckpointError for reward models.
+    """
     arch = read_architecture(source, key="--input")
     if arch.reward_model_type is not None:
         raise CheckpointError(f"--input {source}: a reward model, whose head has no Hugging Face form; give a policy")

@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 class Cluster(Protocol):
-    """The processes of this run, seen from one of them (rank layout: tensor × pipeline × data)."""
+    """The processes of this run, seen from one of them (rank layout: tensor × pipeline × data).
+
+    Ranks that share long rows (context parallelism) count as data-parallel ones.
+    """
 
     rank: int
     world_size: int
@@ -228,7 +231,8 @@ class Policy(TrainableModel, Protocol):
     ) -> list[Tensor]:
         """For each row of token ids (length L): `[L]` float32 log p(token | those before it), 0 at position 0.
 
-        `starts` says from which token on they are needed in each row; those before may be 0.
+        `starts` says from which token on they are needed in each row; those before may be 0. Ranks that share long rows
+        ask together, each for its own, of which there may be none.
         """
 
     def initial_logprobs(

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
@@ -36,7 +37,7 @@ def start_for_archive(
     `key` is the config key that named the archive, for messages. The archive's config is read before any process
     starts, so a wrong path fails at once.
     """
-    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline)
+    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
     launch_local_ranks(trainer)
     with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
         yield cluster
@@ -66,12 +67,18 @@ class LoadedModel:
     tokenizer: ArchiveTokenizer
     run: RunOptions
     source: Path  # the archive it came from
+    merges_adapter: bool = False  # before it is written
 
 
-def load_for_inference(path: str | Path, cluster: MegatronCluster, *, precision: str, key: str) -> LoadedModel:
-    """The archive's model in evaluation mode; computes in `precision`."""
+def load_for_inference(
+    path: str | Path, cluster: MegatronCluster, *, precision: str, key: str, merge: bool = True
+) -> LoadedModel:
+    """The archive's model in evaluation mode; computes in `precision`.
+
+    Of an adapter's archive: its base with the adapter merged, or beside the weights without `merge`.
+    """
     run = RunOptions.for_inference(parse_precision(precision), tp=cluster.tp, pp=cluster.pp)
-    loaded = _load(path, cluster, run, key=key)
+    loaded = _load(path, cluster, run, key=key, merge=merge)
     loaded.module.eval()
     return loaded
 
@@ -84,25 +91,39 @@ def load_for_training(
     `new_head`: a reward model type; the archive is then a policy's, and gets a fresh reward head instead of its
     output layer.
     """
-    return _load(
+    loaded = _load(
         model.restore_from_path,
         cluster,
         RunOptions(
             dtype=parse_precision(trainer.precision),
             tp=cluster.tp,
             pp=cluster.pp,
-            context=model.context_parallel_size,
+            context=cluster.cp,
             sequence_parallel=model.sequence_parallel,
             activations_checkpoint_granularity=model.activations_checkpoint_granularity,
             activations_checkpoint_method=model.activations_checkpoint_method,
             activations_checkpoint_num_layers=model.activations_checkpoint_num_layers,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
+            lora=model.peft.lora,
+            lora_seed=model.seed,
         ),
         key=key,
         encoder_seq_length=model.encoder_seq_length,
         new_head=new_head,
     )
+    if model.peft.restore_from_path is not None:
+        _begin_adapter(loaded, model.peft.restore_from_path, cluster)
+    return replace(loaded, merges_adapter=model.peft.merge)
+
+
+def _begin_adapter(loaded: LoadedModel, path: str, cluster: MegatronCluster) -> None:
+    """Fill the adapters of `loaded` with those of the archive at `path`, which `check_adapter` has looked at."""
+    key = "model.peft.restore_from_path"
+    arch = nemo_archive.read_architecture(path, key=key)
+    nemo_archive.check_base(path, loaded.source, arch, cluster, key=key)
+    with nemo_archive.open_archive(path, cluster, key=key) as folder:
+        nemo_archive.load_adapter(loaded.module, folder, cluster, new_head=arch.reward_model_type is None)
 
 
 def _load(
@@ -113,14 +134,24 @@ def _load(
     key: str,
     encoder_seq_length: int | None = None,
     new_head: str | None = None,
+    merge: bool = True,
 ) -> LoadedModel:
     arch = nemo_archive.read_architecture(path, key=key)
-    head_is_new = new_head is not None and arch.reward_model_type is None
+    source, base = Path(path), path
+    adapter = arch.peft
+    if adapter is not None:
+        base = nemo_archive.base_of(path, arch, key=key)
+        nemo_archive.check_base(path, base, arch, cluster, key=key)
+        run = replace(run, lora=LoraTuning.from_nemo(adapter))
+    adapter_has_head = arch.reward_model_type is not None
+    head_is_new = (new_head is not None or adapter_has_head) and (
+        nemo_archive.read_architecture(base, key=key).reward_model_type is None
+    )
     if new_head is not None:
         arch = replace(arch, reward_model_type=new_head)
     if encoder_seq_length is not None:
         arch = replace(arch, encoder_seq_length=encoder_seq_length)
-    with nemo_archive.open_archive(path, cluster, key=key) as folder:
+    with nemo_archive.open_archive(base, cluster, key=key) as folder:
         tokenizer = load_tokenizer(folder, arch)
         if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
             arch = replace(arch, vocab_size=tokenizer.vocab_size)
@@ -130,4 +161,10 @@ def _load(
             )
         module = build_model(arch, run)
         nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new)
-    return LoadedModel(module, arch, tokenizer, run, Path(path))
+    if adapter is not None:
+        with nemo_archive.open_archive(path, cluster, key=key) as folder:
+            nemo_archive.load_adapter(module, folder, cluster, new_head=not adapter_has_head)
+        if merge:
+            module.adapters.dissolve(module)
+            arch = replace(arch, peft=None)
+    return LoadedModel(module, arch, tokenizer, run, source)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -26,18 +27,22 @@ from nemo_aligner.engine.training.trainable import MegatronTrainable
 class MegatronPolicy(MegatronTrainable):
     """Implements interfaces.Policy."""
 
-    _initial: KeptWeights | None = None
+    _as_initial: Callable[[], AbstractContextManager[None]] | None = None  # inside it the weights are the initial ones
 
     def keep_initial_weights(self) -> None:
-        """Remember the weights as they are now, in CPU memory, for `initial_logprobs`."""
-        self._initial = KeptWeights(self.module)
+        """Remember the weights as they are now, in CPU memory, for `initial_logprobs`.
+
+        With an adapter nothing is copied: the initial policy is the model without it.
+        """
+        adapters = self.module.adapters
+        self._as_initial = KeptWeights(self.module).swapped_in if adapters is None else adapters.off
 
     def initial_logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """`logprobs` under the kept weights, which take the place of the present ones meanwhile."""
-        assert self._initial is not None, "keep_initial_weights comes first"
-        with self._initial.swapped_in():
+        """`logprobs` under the initial weights, which take the place of the present ones meanwhile."""
+        assert self._as_initial is not None, "keep_initial_weights comes first"
+        with self._as_initial():
             return self.logprobs(rows, micro_batch_size, starts)
 
     def generate(
@@ -76,12 +81,15 @@ class MegatronPolicy(MegatronTrainable):
         self.module.eval()
         results: list[Tensor] = [torch.empty(0)] * len(rows)
         [batches] = deal([[row] for row in rows], ranks=1, size=micro_batch_size)
+        microbatches = []
         for batch in batches:
             tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
             firsts = torch.tensor([0 if starts is None else starts[i] for i in batch])
             asked = torch.arange(tokens.size(1)) >= firsts[:, None]
-            microbatch = Microbatch(tokens, lengths, {"loss_mask": asked.float()})
-            [logprobs] = forward_outputs(self.module, [microbatch], self.arch.vocab_size)
+            microbatches.append(Microbatch(tokens, lengths, {"loss_mask": asked.float()}))
+        for batch, logprobs in zip(
+            batches, forward_outputs(self.module, microbatches, self.arch.vocab_size), strict=True
+        ):
             for row, i in enumerate(batch):
                 results[i] = logprobs[row, : len(rows[i])].clone()
         self.module.train(was_training)

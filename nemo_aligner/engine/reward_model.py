@@ -50,9 +50,10 @@ class MegatronRewardModel(MegatronTrainable):
                 return forward.rewards(rows)
         results: list[list[float]] = [[]] * len(rows)
         [batches] = deal([[row] for row in rows], ranks=1, size=micro_batch_size)
-        for batch in batches:
-            tokens, lengths = pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)
-            [rewards] = forward_outputs(self.module, [Microbatch(tokens, lengths)], self.arch.vocab_size)
+        microbatches = [Microbatch(*pad_rows([rows[i] for i in batch], self.tokenizer.pad_id)) for batch in batches]
+        for batch, rewards in zip(
+            batches, forward_outputs(self.module, microbatches, self.arch.vocab_size), strict=True
+        ):
             for row, i in enumerate(batch):
                 results[i] = rewards[row].tolist()
         return results

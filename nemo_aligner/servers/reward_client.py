@@ -14,13 +14,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig
 from nemo_aligner.errors import ServerError
 from nemo_aligner.servers.wire import ERROR, REWARDS, SENTENCES, SERVER_FAILED, RequestError
+
+if TYPE_CHECKING:
+    from pytriton.client import ModelClient
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +32,14 @@ _THREADS = 4
 _TELL_EVERY_S = 10.0
 _REQUEST_TIMEOUT_S = 120.0
 _SURE_AFTER_S = 20.0
+_UNAUTHORIZED, _TOO_LARGE = 401, "413"  # HTTP
 
 
 class RewardClient:
-    """Sends texts to the server of `config`, from a few threads of its own."""
+    """Sends texts to the server of `config`, from a few threads of its own, with the token that it wants, if any."""
 
-    def __init__(self, config: RemoteRewardModelConfig) -> None:
-        self._config, self._server = config, config.reward_model
+    def __init__(self, config: RemoteRewardModelConfig, token: str | None = None) -> None:
+        self._config, self._server, self._token = config, config.reward_model, token
         self._url = f"http://{self._server.ip}:{self._server.port}"
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="reward")
         self._local = threading.local()
@@ -68,7 +72,7 @@ class RewardClient:
     def _not_ready(self) -> str | None:
         """None when the model answers, else why not."""
         try:
-            with urllib.request.urlopen(f"{self._url}/v2/models/{self._server.name}/ready", timeout=5) as reply:
+            with self._open(f"v2/models/{self._server.name}/ready") as reply:
                 return None if reply.status == 200 else f"HTTP status {reply.status}"
         except urllib.error.HTTPError as fault:
             self._check_name()
@@ -93,6 +97,10 @@ class RewardClient:
     def _refuse_name(self, why: str) -> NoReturn:
         raise ServerError(f"the server at {self._url} {why}; give {KEY}.name")
 
+    def _refuse_token(self) -> NoReturn:
+        wants = "a token" if self._token is None else "another token than this one"
+        raise ServerError(f"the server at {self._url} wants {wants}; give remote_critic_rm.auth_token_file")
+
     def _names(self) -> list[str]:
         """The models that the server lists, as far as it does."""
         try:
@@ -102,7 +110,7 @@ class RewardClient:
 
     def _answers(self, path: str) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._url}/{path}", timeout=5):
+            with self._open(path):
                 return True
         except (OSError, ValueError):
             return False
@@ -122,8 +130,17 @@ class RewardClient:
             raise ServerError(f"{self._url}/{path} takes no batches (max_batch_size 0), and texts are sent in batches")
 
     def _json(self, path: str, data: bytes | None = None) -> Any:
-        with urllib.request.urlopen(f"{self._url}/{path}", data=data, timeout=5) as reply:
+        with self._open(path, data) as reply:
             return json.load(reply)
+
+    def _open(self, path: str, data: bytes | None = None) -> Any:
+        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        try:
+            return urllib.request.urlopen(urllib.request.Request(f"{self._url}/{path}", data, headers), timeout=5)
+        except urllib.error.HTTPError as fault:
+            if fault.code == _UNAUTHORIZED:
+                self._refuse_token()
+            raise
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """Rewards of `texts`, in their order, to come."""
@@ -162,7 +179,13 @@ class RewardClient:
 
     def _ask(self, texts: list[str]) -> list[float]:
         sentences = np.array([[text.encode()] for text in texts], dtype=object)
-        answer = self._connection().infer_batch(**{SENTENCES: sentences})
+        try:
+            answer = self._connection().infer_batch(**{SENTENCES: sentences})
+        except Exception as fault:
+            status = getattr(fault.__cause__, "status", None)  # of tritonclient's exception, a text
+            if status is not None and status() == _TOO_LARGE:
+                raise RequestError(f"{fault.__cause__.message()} in one request") from None  # type: ignore[union-attr]
+            raise
         for raw in answer[ERROR][:, 0] if ERROR in answer else []:  # other people's servers have no such output
             if raw:
                 said = raw.decode()
@@ -179,7 +202,8 @@ class RewardClient:
 
             logging.getLogger("pytriton").setLevel(logging.WARNING)
             timeout = min(_REQUEST_TIMEOUT_S, self._config.inference_timeout_s)
-            self._local.client = ModelClient(
+            connect = ModelClient if self._token is None else _client_with(self._token)
+            self._local.client = connect(
                 self._url,
                 self._server.name,
                 lazy_init=True,
@@ -195,6 +219,24 @@ class RewardClient:
                 client.close()
             except Exception as fault:
                 log.debug("closing a broken connection: %s", fault)
+
+
+def _client_with(token: str) -> type[ModelClient]:
+    """PyTriton's client, every request of which has the token; its own `access_token` is not in all of them."""
+    from pytriton.client import ModelClient
+    from tritonclient.http import InferenceServerClientPlugin
+
+    class Bearer(InferenceServerClientPlugin):
+        def __call__(self, request: Any) -> None:
+            request.headers["Authorization"] = f"Bearer {token}"
+
+    class Client(ModelClient):
+        def create_client_from_url(self, url: str, network_timeout_s: float | None = None) -> Any:
+            client = super().create_client_from_url(url, network_timeout_s)
+            client.register_plugin(Bearer())
+            return client
+
+    return Client
 
 
 def _reason(fault: Exception) -> str:

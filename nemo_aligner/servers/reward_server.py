@@ -1,6 +1,6 @@
 """The reward model behind PyTriton: any KServe-v2 client may ask it for rewards.
 
-    clients ─▶ HTTP ─▶ Triton's dynamic batcher ─▶ handler: check, tokenize ─▶ main thread: score ─▶ answers
+    clients ─▶ door, gate ─▶ Triton's dynamic batcher ─▶ handler: check, tokenize ─▶ main thread: score ─▶ answers
 
 Requests of several clients are scored together; a request that is refused takes no other with it.
 """
@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import queue
+import secrets
 import shutil
 import socket
 import sysconfig
@@ -105,13 +106,18 @@ def answer_requests(
     ]
 
 
-def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None]) -> None:
-    """Serve until `run` returns. Raises ServerError where Triton cannot start."""
+def serve(
+    config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None], token: str | None = None
+) -> None:
+    """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError."""
     find_shared_python()
     check_port_is_free(config.ip, config.port)
     from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
     from pytriton.proxy.types import Request
-    from pytriton.triton import Triton, TritonConfig
+    from pytriton.triton import VALID_TRITON_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
+
+    from nemo_aligner.servers.doors import Door, open_doors
+    from nemo_aligner.servers.gate import Gate, roomy_stacks
 
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
         return answer_requests([request.data for request in requests], reader, score)
@@ -119,18 +125,21 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     remove_leftovers(Path(tempfile.gettempdir()))
+    inner, access = _free_port(), secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}_") as folder:
         own_log = Path(folder) / "triton.log"
         triton = Triton(
             config=TritonConfig(
-                http_address=config.ip,
-                http_port=config.port,
+                http_address="127.0.0.1",
+                http_port=inner,
                 allow_grpc=False,
                 allow_metrics=False,
                 exit_timeout_secs=5,
                 log_file=own_log,
             ),
             workspace=Path(folder) / "workspace",
+            # its own look at whether it is ready comes without the token
+            security_config=TritonSecurityConfig(access, sorted(VALID_TRITON_ENDPOINTS - {"health"})),
         )
         triton.bind(
             model_name=config.model_name,
@@ -151,8 +160,17 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
                 batcher=DynamicBatcher(max_queue_delay_microseconds=config.max_queue_delay_microseconds),
             ),
         )
+        door = Door(
+            config.ip,
+            config.port,
+            "inference.port",
+            token=token,
+            max_bytes=config.max_request_bytes,
+            host_key="inference.ip",
+        )
         try:
-            triton.run()
+            with roomy_stacks():
+                triton.run()
         except Exception as fault:
             triton.stop()
             said = (
@@ -160,9 +178,9 @@ def serve(config: ServingConfig, reader: RequestReader, score: Score, run: Calla
             )
             reason = " ".join((said or [str(fault)])[-1].split())
             raise ServerError(f"Triton did not start on {config.ip}:{config.port}: {reason}") from None
-        log.info("serving %s on http://%s:%d", config.model_name, config.ip, config.port)
         try:
-            run()
+            with open_doors(Gate(f"http://127.0.0.1:{inner}", access), [door]):
+                run()
         finally:
             log.info("the reward server stops, which takes some seconds")
             triton.stop()
@@ -186,6 +204,12 @@ def check_port_is_free(ip: str, port: int) -> None:
             probe.bind((ip, port))
         except OSError as fault:
             raise ServerError(f"inference.ip={ip}, inference.port={port}: {fault.strerror}; choose another") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def find_shared_python() -> None:

@@ -1,4 +1,6 @@
-"""`exp_manager.checkpoint_callback_params.filename`: what checkpoints are called, as in Lightning's ModelCheckpoint.
+"""Where the checkpoints of a run are, and what they are called: `exp_manager.checkpoint_callback_params.filename`.
+
+As in Lightning's ModelCheckpoint:
 
 {step} ─▶ step=12        {val_loss:.3f} ─▶ val_loss=1.234
 """
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
+from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.errors import ConfigError
 
 KEY = "exp_manager.checkpoint_callback_params.filename"
@@ -39,3 +43,8 @@ def checkpoint_name(pattern: str, values: Mapping[str, float]) -> str:
         return f"{name}={format(float(value), spec) if spec else value}"
 
     return _FIELD.sub(written, pattern)
+
+
+def log_dir(config: ExpManagerConfig) -> Path:
+    """`explicit_log_dir`, or `<exp_dir or nemo_experiments>/<name>`."""
+    return Path(config.explicit_log_dir or Path(config.exp_dir or "nemo_experiments") / config.name)

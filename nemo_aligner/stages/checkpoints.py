@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
-from nemo_aligner.engine.checkpoints.training_state import PARTIAL, STATE, latest, read_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import PARTIAL, STATE, first_whole, latest_whole, read_state
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError, ConfigError
-from nemo_aligner.stages.checkpoint_names import checkpoint_name
+from nemo_aligner.stages.checkpoint_names import checkpoint_name, log_dir
 from nemo_aligner.stages.run_checks import check_monitor
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Checkpoints:
 
         Raises ConfigError where there is none and `resume_ignore_no_checkpoint` is False.
         """
-        found = latest(self.root) if self._resume and self._cluster.is_main else None
+        found = latest_whole(self.root) if self._resume and self._cluster.is_main else None
         found = self._cluster.broadcast(found)
         if found is None and self._resume and not self._may_begin:
             raise ConfigError(
@@ -84,10 +84,15 @@ class Checkpoints:
         self._cluster.barrier()
 
     def restore_best(self, model: TrainableModel) -> None:
-        """With `save_best_model`: the weights of the best checkpoint take the place of the newest. Collective."""
+        """With `save_best_model`: the weights of the best checkpoint take the place of the newest. Collective.
+
+        Raises CheckpointError where every one of them is damaged.
+        """
         if not self._archives_best:
             return
-        best = self._cluster.broadcast(self._ranked(self._own())[0] if self._cluster.is_main else self.root)
+        best = self._cluster.broadcast(first_whole(self._ranked(self._own())) if self._cluster.is_main else None)
+        if best is None:
+            raise CheckpointError(f"{self.root}: no checkpoint is whole, so there is no best one")
         state = model.load_training_state(best)
         log.info("the archive is that of step %d, %s=%g", state["step"], self._monitor, state["monitored"])
 
@@ -124,8 +129,3 @@ class Checkpoints:
             return (-math.inf if math.isnan(value) else value), int(state["step"])
 
         return sorted(paths, key=rank, reverse=True)
-
-
-def log_dir(config: ExpManagerConfig) -> Path:
-    """`explicit_log_dir`, or `<exp_dir or nemo_experiments>/<name>`."""
-    return Path(config.explicit_log_dir or Path(config.exp_dir or "nemo_experiments") / config.name)

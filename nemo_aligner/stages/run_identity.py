@@ -10,10 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.stages.checkpoint_names import log_dir
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +58,19 @@ def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:
     }
 
 
+def adapter_settings(peft: PeftConfig) -> dict[str, Any]:
+    """Whether an adapter is trained, and which."""
+    if peft.lora is None:
+        return {"model.peft": None}
+    begun = None if peft.restore_from_path is None else _short(archive_hash(peft.restore_from_path))
+    return {"model.peft": {**peft.lora.to_nemo(), "restore_from_path": begun}}
+
+
 def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:
     """Raises CheckpointError on every rank where the checkpoint to go on from is of another archive or other settings.
 
     For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
     """
-    from nemo_aligner.engine.checkpoints.training_state import latest, read_state
-    from nemo_aligner.stages.checkpoints import log_dir
-
     fault = None
     newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
     if newest is not None:

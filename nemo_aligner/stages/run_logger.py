@@ -11,7 +11,7 @@ from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.errors import OutputError, StoppedEarly
 from nemo_aligner.loggers import open_sinks
 from nemo_aligner.metrics import MetricsLogger
-from nemo_aligner.stages.checkpoints import log_dir
+from nemo_aligner.stages.checkpoint_names import log_dir
 
 
 @contextlib.contextmanager

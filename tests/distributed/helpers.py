@@ -1,12 +1,12 @@
-"""Run a function on several gloo processes, each of them a rank of a Megatron cluster on the CPU or a pretend GPU."""
+"""Run functions on several gloo processes, each of them a rank of a Megatron cluster on the CPU or a pretend GPU."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as mp
@@ -14,35 +14,56 @@ import torch.multiprocessing as mp
 from nemo_aligner.config.schema import TrainerConfig
 
 
-def _rank(
-    rank: int,
-    world: int,
-    port: int,
-    sizes: tuple[int, int],
-    gpus: bool,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+class Cut(NamedTuple):
+    """How the processes are cut; those that are left are data-parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    gpus: bool = False
+
+
+class Job(NamedTuple):
+    """`function(cluster, *args)`, on every rank of a cluster cut so."""
+
+    cut: Cut
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     from nemo_aligner.engine.processes.cluster import start_cluster
     from tests.pretend_gpu import pretend_gpu
 
-    trainer = TrainerConfig(devices=world, accelerator="gpu" if gpus else "cpu")
-    with (
-        pretend_gpu(world) if gpus else nullcontext(),
-        start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], seed=7) as cluster,
-    ):
-        function(cluster, *args)
+    for port, (cut, function, args) in jobs:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
+        sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
+        try:
+            with (
+                pretend_gpu(world) if cut.gpus else nullcontext(),
+                start_cluster(trainer, **sizes, seed=7) as cluster,
+            ):
+                function(cluster, *args)
+        except BaseException as fault:
+            fault.add_note(f"{function.__name__} of {cut}")
+            raise
 
 
-def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, tensor: int = 1, pipeline: int = 1, gpus: bool = False
-) -> None:
-    """Call `function(cluster, *args)` on `world` processes; a failure of any of them is raised here."""
-    with socket.socket() as probe:
+def run_jobs(world: int, jobs: Sequence[Job]) -> None:
+    """Each job on the same `world` processes, one after the other; a failure of any of them is raised here."""
+    probes = [socket.socket() for _ in jobs]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world, port, (tensor, pipeline), gpus, function, args), nprocs=world, join=True)
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    mp.spawn(_rank, args=(world, list(zip(ports, jobs, strict=True))), nprocs=world, join=True)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> None:
+    """Call `function(cluster, *args)` on `world` data-parallel processes."""
+    run_jobs(world, [Job(Cut(), function, args)])

@@ -1,13 +1,15 @@
-"""The same archive gives the same numbers however it is cut: logprobs, rewards, samples, and one training step.
+"""The same archive gives the same numbers however it is cut: logprobs, rewards, text, losses, norms of gradients.
 
-Cuts: TP 2, PP 2, DP 2 against one process, training also with sequence parallelism and with recomputation; TP 2,
-PP 2 and DP 2 also on pretend GPUs. Not covered: virtual pipeline stages, NCCL itself.
+Cuts over 2 and 4 processes against one process, training also with sequence parallelism and with recomputation. The
+vocabulary of 259 is no multiple of TP, and batches have fewer examples, and steps fewer prompts, than there are ranks.
+TP 2, PP 2 and DP 2 also on pretend GPUs. Not covered: virtual pipeline stages, NCCL itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +18,55 @@ import pytest
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
+from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.data.supervised import Example
-from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
-from tests.distributed.helpers import run_ranks
+from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Orders, Progress, Response
+from tests.distributed.helpers import Cut, Job, run_jobs
 from tests.tiny import ARCH
 
 SHARED = [100, 3, 40, 41, 42, 43, 44, 9, 8]
 ROWS = [[5, 9, 77, 30, 2], [*SHARED, 7], [*SHARED, 1, 2, 3], [8, 8]]
 EXAMPLES = [Example((row,), ([0] + [1] * (len(row) - 1),)) for row in ROWS]
+WEIGHTED = [replace(example, weight=a) for example, a in zip(EXAMPLES, (0.7, -1.3, 0.2, 2.1), strict=True)]
+PAIRS = [Example((a, b), ([0] * len(a), [0] * len(b))) for a, b in (ROWS[:2], ROWS[2:], ROWS[1:3])]
+BATCHES = (range(4), range(3), range(1))  # examples of each step
+OPTIM = OptimConfig(name="distributed_fused_adam", lr=1e-2)  # cut over data-parallel ranks, where there are some
+
 CUTS = {
-    "TP 2": (2, 2, 1),
-    "PP 2": (2, 1, 2),
-    "DP 2": (2, 1, 1),
-    "TP 2, sequence parallel": (2, 2, 1),
-    "PP 2, recomputed": (2, 1, 2),
-    "DP 2 on GPUs": (2, 1, 1),  # with an optimizer whose state is cut over the ranks there
-    "TP 2 on GPUs": (2, 2, 1),
-    "PP 2 on GPUs": (2, 1, 2),
+    "TP 2": (2, Cut(tensor=2)),
+    "TP 2, sequence parallel": (2, Cut(tensor=2)),
+    "PP 2": (2, Cut(pipeline=2)),
+    "PP 2, recomputed": (2, Cut(pipeline=2)),
+    "DP 2": (2, Cut()),
+    "TP 2 on GPUs": (2, Cut(tensor=2, gpus=True)),
+    "PP 2 on GPUs": (2, Cut(pipeline=2, gpus=True)),
+    "DP 2 on GPUs": (2, Cut(gpus=True)),
+    "CP 2": (2, Cut(context=2)),
+    "TP 2, PP 2": (4, Cut(tensor=2, pipeline=2)),
+    "TP 2, DP 2": (4, Cut(tensor=2)),
+    "PP 2, DP 2": (4, Cut(pipeline=2)),
+    "CP 2, TP 2": (4, Cut(tensor=2, context=2)),
+    "CP 2, PP 2": (4, Cut(pipeline=2, context=2)),
+    "CP 2, DP 2": (4, Cut(context=2)),
+    "CP 4": (4, Cut(context=4)),
 }
+RECOMPUTED = {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"}
 TRAINED: dict[str, dict[str, Any]] = {
     "TP 2, sequence parallel": {"sequence_parallel": True},
-    "PP 2, recomputed": {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"},
+    "PP 2, recomputed": RECOMPUTED,
+    "TP 2, PP 2": {"sequence_parallel": True},
+    "TP 2, DP 2": {"sequence_parallel": True},
+    "CP 2, TP 2": {"sequence_parallel": True},
+    "CP 2, PP 2": RECOMPUTED,
 }
+RESUMED = [
+    ("one", "CP 2"),
+    ("one", "TP 2 on GPUs"),
+    ("TP 2", "PP 2"),
+    ("TP 2, DP 2", "CP 2, PP 2"),
+    ("CP 2, PP 2", "DP 2"),
+    ("CP 2, DP 2", "TP 2"),
+]
 
 
 def write_archives(cluster: Any, folder: Path) -> None:
@@ -60,11 +89,8 @@ def write_archives(cluster: Any, folder: Path) -> None:
 
 def measure(cluster: Any, folder: Path, name: str) -> None:
     """Everything a stage asks of a model, written as JSON by rank 0."""
-    from nemo_aligner.engine.policy import load_policy, load_policy_for_training
+    from nemo_aligner.engine.policy import load_policy
     from nemo_aligner.engine.reward_model import load_reward_model
-    from nemo_aligner.stages.batches import microbatches
-    from nemo_aligner.stages.reinforce.loop import reinforce_objective
-    from nemo_aligner.stages.supervised.loop import sft_objective
 
     policy = load_policy(folder / "policy.nemo", cluster, precision="32")
     found: dict[str, Any] = {"logprobs": [row.tolist() for row in policy.logprobs(ROWS, 2)]}
@@ -74,40 +100,122 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
         for s in range(3)
         if p % cluster.dp_size == cluster.dp_rank
     ]
-    drawn = [
-        r for part in cluster.gather(list(policy.generate(requests, SamplingParams(max_tokens=8), 4))) for r in part
-    ]
-    found["samples"] = sorted((r.prompt_index, r.sample_index, r.tokens) for r in drawn)
+    for kind in (SamplingParams(max_tokens=8), SamplingParams(max_tokens=8, greedy=True)):
+        drawn = [r for part in cluster.gather(list(policy.generate(requests, kind, 4))) for r in part]
+        found["greedy text" if kind.greedy else "samples"] = sorted(
+            (r.prompt_index, r.sample_index, r.tokens) for r in drawn
+        )
     found["bf16 gap"] = bf16_gap(cluster, folder)
     if cluster.dp_size == 1:
         found["served tokens"], found["served scores"] = served(cluster, policy)
     reward_model = load_reward_model(folder / "reward.nemo", cluster, precision="32")
     found["rewards"] = reward_model.score(ROWS, 3)
-
-    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"), **TRAINED.get(name, {}))
-    trained = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
-    trained.keep_initial_weights()
-    optimizer = "distributed_fused_adam" if name == "DP 2 on GPUs" else "adamw"
-    trained.add_optimizer(OptimConfig(name=optimizer, lr=1e-2), clip_grad=1.0, max_steps=3)
-    for step in range(2):
-        batch = microbatches(
-            EXAMPLES, range(4 - step), size=1, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258
-        )
-        metrics = trained.train_step(batch, sft_objective)
-        found[f"step {step}"] = [metrics.loss, metrics.grad_norm]
-    trained.save_training_state(folder / f"checkpoint {name}", {"step": 2})
-    weighted = [replace(example, weight=a) for example, a in zip(EXAMPLES, (0.7, -1.3, 0.2, 2.1), strict=True)]
-    for size in (1, 2):  # evaluated, not stepped: the same weights for both
-        batch = microbatches(
-            weighted, range(4), size=size, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258
-        )
-        found[f"REINFORCE loss, {size} a micro-batch"] = trained.evaluate(batch, reinforce_objective).loss
-    metrics = trained.train_step(batch, reinforce_objective)
-    found["REINFORCE step"] = [metrics.loss, metrics.grad_norm]
-    found["initial"] = [row.tolist() for row in trained.initial_logprobs(ROWS, 2)]
-    found["after"] = [row.tolist() for row in trained.logprobs(ROWS, 4)]
+    found |= trained_policy(cluster, folder, name)
+    found |= trained_reward_model(cluster, folder, name)
     if cluster.is_main:
         (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def dealt(cluster: Any, examples: Sequence[Example], indices: Sequence[int], size: int) -> list[Microbatch]:
+    from nemo_aligner.stages.batches import microbatches
+
+    return microbatches(examples, indices, size=size, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258)
+
+
+def through_megatron(cluster: Any, model: Any) -> Any:
+    """Log-probabilities or rewards of `ROWS` as a GPU computes them, each rank asking for its own rows."""
+    import torch
+
+    from nemo_aligner.algorithms.batching import pad_rows
+    from nemo_aligner.engine.model.forward import forward_outputs
+
+    mine = [Microbatch(*pad_rows([row], 258)) for row in ROWS[:3][cluster.dp_rank :: cluster.dp_size]]
+    model.module.eval()
+    own = [torch.as_tensor(output[0]).tolist() for output in forward_outputs(model.module, mine, model.vocab_size)]
+    parts = cluster.gather(own)
+    return [parts[i % cluster.dp_size][i // cluster.dp_size] for i in range(3)]
+
+
+def to_train(cluster: Any, folder: Path, name: str) -> Any:
+    from nemo_aligner.engine.policy import load_policy_for_training
+
+    overrides = ModelOverrides(
+        restore_from_path=str(folder / "policy.nemo"), context_parallel_size=cluster.cp, **TRAINED.get(name, {})
+    )
+    policy = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
+    policy.add_optimizer(OPTIM, clip_grad=1.0, max_steps=4)
+    return policy
+
+
+def reinforce_step(cluster: Any, policy: Any) -> dict[str, Any]:
+    from nemo_aligner.stages.reinforce.loop import reinforce_objective
+
+    metrics = policy.train_step(dealt(cluster, WEIGHTED, range(4), 2), reinforce_objective)
+    return {
+        "REINFORCE step": [metrics.loss, metrics.grad_norm],
+        "after": [row.tolist() for row in policy.logprobs(ROWS, 4)],
+    }
+
+
+def trained_policy(cluster: Any, folder: Path, name: str) -> dict[str, Any]:
+    from nemo_aligner.stages.reinforce.loop import reinforce_objective
+    from nemo_aligner.stages.supervised.loop import sft_objective
+
+    policy, found = to_train(cluster, folder, name), {}
+    found["through Megatron"] = through_megatron(cluster, policy)
+    policy.keep_initial_weights()
+    for step, indices in enumerate(BATCHES):
+        metrics = policy.train_step(dealt(cluster, EXAMPLES, indices, 1), sft_objective)
+        found[f"SFT step {step}"] = [metrics.loss, metrics.grad_norm]
+    policy.save_training_state(folder / f"checkpoint {name}", {"step": len(BATCHES)})
+    found["rollout text"], found["rollout KL"] = rollouts(cluster, policy)
+    for size in (1, 2):  # evaluated, not stepped: the same weights for both
+        found[f"REINFORCE loss, {size} a micro-batch"] = policy.evaluate(
+            dealt(cluster, WEIGHTED, range(4), size), reinforce_objective
+        ).loss
+    return found | reinforce_step(cluster, policy)
+
+
+def trained_reward_model(cluster: Any, folder: Path, name: str) -> dict[str, Any]:
+    from nemo_aligner.engine.reward_model import load_reward_model_for_training
+    from nemo_aligner.stages.supervised.loop import ranking_objective
+
+    overrides = ModelOverrides(
+        restore_from_path=str(folder / "reward.nemo"), context_parallel_size=cluster.cp, **TRAINED.get(name, {})
+    )
+    model = load_reward_model_for_training(
+        overrides, TrainerConfig(precision="32"), cluster, reward_model_type="binary_ranking"
+    )
+    model.add_optimizer(OPTIM, clip_grad=1.0, max_steps=4)
+    found = {"rewards through Megatron": through_megatron(cluster, model)}
+    for step, indices in enumerate((range(3), range(1))):
+        metrics = model.train_step(dealt(cluster, PAIRS, indices, 1), ranking_objective)
+        found[f"RM step {step}"] = [metrics.loss, metrics.grad_norm]
+    return found
+
+
+class Lengths:
+    """The reward of a text is its length."""
+
+    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+        future: Future[list[float]] = Future()
+        future.set_result([float(len(text)) for text in texts])
+        return future
+
+    def hurry(self) -> None:
+        pass
+
+
+def rollouts(cluster: Any, policy: Any) -> tuple[list[Any], list[Any]]:
+    """What two responses to one prompt are, and how far from the initial policy: most ranks have no prompt."""
+    from nemo_aligner.metrics import Timers
+    from nemo_aligner.stages.reinforce.rollout import KL, RolloutWorker
+
+    kl = KL(estimator="k1", reduction="sum")
+    worker = RolloutWorker(policy, cluster, Lengths(), forward_batch=2, kl=kl, timers=Timers())
+    prompts = [(0, PromptRow("", tuple(ROWS[0])))]
+    drawn = worker.run(prompts, 2, SamplingParams(max_tokens=6), 4)
+    return [[r.sample_index, r.row, r.reward] for r in drawn], [r.kl for r in drawn]
 
 
 class OneBatch:
@@ -165,28 +273,66 @@ def bf16_gap(cluster: Any, folder: Path) -> float:
     )
 
 
-def resume(cluster: Any, folder: Path, checkpoint: str, name: str) -> None:
+def resume(cluster: Any, folder: Path, written: str, read: str) -> None:
     """Go on from a checkpoint, on whatever cut this is."""
-    from nemo_aligner.engine.policy import load_policy_for_training
-    from nemo_aligner.stages.batches import microbatches
-    from nemo_aligner.stages.supervised.loop import sft_objective
-
-    overrides = ModelOverrides(restore_from_path=str(folder / "policy.nemo"))
-    model = load_policy_for_training(overrides, TrainerConfig(precision="32"), cluster)
-    model.add_optimizer(OptimConfig(name="adamw", lr=1e-2), clip_grad=1.0, max_steps=3)
-    model.load_training_state(folder / f"checkpoint {checkpoint}")
-    batch = microbatches(EXAMPLES, range(4), size=2, dp_rank=cluster.dp_rank, dp_size=cluster.dp_size, pad_id=258)
-    metrics = model.train_step(batch, sft_objective)
+    policy = to_train(cluster, folder, read)
+    policy.load_training_state(folder / f"checkpoint {written}")
+    found = reinforce_step(cluster, policy)
     if cluster.is_main:
-        (folder / f"{name}.json").write_text(json.dumps([metrics.loss, metrics.grad_norm]))
+        (folder / f"{written} in {read}.json").write_text(json.dumps(found))
+
+
+def parts_of_a_stream(cluster: Any, folder: Path) -> None:
+    """Attention of a stream and its gradients, computed by context-parallel ranks together and by one alone."""
+    import torch
+
+    from nemo_aligner.algorithms.shared_prefix import lay_out
+    from nemo_aligner.engine.model.attention import part_attention, stream_attention
+    from nemo_aligner.engine.model.context import context_part, places_multiple
+
+    for rows in (ROWS, ROWS[:1], ROWS[3:]):  # of the last most stretches are padding
+        layout = lay_out(rows, multiple=places_multiple())
+        part = context_part(layout)
+        assert part is not None
+        counted = sum(len(row) for row in rows) - (len(SHARED) if rows is ROWS else 0)
+        for window in (None, 3):
+            generator = torch.Generator().manual_seed(2)
+            whole = [
+                torch.randn(len(layout.tokens), heads, 8, generator=generator, requires_grad=True)
+                for heads in (4, 2, 2)
+            ]
+            own = [tensor.detach()[part.own].requires_grad_() for tensor in whole]
+            expected, found = (
+                stream_attention(*whole, layout.groups, window=window),
+                part_attention(*own, part, window=window),
+            )
+            weights = torch.randn(expected.shape, generator=generator)
+            weights[counted:] = 0  # padding
+            (expected * weights).sum().backward()
+            (found * weights[part.own]).sum().backward()
+            real = part.own < counted
+            torch.testing.assert_close(found[real], expected[part.own][real])
+            for a, b in zip(own, whole, strict=True):
+                torch.testing.assert_close(a.grad, b.grad[part.own])
+
+
+def jobs(folder: Path, world: int) -> Iterator[Job]:
+    """All that is done on so many processes."""
+    for name, (ranks, cut) in CUTS.items():
+        if ranks == world:
+            yield Job(cut, measure, (folder, name))
+    for written, read in RESUMED:
+        if CUTS[read][0] == world:
+            yield Job(CUTS[read][1], resume, (folder, written, read))
+    yield Job(Cut(context=world), parts_of_a_stream, (folder,))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuts")
-    run_ranks(1, write_archives, folder)
-    run_ranks(1, measure, folder, "one")
-    run_ranks(1, resume, folder, "one", "one resumed")
+    run_jobs(1, [Job(Cut(), write_archives, (folder,)), Job(Cut(), measure, (folder, "one"))])
+    for world in (4, 2):
+        run_jobs(world, list(jobs(folder, world)))
     return folder
 
 
@@ -201,28 +347,20 @@ def close(a: Any, b: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_cut_gives_the_numbers_of_one_process(cut: str, folder: Path) -> None:
-    world, tensor, pipeline = CUTS[cut]
-    run_ranks(world, measure, folder, cut, tensor=tensor, pipeline=pipeline, gpus="GPU" in cut)
-    one, cut_found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", cut))
-    assert cut_found["samples"] == one["samples"]
-    assert max(cut_found["bf16 gap"], one["bf16 gap"]) < 2e-2
-    if "served tokens" in cut_found:
-        assert cut_found["served tokens"] == one["served tokens"]
-        close(cut_found["served scores"], one["served scores"], 1e-4)
-    assert cut_found["initial"] == cut_found["logprobs"]
-    for key in ("logprobs", "rewards", "step 0", "step 1"):
-        close(cut_found[key], one[key], 1e-4)
-    # the weights differ by then by what two Adam steps make of rounding
-    for key in one:
-        if key.startswith("REINFORCE"):
-            close(cut_found[key], one[key], 1e-3)
-    close(cut_found["after"], one["after"], 2e-3)
+    one, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", cut))
+    assert max(found.pop("bf16 gap"), one.pop("bf16 gap")) < 2e-2
+    for key in found:
+        if key in ("samples", "greedy text", "served tokens", "rollout text"):
+            assert found[key] == one[key], key
+        else:
+            # by the third the weights differ by what Adam's steps make of rounding
+            late = key in ("after", "rollout KL", "SFT step 2", "RM step 1") or key.startswith("REINFORCE")
+            close(found[key], one[key], 2e-3 if late else 1e-4)
+    assert found.keys() >= one.keys() - {"served tokens", "served scores"}
 
 
-@pytest.mark.parametrize(("written", "read"), [("TP 2", "PP 2"), ("one", "TP 2 on GPUs")])
+@pytest.mark.parametrize(("written", "read"), RESUMED)
 def test_a_checkpoint_of_one_cut_goes_on_in_another(written: str, read: str, folder: Path) -> None:
-    if written != "one" and not (folder / f"checkpoint {written}").exists():
-        pytest.skip("runs after the test above, which writes the checkpoint")
-    world, tensor, pipeline = CUTS[read]
-    run_ranks(world, resume, folder, written, "resumed", tensor=tensor, pipeline=pipeline, gpus="GPU" in read)
-    close(*(json.loads((folder / f"{n}.json").read_text()) for n in ("resumed", "one resumed")), 1e-3)  # type: ignore[misc]
+    resumed, one = (json.loads((folder / f"{name}.json").read_text()) for name in (f"{written} in {read}", "one"))
+    for key in resumed:
+        close(resumed[key], one[key], 2e-3)

@@ -97,7 +97,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> 
     for _ in range(240):
         assert process.poll() is None, log.read_text()
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/reward_model/ready", timeout=2)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2)
             return
         except OSError:
             time.sleep(0.25)

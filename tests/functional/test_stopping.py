@@ -141,6 +141,65 @@ def test_ctrl_c_saves_as_sigterm_does_on_all_ranks(workshop: Workshop, tmp_path:
     assert len(list((tmp_path / "checkpoints").glob("*-last/state.json"))) == 1
 
 
+def loop(shop: Workshop, many: Path, folder: Path, **more: str) -> subprocess.Popen[str]:
+    """The online loop, whose sampler has more to do than anybody waits for."""
+    settings = {
+        "TRAINING_ITERS": "1", "PROMPTS_PATH": str(many), "ROLLOUT_BATCH_SIZE": "4000", "RESULT_PATH": str(folder),
+        "POLICY_MODEL_PATH": str(shop.path("sft_model.nemo")), "OMP_NUM_THREADS": "1",
+        "REWARD_MODEL_PATH": str(shop.path("reward_model.nemo")), "SAMPLER_ARGS": "checkpoint_interval=1", **more,
+    }  # fmt: skip
+    return subprocess.Popen(
+        ("bash", "scripts/online_rs.sh"), cwd=ROOT, env={**ENV, **settings}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def stage_of(process: subprocess.Popen[str], sign: Path) -> int:
+    """The process of the loop's stage, once the file `sign` shows that it is at work."""
+    while not (sign.exists() and sign.stat().st_size):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there, and no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_loop_passes_a_signal_on_takes_its_stage_along_when_killed_and_is_alone(
+    workshop: Workshop, many: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "generated_samples.jsonl_temp" / "rank_0.json"
+    first = loop(workshop, many, tmp_path)
+    stage = stage_of(first, journal)
+    second = loop(workshop, many, tmp_path)
+    said = second.communicate(timeout=20)[1]
+    assert second.returncode == 1
+    assert said.startswith(f"error: another run writes here: process {first.pid} on ")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    time.sleep(0.5)
+    assert not lives(stage)
+
+    drawn = journal.stat().st_size
+    third = loop(workshop, many, tmp_path)
+    while journal.stat().st_size == drawn:
+        assert third.poll() is None
+        time.sleep(0.02)
+    stage = stage_of(third, journal)
+    third.send_signal(signal.SIGTERM)
+    said = third.communicate(timeout=60)[1]
+    assert third.returncode == 75, said
+    assert "stopped early: SIGTERM; progress is in " in said
+    assert not lives(stage), "it has waited for its stage"
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 def another(shop: Workshop, name: str) -> Path:
     """An archive of the same kind as the stage's own, with other bytes."""
     kind = "reward_model" if name == "labeler" else "sft_model"

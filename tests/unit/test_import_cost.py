@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner.owner import lock_of, sole_owner
 from tests.tiny import ARCHIVED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +156,27 @@ def test_a_fault_of_data_or_archive_is_one_line_before_torch_is_imported(
     assert not found & HEAVY
 
 
+LOG_DIR = "exp_manager.explicit_log_dir={folder}/log"
+WRITES = {
+    **dict.fromkeys((SFT, RM, ACTOR), ("log/run", LOG_DIR)),
+    **dict.fromkeys((SAMPLER, LABELER, EVALUATION), ("out", "output_file={folder}/out")),
+    GENERATION: ("out", "output_file={folder}/out"),
+}
+
+
+@pytest.mark.parametrize("script", [*WRITES, "scripts/import_hf.py", "scripts/export_hf.py"])
+def test_a_second_start_is_refused_before_torch_is_imported(script: str, paths: dict[str, str]) -> None:
+    conversion = ("out", "--output={folder}/out", "--input={policy}")
+    output, *own = WRITES.get(script, conversion)
+    arguments = [argument.format(**paths) for argument in (*RIGHT.get(script, ()), *own)]
+    with sole_owner(lock_of(Path(paths["folder"]) / output)):
+        found, done = imported(running(script), *arguments)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith(f"error: another run writes here: process {os.getpid()} on {socket.gethostname()}, started ")
+    assert not found & HEAVY
+
+
 def test_a_run_with_a_tokenizer_and_loggers_of_our_own_imports_nothing_slow(tmp_path: Path) -> None:
     program = """
 from pathlib import Path
@@ -162,6 +186,7 @@ from nemo_aligner.stages.run_logger import run_logger
 from nemo_aligner.stages.supervised import loop
 from nemo_aligner.stages.reinforce import loop
 from tests.fakes import OneProcess
+from nemo_aligner.owner import lock_of, sole_owner
 from tests.tiny import ARCHIVED
 folder = Path(sys.argv[1])
 (folder / "tokenizer.json").write_bytes(byte_tokenizer())

@@ -1,6 +1,10 @@
-"""What a checkpoint needs of Megatron's distributed optimizer and does not get as it is.
+"""Adam's state in a checkpoint: the same tensors whether it is cut over data-parallel ranks or not.
 
-Each data-parallel rank holds a part of every *bucket*, a stretch of one flat buffer of all parameters:
+A run may go on with the other kind of optimizer, on more ranks or fewer. Both kinds save `exp_avg`, `exp_avg_sq` and,
+of bf16 weights, `fp32_param` of each parameter; what else they note differs, and is known without a checkpoint.
+
+What Megatron's distributed optimizer needs besides: each data-parallel rank holds a part of every *bucket*, a stretch
+of one flat buffer of all parameters:
 
     buffer   | bucket 0: a b c, padding | bucket 1: d e, padding | ...      places in it: `param_index_map`
     saved    | a b c d e ...                                                without padding, cut by the same places
@@ -13,29 +17,73 @@ Each data-parallel rank holds a part of every *bucket*, a stretch of one flat bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedStateDict
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 Method = Callable[..., Any]
 
-
-def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether its state is cut over data-parallel ranks."""
-    return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+def sharded_state(optimizer: MegatronOptimizer, weights: ShardedStateDict, *, loading: bool) -> dict[str, Any]:
+    """What is saved of `optimizer`, or asked for; `weights` is the sharded state of its model."""
+    state: dict[str, Any] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_RESHARDABLE)
+    for part in _parts(optimizer, state):
+        for tensors in part.get("param_state", {}).values():
+            master = tensors.pop("param")
+            if optimizer.config.params_dtype != torch.float32:  # else they are the weights, which are saved anyway
+                name = master.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
+                tensors["fp32_param"] = dataclasses.replace(master, key=name)
+    return state
+
+
+def restore(optimizer: MegatronOptimizer, asked: dict[str, Any], loaded: dict[str, Any], steps: int) -> None:
+    """Put what was `loaded` for `asked`, a `sharded_state`, into `optimizer`, which has made so many `steps`.
+
+    The model's weights are loaded before.
+    """
+    state = _with_tensors(asked, loaded)
+    for part in _parts(optimizer, state):
+        if "param_state" in part:
+            for group in part["optimizer"]["param_groups"]:
+                group["step"] = float(steps)
+        else:
+            part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(steps))
+    optimizer.load_state_dict(state)
+
+
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The state of each optimizer that `optimizer` is made of."""
+    several = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
+    yield from state.values() if several else [state]
+
+
+def _with_tensors(asked: Any, loaded: Any) -> Any:
+    """`asked` with the loaded tensors in place of their descriptions."""
+    if isinstance(asked, ShardedBase):
+        return loaded
+    if isinstance(asked, LocalNonpersistentObject):
+        return asked.unwrap()
+    if isinstance(asked, dict):
+        there = loaded if isinstance(loaded, dict) else {}
+        return {name: _with_tensors(value, there.get(name)) for name, value in asked.items()}
+    if isinstance(asked, list):
+        others = loaded if isinstance(loaded, list) else []
+        return [_with_tensors(value, other) for value, other in itertools.zip_longest(asked, others[: len(asked)])]
+    return asked
 
 
 def make_checkpointable(optimizer: MegatronOptimizer) -> None:
     """Let the distributed parts of `optimizer` save and load what they hold; others do so by themselves."""
-    for part in _parts(optimizer):
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = _with_padding(part, part.get_parameter_state_dp_zero)
             part._set_main_param_and_optimizer_states = _keeping_steps(part, part._set_main_param_and_optimizer_states)

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import nn
 
 from nemo_aligner.errors import CheckpointError, OutputError
 
@@ -54,6 +55,12 @@ def check_metadata(folder: Path) -> None:
 def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
     """Leave out Transformer Engine's `_extra_state` placeholders: they hold nothing here, and peers differ in them."""
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def without_frozen(state: ShardedStateDict, model: nn.Module, prefix: str) -> ShardedStateDict:
+    """Leave out the weights of `model` that are not trained: with adapters, all that belong to the base."""
+    frozen = {f"{prefix}{name}" for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def save_sharded(state: ShardedStateDict, folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Training checkpoints: a folder that appears whole or not at all.
 
-<folder>/shards/        model and optimizer, torch_dist; any TP, PP, DP reads them
+<folder>/shards/        what is trained of the model, and optimizer, torch_dist; any TP, PP, DP reads them
 <folder>/rng_<rank>.pt  random number generators of each rank
 <folder>/state.json     step, consumed samples and whatever the caller adds; sizes of the other files
+<folder>/SHA256SUMS     sums of all of them
 
 While it is written the folder is called <folder>.partial, which no reader looks at.
 """
@@ -27,8 +28,10 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from nemo_aligner.engine.checkpoints.optimizer_state import is_distributed
-from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state
+from nemo_aligner.checksums import write_sums
+from nemo_aligner.engine.checkpoints.checkpoint_folder import FORMAT, PARTIAL, STATE, check_sizes, read_state
+from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
+from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state, without_frozen
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import CheckpointError, OutputError
@@ -36,19 +39,14 @@ from nemo_aligner.files import fsync, fsync_tree
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-STATE = "state.json"
-PARTIAL = ".partial"
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 
 def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
     weights = without_extra_state(model.sharded_state_dict(prefix="model."))
+    saved = without_frozen(weights, model, "model.")
     if optimizer is None:
-        return weights
+        return saved
     with cuda_type_names():
-        optimizer_state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_RESHARDABLE)
-    return {**weights, "optimizer": optimizer_state}
+        return {**saved, "optimizer": sharded_state(optimizer, weights, loading=loading)}
 
 
 def save(
@@ -72,10 +70,9 @@ def save(
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
             (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
-        cut = {} if optimizer is None else {"optimizer_is_distributed": is_distributed(optimizer)}
         with _on_every_rank(folder, cluster):
             if cluster.is_main:
-                _publish(partial, folder, {**state, **cut})
+                _publish(partial, folder, state)
     except OutputError:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -98,6 +95,7 @@ def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
     """Complete `partial` with its state file, make it durable, and give it its name."""
     files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
     (partial / STATE).write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
+    write_sums(partial)
     fsync_tree(partial)
     replaced = folder.with_name(f"{folder.name}.replaced{PARTIAL}")
     if folder.exists():
@@ -110,19 +108,14 @@ def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
 def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, cluster: Cluster) -> dict[str, Any]:
     """Read a checkpoint into model and optimizer; returns the caller's state. Collective."""
     state = read_state(folder)
-    _check_files(folder, state.pop("files", {}))
-    cut = state.pop("optimizer_is_distributed", None)
-    if optimizer is not None and cut not in (None, is_distributed(optimizer)):
-        raise CheckpointError(
-            f"{folder}: the optimizer's state was {'' if cut else 'not '}cut over data-parallel ranks, in this run it "
-            f"is {'not' if cut else 'cut'}; model.optim.name=distributed_fused_adam cuts it on GPUs and not on a CPU"
-        )
-    loaded = load_sharded(_sharded(model, optimizer, loading=True), folder / "shards")
+    check_sizes(folder, state.pop("files", {}))
+    asked = _sharded(model, optimizer, loading=True)
+    loaded = load_sharded(asked, folder / "shards")
     optimizer_state = loaded.pop("optimizer", None)
     weights = {name.removeprefix("model."): value for name, value in loaded.items() if name.startswith("model.")}
     model.load_state_dict(weights, strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(optimizer_state)
+        restore(optimizer, asked["optimizer"], optimizer_state, state["optimizer_steps"])
     own = folder / f"rng_{cluster.rank}.pt"
     if own.is_file():
         try:
@@ -132,48 +125,6 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | Non
     else:
         log.warning("%s has no random state for rank %d: the run has more ranks than before", folder, cluster.rank)
     return state
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state file of a checkpoint. Raises CheckpointError when there is none or it is not ours."""
-    try:
-        state = json.loads((folder / STATE).read_text())
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: checkpoint format {state['format']} is not {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({fault})") from None
-    return state
-
-
-def _check_files(folder: Path, sizes: dict[str, int]) -> None:
-    """Raise CheckpointError where a file of the checkpoint is missing or has another size than was written."""
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            told = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{path}: not as it was saved: it {told}, {size} bytes were written")
-
-
-def latest(root: Path, *, tell: bool = True) -> Path | None:
-    """The complete checkpoint below `root` with the most steps by its state file; others are logged if `tell`."""
-    best: tuple[int, Path] | None = None
-    for path in sorted(root.glob("*/")) if root.is_dir() else []:
-        if path.name.endswith(PARTIAL):
-            if tell:
-                log.info("%s: passed over, its save was interrupted", path)
-            continue
-        try:
-            state = read_state(path)
-            _check_files(path, state.get("files", {}))
-            step = int(state["step"])
-        except (CheckpointError, KeyError, TypeError, ValueError) as fault:
-            if tell:
-                log.info("passed over: %s", fault if isinstance(fault, CheckpointError) else f"{path} has no step")
-            continue
-        if best is None or step >= best[0]:
-            best = step, path
-    return best[1] if best else None
 
 
 def _rng_state() -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Layer:
         self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
         self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
-        self.activation, self.gated = mlp.activation_func, mlp.config.gated_linear_unit
+        self.activation, self.gated = mlp.config.activation_func, mlp.config.gated_linear_unit
         self.number = layer.layer_number - 1  # from 0, over all stages
 
 
@@ -96,7 +96,8 @@ class CachedForward:
         self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
         self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
         embedding = model.embedding.word_embeddings.weight if self._first else None
-        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike)
+        adapted = {} if model.adapters is None else {"merged": model.adapters.merged}
+        self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike, **adapted)
         self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
         # what ranks say to each other is left out of graphs
         alone = self._first and self._last and self._tp == 1

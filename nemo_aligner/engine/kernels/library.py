@@ -1,7 +1,7 @@
 """The C files of csrc/, compiled for this machine on first use, and their functions on torch tensors.
 
-Compiled rather than shipped, so that it uses what the processor has. Without a C compiler the decode step runs on
-torch's own kernels, with one line in the log.
+Compiled rather than shipped, so that it uses what the processor has. Without a C compiler torch's own kernels
+do the same, with one line in the log.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class CpuKernels:
             *(pointer, number, ctypes.c_float, pointer, pointer, pointer, number),
             *(pointer, pointer, pointer, number, number),
         ]
+        self._rms_norm_backward, self._silu_mul_backward = library.rms_norm_backward, library.silu_mul_backward
+        self._rms_norm_backward.argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_float]
+        self._silu_mul_backward.argtypes, self._silu_mul_backward.restype = [pointer] * 3 + [number] * 2, None
+        self.stream_attention = library.stream_attention
+        self.stream_attention.argtypes = [pointer] * 5
         self.has_products = bool(library.has_products())
         self._pack, self._rows_of = library.pack, library.rows_of
         self._pack.argtypes = [pointer, number, number, ctypes.c_int]
@@ -81,6 +86,20 @@ class CpuKernels:
         out = inner.new_empty(len(inner), inner.size(1) // 2)
         self._silu_mul(inner.data_ptr(), out.data_ptr(), *out.shape)
         return out
+
+    def rms_norm_backward(self, x: Tensor, weight: Tensor, given: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Gradients of `x` `[N, H]` and `weight` `[H]` from that of the norm of `x`. Raises MemoryError."""
+        found, weights = torch.empty_like(x), torch.empty_like(weight)
+        addresses = (tensor.data_ptr() for tensor in (x, weight, given, found, weights))
+        if self._rms_norm_backward(*addresses, *x.shape, eps):
+            raise MemoryError("gradient of a norm")
+        return found, weights
+
+    def silu_mul_backward(self, inner: Tensor, given: Tensor) -> Tensor:
+        """The gradient of `inner` `[N, 2F]` from that of `silu_mul`, `[N, F]`."""
+        found = torch.empty_like(inner)
+        self._silu_mul_backward(inner.data_ptr(), given.data_ptr(), found.data_ptr(), *given.shape)
+        return found
 
     def attend(
         self,
@@ -184,7 +203,7 @@ def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | Non
         reason = next((line for line in fault.stderr.splitlines() if "error" in line), str(fault))
     except OSError as fault:
         reason = str(fault)
-    log.warning("generation runs on torch's kernels, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
+    log.warning("torch's kernels are used, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
     return None
 
 

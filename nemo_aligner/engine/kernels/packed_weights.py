@@ -6,7 +6,7 @@ of the product's time, so it is done once here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -107,14 +107,16 @@ class PackedWeights:
         looked_up: nn.Parameter | None = None,
         *,
         alike: bool = False,
+        merged: Callable[[nn.Parameter], Tensor | None] = lambda parameter: None,
     ) -> None:
-        self._alike = alike
-        self._layouts: list[tuple[nn.Parameter, Layout]] = []
+        """`merged` gives what stands in for a parameter that has an adapter, and None for others."""
+        self._alike, self._merged = alike, merged
+        self._layouts: list[tuple[nn.Parameter, Layout | None]] = []
         for parameter in parameters:
             layout = layout_for(parameter, kernels)
-            if layout is not None and (parameter is not looked_up or layout.can_look_up):
-                self._layouts.append((parameter, layout))
-        self._packed: dict[int, tuple[Layout, Tensor]] = {}  # by the parameter's id
+            known = layout is not None and (parameter is not looked_up or layout.can_look_up)
+            self._layouts.append((parameter, layout if known else None))
+        self._packed: dict[int, tuple[Layout | None, Tensor]] = {}  # by the parameter's id
 
     @contextmanager
     @torch.no_grad()
@@ -123,8 +125,13 @@ class PackedWeights:
         done: list[tuple[nn.Parameter, Layout, Tensor]] = []
         try:
             for parameter, layout in self._layouts:
-                done.append((parameter, layout, layout.pack(parameter)))
-                self._packed[id(parameter)] = done[-1][1:]
+                merged = self._merged(parameter)
+                if merged is not None:  # a copy: the parameter stays as it is beside it
+                    packed = merged if layout is None else layout.pack(nn.Parameter(merged, requires_grad=False))
+                    self._packed[id(parameter)] = layout, packed
+                elif layout is not None:
+                    done.append((parameter, layout, layout.pack(parameter)))
+                    self._packed[id(parameter)] = done[-1][1:]
             yield
         finally:
             self._packed.clear()
@@ -147,10 +154,9 @@ class PackedWeights:
 
     def rows(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` `[N]` int64 of `weight` `[out, in]`: `[N, in]`."""
-        found = self._packed.get(id(weight))
-        if found is None:
+        layout, packed = self._packed.get(id(weight), (None, None))
+        if layout is None or packed is None:
             return F.embedding(ids, weight)
-        layout, packed = found
         return layout.rows_of(packed, ids)
 
 

@@ -15,21 +15,37 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
+from nemo_aligner.engine.kernels.stream_attention import Spans, spans_of
+from nemo_aligner.engine.model.context import ContextPart
 
 
 class StreamParams(PackedSeqParams):
     """What the model is told of a stream: Megatron hands it to every attention, through recomputation too.
 
-    `wanted` `[N']` int64: the places whose logits are asked for; None = all. `longest`: tokens of the longest row.
+    `wanted` `[N']` int64: those of this rank's places whose logits are asked for; None = all. `longest`: tokens of the
+    longest row. `part`: which places are this rank's; None = all.
     """
 
     layout: Layout
     wanted: Tensor | None
+    spans: Spans
+    part: ContextPart | None
 
-    def __init__(self, layout: Layout, wanted: Tensor | None, longest: int) -> None:
+    def __init__(self, layout: Layout, wanted: Tensor | None, longest: int, part: ContextPart | None = None) -> None:
         # Megatron makes its rotary table as long as the longest
         super().__init__(max_seqlen_q=longest, max_seqlen_kv=longest)
-        self.layout, self.wanted = layout, wanted
+        self.layout, self.wanted, self.part = layout, wanted, part
+        self.spans = spans_of(layout.groups)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of this rank's places."""
+        return self.layout.tokens if self.part is None else self.layout.tokens[self.part.own]
+
+    @property
+    def positions(self) -> Tensor:
+        """Of this rank's places, in their rows."""
+        return self.layout.positions if self.part is None else self.layout.positions[self.part.own]
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -68,7 +84,8 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         """query `[S, B, n, D]`, key and value `[S, B, G, D]` (G divides n) → context `[S, B, n·D]`.
 
-        Without a layout every row is causal by itself, right-padded; with one B is 1 and S the places of the stream.
+        Without a layout every row is causal by itself, right-padded; with one B is 1 and S this rank's places of the
+        stream.
         """
         options: dict[str, Any] = {
             "window": self.window,
@@ -77,8 +94,10 @@ class SdpaCoreAttention(MegatronModule):
         }
         if packed_seq_params is None:
             return causal_attention(query, key, value, **options)
-        groups = packed_seq_params.layout.groups
-        return stream_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), groups, **options).unsqueeze(1)
+        stream = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        if packed_seq_params.part is not None:
+            return part_attention(*stream, packed_seq_params.part, **options).unsqueeze(1)
+        return stream_attention(*stream, packed_seq_params.layout.groups, **options).unsqueeze(1)
 
 
 def stream_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Suffixes], **options: Any) -> Tensor:
@@ -103,6 +122,21 @@ def stream_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequence
             parts.append(context.transpose(0, 1).flatten(0, 1).index_select(0, group.real))
     found = torch.cat(parts)
     return F.pad(found, (0, 0, 0, len(query) - len(found))).to(dtype)
+
+
+def part_attention(query: Tensor, key: Tensor, value: Tensor, part: ContextPart, **options: Any) -> Tensor:
+    """`stream_attention` of this rank's places: query `[N/c, n, D]`, key and value `[N/c, G, D]` → `[N/c, n·D]`."""
+    # gathered as one: the gradients of two could meet in another order on another rank
+    keys_values = part.all_places(torch.cat([key, value], dim=1)).chunk(2, dim=1)
+    found = [
+        causal_attention(
+            query[piece.queries].unsqueeze(1),
+            *(torch.cat([t[piece.prefix], t[piece.seen]]).unsqueeze(1) for t in keys_values),
+            **options,
+        )
+        for piece in part.pieces
+    ]
+    return torch.cat(found).squeeze(1)
 
 
 def _computed(tensor: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
+from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
 
 
@@ -38,6 +40,8 @@ class RunOptions:
     activations_checkpoint_num_layers: int | None = None
     hidden_dropout: float | None = None  # None: as the archive says
     attention_dropout: float | None = None
+    lora: LoraTuning | None = None  # None: no adapters
+    lora_seed: int = 1234  # of their A
 
     @classmethod
     def for_inference(cls, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> RunOptions:
@@ -75,6 +79,11 @@ def _activation(arch: Architecture) -> dict[str, Any]:
     return known[arch.activation]
 
 
+def _has_silu_gate(arch: Architecture) -> bool:
+    activation = _activation(arch)
+    return activation["activation_func"] is F.silu and activation.get("gated_linear_unit", False)
+
+
 def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
@@ -105,8 +114,6 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
 
 def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig:
     """Megatron's config of this shape run this way."""
-    if run.context > 1:
-        raise ConfigError("context parallelism is not supported; use 1", "model.context_parallel_size")
     if arch.num_attention_heads % run.tp or arch.num_layers % run.pp:
         raise ConfigError(
             f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
@@ -135,6 +142,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         pipeline_dtype=run.dtype,
         tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
+        context_parallel_size=run.context,
         sequence_parallel=run.sequence_parallel and run.tp > 1,
         use_cpu_initialization=on_cpu,
         variable_seq_lengths=True,  # micro-batches are padded to their own longest row only
@@ -146,6 +154,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        use_te_activation_func=_has_silu_gate(arch),  # that is, the one that the layer spec names
         **_activation(arch),
         **_recomputation(run),
     )
@@ -155,14 +164,14 @@ class _Norm:
     """RMSNorm or LayerNorm of torch; its gradient is summed over TP ranks when sequence parallelism cuts its input."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:  # type: ignore[misc]
-        kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+        kind = FusedRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 
-class _SelfAttention(SelfAttention):
+class _SelfAttention(StreamSelfAttention):
     """Megatron has one setting for biases of attention and feed-forward; here the attention's output has its own."""
 
     def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
@@ -178,10 +187,12 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     spec.submodules.pre_mlp_layernorm = _Norm
     own_bias = {} if arch.has_proj_bias == arch.has_mlp_bias else {"output_bias": arch.has_proj_bias}
     spec.submodules.self_attention = ModuleSpec(
-        module=_SelfAttention if own_bias else SelfAttention,
+        module=_SelfAttention if own_bias else StreamSelfAttention,
         params={**spec.submodules.self_attention.params, **own_bias},
         submodules=spec.submodules.self_attention.submodules,
     )
+    if config.use_te_activation_func:
+        spec.submodules.mlp.submodules.activation_func = silu_gate
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
@@ -193,10 +204,19 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
 class StreamGPTModel(GPTModel):
     """A GPTModel that takes a stream of rows (`StreamParams`), with rotary positions counted within the rows."""
 
+    adapters: Adapters | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapters = None
+
     def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         if rotary is not None and packed_seq_params is not None:
-            rotary = rotary[packed_seq_params.layout.positions]
+            rotary = rotary[packed_seq_params.positions]
+        if self.adapters is not None and embedded is not None and self.config.recompute_granularity == "full":
+            # a recomputed layer has a gradient only where its input has one, and a frozen embedding has none
+            embedded.requires_grad_(torch.is_grad_enabled())
         return embedded, rotary, *more
 
 
@@ -269,6 +289,8 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
     )
+    if run.context > 1 and arch.position_embedding_type == "rope":
+        model.rotary_pos_emb.cp_group = None  # a table of all positions: the model takes those of its places
     if scaling is not None and scaling.rope_type == "llama3":
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(
@@ -281,6 +303,8 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     if arch.rope_freq_factors is not None:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
+    if run.lora is not None:
+        model.adapters = Adapters(model, arch, run.lora, run.lora_seed)
     model.to(run.dtype)
     if torch.cuda.is_available():
         model.cuda()

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
@@ -22,6 +21,8 @@ from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
+from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
+from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
 
@@ -45,14 +46,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, wanted: Tensor, vocab_size: 
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
     get no probability mass. targets: `[N]` int64, the tokens after them. wanted: `[B, S]` bool.
     """
-    shard = logits.size(-1)
-    first = parallel_state.get_tensor_model_parallel_rank() * shard
-    if first + shard > vocab_size:
-        padding = torch.arange(first, first + shard, device=logits.device) >= vocab_size
-        logits = logits.masked_fill(padding, -torch.inf)
-    # Megatron's cross entropy works in place on its input, hence the copy
-    copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    found = -vocab_parallel_cross_entropy(copy, targets.unsqueeze(0))
+    found = TokenLogprobs.apply(logits[0], targets, vocab_size)
     return torch.zeros(wanted.shape, device=wanted.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
@@ -62,62 +56,81 @@ class _Stream:
 
     rows: Microbatch
     params: StreamParams
-    wanted: Tensor  # as `wanted_positions`
-    places: Tensor  # `[N]`: those of the wanted positions; the last of a prefix is there for each of its rows
+    places: Tensor  # as `Layout.places`, counted among this rank's; −1 for another's
+    wanted: Tensor  # as `wanted_positions`, of this rank's places
+    wanted_places: Tensor  # `[N]`: those of the wanted positions; the last of a prefix is there for each of its rows
     targets: Tensor  # `[N]`: the tokens after them
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
-        """The model's output by rows, from its `raw` one by places."""
+        """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
         if isinstance(unwrap_model(model), RewardGPTModel):
             rows = torch.arange(len(self.rows.lengths), device=raw.device)
-            return raw[0].index_select(0, self.params.layout.places[rows, self.rows.lengths - 1])
-        # sequence parallelism cuts the stream until after the output layer, which then is of every place
-        logits = raw[:, self.places] if self.params.wanted is None else raw
-        return token_logprobs(logits, self.targets, self.wanted, vocab_size)
+            ends = self.places[rows, self.rows.lengths - 1]
+            found = raw[0].index_select(0, ends.clamp(min=0)).masked_fill(ends[:, None] < 0, 0)
+        else:
+            # sequence parallelism cuts the stream until after the output layer, which then is of every place
+            logits = raw[:, self.wanted_places] if self.params.wanted is None else raw
+            found = token_logprobs(logits, self.targets, self.wanted, vocab_size)
+        return found if self.params.part is None else self.params.part.sum(found)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training of `model` drops anything out."""
+    config, adapters = get_model_config(model), unwrap_model(model).adapters
+    return config.hidden_dropout > 0 or config.attention_dropout > 0 or (adapters is not None and adapters.dropout > 0)
 
 
 def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     """All that is to be found out of a micro-batch is found out here, before the device has to be waited for."""
     device, config = next(model.parameters()).device, get_model_config(model)
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     # dropout is drawn for every row anew, and what is shared would have one draw for all
-    alone = model.training and (config.hidden_dropout > 0 or config.attention_dropout > 0)
+    alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
     layout = lay_out(tokens, minimum=sys.maxsize if alone else MIN_SHARED, multiple=multiple)
-    wanted = wanted_positions(microbatch)
-    places = layout.places[wanted[:, : layout.places.size(1)]].to(device)
+    part, wanted = context_part(layout), wanted_positions(microbatch)
+    places = layout.places if part is None else part.local[layout.places]
+    wanted[:, : places.size(1)] &= places >= 0
+    wanted_places = places[wanted[:, : places.size(1)]].to(device)
     targets = microbatch.tokens.roll(-1, dims=1)[wanted].to(device)
     longest = int(layout.positions.max()) + 1
-    params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest)
+    asked = None if config.sequence_parallel else wanted_places
+    params = StreamParams(layout.to(device), asked, longest, None if part is None else part.to(device))
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    return _Stream(rows, params, wanted.to(device), places, targets)
+    return _Stream(rows, params, places.to(device), wanted.to(device), wanted_places, targets)
 
 
 def _run(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
-    on_raw: Callable[[Tensor, _Stream], Callable[..., Any]],
+    on_raw: Callable[[Tensor, _Stream, bool], Callable[..., Any]],
     *,
     forward_only: bool,
     collect: bool,
 ) -> list[Any]:
     """Megatron's schedule over the micro-batches; what the loss function returned, on the last stage.
 
-    `on_raw(raw model output, micro-batch)` gives Megatron's loss function.
+    `on_raw(raw model output, micro-batch, whether it is this rank's)` gives Megatron's loss function. With context
+    parallelism the ranks of a group compute the micro-batches of all of them, together; each answers for its own.
     """
-    streams = [_stream(microbatch, model) for microbatch in microbatches]
+    everyones, own = of_all_ranks(list(microbatches))
+    if not everyones:
+        return []
+    streams = [_stream(microbatch, model) for microbatch in everyones]
+    is_own = [False] * len(streams)
+    is_own[own] = [True] * len(microbatches)
 
-    def forward_step(data: Iterator[_Stream], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        stream = next(data)
-        layout = stream.params.layout
+    def forward_step(data: Iterator[tuple[_Stream, bool]], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        stream, mine = next(data)
+        params = stream.params
         # no mask: attention takes the layout
-        raw = stage(layout.tokens[None], layout.positions[None], None, packed_seq_params=stream.params)
-        return raw, on_raw(raw, stream)
+        raw = stage(params.tokens[None], params.positions[None], None, packed_seq_params=params)
+        return raw, on_raw(raw, stream, mine)
 
-    return get_forward_backward_func()(
+    results = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(streams),
+        data_iterator=zip(streams, is_own, strict=True),
         model=[model],
         num_microbatches=len(streams),
         seq_length=max(len(stream.params.layout.tokens) for stream in streams),
@@ -125,6 +138,7 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
+    return results[own]
 
 
 def from_last_stage(value: T) -> T:
@@ -146,11 +160,12 @@ def run_objective(
     Returns per micro-batch {"loss": Σ, "count": n, metric: Σ, ...}, the same on every rank of the replica.
     """
 
-    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
+    def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
         def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
-            return terms.loss_sum, terms.count.int(), {name: value.detach() for name, value in sums.items()}
+            counted = terms.count.int() * mine  # Megatron adds it up over the group, whose ranks have the same
+            return terms.loss_sum, counted, {name: value.detach() for name, value in sums.items()}
 
         return loss_function
 
@@ -168,7 +183,7 @@ def _fetched(sums: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
 def forward_outputs(model: nn.Module, microbatches: Sequence[Microbatch], vocab_size: int) -> list[Tensor]:
     """Logprobs `[B, S]` or rewards `[B, K]` of each micro-batch, float32, on every stage; no gradient."""
 
-    def on_raw(raw: Tensor, stream: _Stream) -> Callable[..., Any]:
+    def on_raw(raw: Tensor, stream: _Stream, mine: bool) -> Callable[..., Any]:
         return lambda _, non_loss_data: stream.output(model, raw, vocab_size).cpu()
 
     return from_last_stage(_run(model, microbatches, on_raw, forward_only=True, collect=True))

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class MegatronCluster:
-    """Implements interfaces.Cluster over Megatron's process groups; `tp` and `pp` are the model-parallel sizes."""
+    """Implements interfaces.Cluster over Megatron's process groups; `tp`, `pp`, `cp`: how many ranks share a model."""
 
     def __init__(self, device: torch.device) -> None:
         from megatron.core import parallel_state as state
@@ -29,7 +29,10 @@ class MegatronCluster:
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tp, self.pp = state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
-        self.dp_rank, self.dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+        self.cp = state.get_context_parallel_world_size()
+        # context-parallel ranks have the same weights: each has work of its own, which the engine does with the others'
+        self.dp_rank = state.get_data_parallel_rank(with_context_parallel=True)
+        self.dp_size = state.get_data_parallel_world_size(with_context_parallel=True)
         self._speaks = state.get_tensor_model_parallel_rank() == 0 and state.is_pipeline_last_stage()
         self._replica = state.get_model_parallel_group()
         # objects travel as bytes: over gloo also where tensors travel over NCCL

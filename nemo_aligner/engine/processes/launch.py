@@ -41,11 +41,10 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
     processes that exist is not the number asked for.
     """
     wanted = trainer.devices * trainer.num_nodes
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _has_rank():
         _check_world(int(os.environ["WORLD_SIZE"]), trainer, "torchrun")
         return
-    # a batch script has SLURM_NTASKS and SLURM_PROCID too; only a task that srun started is one of several
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ and wanted > 1:
+    if _is_slurm_task(trainer):
         _from_slurm(trainer)
         return
     if trainer.num_nodes > 1:
@@ -56,6 +55,24 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
     _be_rank(0, wanted, 0, "127.0.0.1", _free_port())
     if wanted > 1:
         _start_siblings(wanted)
+
+
+def is_rank_zero(trainer: TrainerConfig) -> bool:
+    """Whether this process is, or is going to be, the first of its run; to be asked before the others are started."""
+    if _has_rank():
+        return os.environ["RANK"] == "0"
+    return not _is_slurm_task(trainer) or os.environ["SLURM_PROCID"] == "0"
+
+
+def _has_rank() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _is_slurm_task(trainer: TrainerConfig) -> bool:
+    """Whether srun started this process as one of several of a run."""
+    # a batch script has SLURM_NTASKS and SLURM_PROCID too; only a task that srun started is one of several
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
+    return several and trainer.devices * trainer.num_nodes > 1
 
 
 def _check_world(world: int, trainer: TrainerConfig, launcher: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -34,7 +35,7 @@ def build_optimizer(
     Adam is AdamW (arXiv 1711.05101): decay is decoupled, and not applied to biases and norms. bf16 weights get fp32
     master weights. Raises ConfigError for an unknown name, and for overlap_param_sync without sharded state.
     """
-    sharded = is_sharded(optim)
+    sharded = is_sharded(optim, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
     ddp = data_parallel_settings(optim, sharded)
     wrapped = DistributedDataParallel(config=get_model_config(model), ddp_config=ddp, module=model)
     settings = OptimizerConfig(
@@ -68,17 +69,16 @@ def build_optimizer(
     return wrapped, optimizer
 
 
-def is_sharded(optim: OptimConfig) -> bool:
-    """Whether Adam's state is cut over data-parallel ranks. Raises ConfigError for an unknown name."""
+def is_sharded(optim: OptimConfig, ranks: int) -> bool:
+    """Whether Adam's state is cut over the data-parallel `ranks`. Raises ConfigError for an unknown name.
+
+    On a CPU alone nothing can be cut, and weights that are not part of one buffer are generated with at less memory.
+    """
     if optim.name not in _NAMES:
         raise ConfigError(f"{optim.name!r} is not one of {', '.join(_NAMES)}", "model.optim.name")
-    if optim.name == "distributed_fused_adam" and not torch.cuda.is_available():
-        log.info(
-            "model.optim.name=%s: on a CPU its state is not sharded over ranks; mcore_distributed_optim does so there",
-            optim.name,
-        )
-        return False
-    return optim.name in ("distributed_fused_adam", "mcore_distributed_optim")
+    if optim.name == "distributed_fused_adam":
+        return ranks > 1 or torch.cuda.is_available()
+    return optim.name == "mcore_distributed_optim"
 
 
 def data_parallel_settings(optim: OptimConfig, sharded: bool) -> DistributedDataParallelConfig:
@@ -93,10 +93,10 @@ def data_parallel_settings(optim: OptimConfig, sharded: bool) -> DistributedData
     if optim.overlap_param_sync and not sharded:
         if optim.name != "distributed_fused_adam":
             raise ConfigError(
-                f"with name={optim.name} every rank updates all weights; take mcore_distributed_optim, or leave it out",
+                f"with name={optim.name} every rank updates all weights; take distributed_fused_adam, or leave it out",
                 "model.optim.overlap_param_sync",
             )
-        log.info("model.optim.overlap_param_sync: every rank updates all weights, there is nothing to fetch")
+        log.info("model.optim.overlap_param_sync: one rank updates all weights, there is nothing to fetch")
     return DistributedDataParallelConfig(
         use_distributed_optimizer=sharded,
         grad_reduce_in_fp32=True,

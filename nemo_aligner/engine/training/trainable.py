@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_model_config
 
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine.checkpoints import nemo_archive, training_state
 from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics
 from nemo_aligner.engine.loading import LoadedModel
-from nemo_aligner.engine.model.forward import run_objective
+from nemo_aligner.engine.model.forward import has_dropout, run_objective
 from nemo_aligner.engine.processes.cluster import MegatronCluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.engine.training.optimizer import build_optimizer
@@ -37,6 +37,7 @@ class MegatronTrainable:
         self._module, self.arch, self.tokenizer = loaded.module, loaded.arch, loaded.tokenizer
         self.max_sequence_length, self.vocab_size = loaded.arch.encoder_seq_length, loaded.arch.vocab_size
         self._dtype, self._source = loaded.run.dtype, loaded.source
+        self._lora, self._merges_adapter = loaded.run.lora, loaded.merges_adapter
         self._wrapped: DistributedDataParallel | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._schedule: Callable[[int], float]
@@ -62,8 +63,7 @@ class MegatronTrainable:
     def add_optimizer(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
         """Make it trainable for `max_steps` optimizer steps."""
         self._schedule = make_schedule(optim.lr, optim.sched, max_steps)
-        config = get_model_config(self.module)
-        if self.cluster.is_main and (config.hidden_dropout > 0 or config.attention_dropout > 0):
+        if self.cluster.is_main and has_dropout(self.module):
             log.info("with dropout every row is computed by itself: what rows begin with alike is computed for each")
         self._wrapped, self._optimizer = build_optimizer(self.module, optim, self._dtype, clip_grad=clip_grad)
         self.module.train()
@@ -131,10 +131,15 @@ class MegatronTrainable:
         return state
 
     def save_nemo(self, path: Path, config_updates: dict[str, Any] | None = None) -> None:
-        """Write the .nemo archive; appears whole or not at all."""
+        """Write the .nemo archive, of an adapter that alone unless it is to be merged; appears whole or not at all."""
         stored = {torch.float32: "32", torch.bfloat16: "bf16"}[self._dtype]
         arch = dataclasses.replace(self.arch, precision=stored, **(config_updates or {}))
-        nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
+        adapters = self.module.adapters
+        if adapters is not None and self._lora is not None and not self._merges_adapter:
+            digest = self.archive_hash() if self.cluster.is_main else ""  # rank 0 writes it
+            arch.peft = nemo_archive.adapter_entry(self._lora, self._source, digest)
+        with nullcontext() if adapters is None or arch.peft is not None else adapters.merged_in():
+            nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
 
     def archive_hash(self) -> str:
         return nemo_archive.archive_hash(self._source)

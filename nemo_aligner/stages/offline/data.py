@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.jsonl import load_rows
-from nemo_aligner.data.provenance import file_hash
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.errors import ConfigError, OutputError
 
@@ -70,7 +70,7 @@ def check_output(cfg: OfflineConfig) -> None:
 def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:
     """What decides which rows a run reads and what the model sees of them."""
     return {
-        "data": [[name, file_hash(name)] for name in data.file_names],
+        "data": [[name, file_sum(name)] for name in data.file_names],
         "data.concat_sampling_probabilities": list(data.concat_sampling_probabilities),
         "data.num_samples": data.num_samples,
         "data.max_seq_length": data.max_seq_length,

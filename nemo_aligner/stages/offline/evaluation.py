@@ -31,9 +31,12 @@ from nemo_aligner.stages.offline.data import (
     tell_empty,
 )
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
+from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nemo_aligner.engine.processes.cluster import MegatronCluster
 
 log = logging.getLogger(__name__)
 
@@ -70,44 +73,49 @@ def run(cfg: EvaluationConfig) -> None:
     check_archive(cfg)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
+    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
+        evaluate(cfg, rows, cluster)
+
+
+def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster) -> None:
+    """One model after another on the same prompts, then the reports."""
     from nemo_aligner.algorithms.reinforce import sequence_kl
     from nemo_aligner.engine.policy import load_policy
     from nemo_aligner.engine.reward_model import load_reward_model
 
     precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
-    with start_cluster(cfg) as cluster:
-        found: list[tuple[list[Drawn], list[Tensor]]] = []
-        for path in cfg.policy_files:
-            policy = load_policy(path, cluster, precision=precision, key="policy_files")
-            drawn = draw(cfg, rows, policy, cluster, Path(path).name)
-            own = [] if cfg.initial_policy_file is None else policy.logprobs(tokens_of(drawn), batch, starts_of(drawn))
-            found.append((drawn, own))
-            del policy  # one model at a time
-        kls: list[list[float] | None] = [None] * len(found)
-        if cfg.initial_policy_file is not None:
-            initial = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
-            for i, (drawn, own) in enumerate(found):
-                starts = starts_of(drawn)
-                first = initial.logprobs(tokens_of(drawn), batch, starts)
-                kls[i] = [
-                    sequence_kl(a[start:], b[start:], "k1", "sum")
-                    for start, a, b in zip(starts, own, first, strict=True)
-                ]
-            del initial
-        judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
-        reports = [
-            report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
-            for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
-        ]
-        figures = [told for told, _ in reports]
-        for told, rewards in reports[1:]:
-            told.update(gain(rewards, reports[0][1]))
-            log.info(
-                "%s: reward %+.4g ± %.2g over %s on the same prompts, better on %.0f %% of them",
-                told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0], 100 * told["better_on"],
-            )  # fmt: skip
-        if cluster.is_main:
-            write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+
+    found: list[tuple[list[Drawn], list[Tensor]]] = []
+    for path in cfg.policy_files:
+        policy = load_policy(path, cluster, precision=precision, key="policy_files")
+        drawn = draw(cfg, rows, policy, cluster, Path(path).name)
+        own = [] if cfg.initial_policy_file is None else policy.logprobs(tokens_of(drawn), batch, starts_of(drawn))
+        found.append((drawn, own))
+        del policy  # one model at a time
+    kls: list[list[float] | None] = [None] * len(found)
+    if cfg.initial_policy_file is not None:
+        initial = load_policy(cfg.initial_policy_file, cluster, precision=precision, key="initial_policy_file")
+        for i, (drawn, own) in enumerate(found):
+            starts = starts_of(drawn)
+            first = initial.logprobs(tokens_of(drawn), batch, starts)
+            kls[i] = [
+                sequence_kl(a[start:], b[start:], "k1", "sum") for start, a, b in zip(starts, own, first, strict=True)
+            ]
+        del initial
+    judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
+    reports = [
+        report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+        for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
+    ]
+    figures = [told for told, _ in reports]
+    for told, rewards in reports[1:]:
+        told.update(gain(rewards, reports[0][1]))
+        log.info(
+            "%s: reward %+.4g ± %.2g over %s on the same prompts, better on %.0f %% of them",
+            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0], 100 * told["better_on"],
+        )  # fmt: skip
+    if cluster.is_main:
+        write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:

@@ -37,6 +37,7 @@ from nemo_aligner.stages.offline.data import (
 )
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.algorithms.sampling import SamplingParams
@@ -56,9 +57,9 @@ def run(cfg: SamplerConfig) -> None:
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    from nemo_aligner.engine.policy import load_policy
+    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
+        from nemo_aligner.engine.policy import load_policy
 
-    with start_cluster(cfg) as cluster:
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
         sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
 

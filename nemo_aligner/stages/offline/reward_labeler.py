@@ -34,6 +34,7 @@ from nemo_aligner.stages.offline.data import (
 )
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_owner import owning
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def run(cfg: LabelerConfig) -> None:
     check_is_reward_model(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
-    from nemo_aligner.engine.reward_model import load_reward_model
+    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
+        from nemo_aligner.engine.reward_model import load_reward_model
 
-    with start_cluster(cfg) as cluster:
         refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg), cluster)
         label(cfg, rows, load_reward_model(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
 

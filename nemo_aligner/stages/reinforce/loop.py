@@ -22,7 +22,8 @@ from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
 from nemo_aligner.errors import ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.stages.batches import BatchPlan, microbatches
-from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.checkpoint_names import log_dir
+from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.reinforce.advantages import (
     Scored,
     check_finite,
@@ -35,6 +36,7 @@ from nemo_aligner.stages.reinforce.drawing import sampling_params, tell_what_cha
 from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import (
+    adapter_settings,
     archive_of,
     check_same_run,
     optimizer_settings,
@@ -62,6 +64,7 @@ def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
         **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
         **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
         **optimizer_settings(model.optim, loop.gradient_clip_val),
+        **adapter_settings(model.peft),
         "model.seed": model.seed,
         "model.data.shuffle": model.data.shuffle,
         "model.ppo.num_rollout_samples": ppo.num_rollout_samples,

@@ -96,7 +96,7 @@ class RolloutWorker:
         return sorted(everyone, key=lambda rollout: (rollout.group, rollout.sample_index))
 
     def _divergences(self, drawn: Sequence[Rollout]) -> list[float | None]:
-        if self._kl is None or not drawn:
+        if self._kl is None:  # a rank that drew nothing may have a part in what others ask for
             return [None] * len(drawn)
         rows, starts = [rollout.row for rollout in drawn], [len(rollout.prompt.tokens) for rollout in drawn]
         with self._timers.phase("init_logprobs"):

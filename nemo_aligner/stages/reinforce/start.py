@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
@@ -9,6 +10,7 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import refuse_other_run
+from nemo_aligner.stages.run_owner import owning_log_dir
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -19,30 +21,32 @@ def run(cfg: ReinforceConfig) -> None:
     check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS, cfg.trainer.ppo.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
+    token = read_token(cfg.remote_critic_rm.auth_token_file, "remote_critic_rm.auth_token_file")
 
-    from nemo_aligner.engine.loading import start_for_training
-    from nemo_aligner.engine.policy import load_policy_for_training
-    from nemo_aligner.servers.reward_client import RewardClient
-    from nemo_aligner.stages.reinforce.drawing import encode
-    from nemo_aligner.stages.reinforce.loop import Actor, step_settings
+    with owning_log_dir(cfg.exp_manager, cfg.trainer):
+        from nemo_aligner.engine.loading import start_for_training
+        from nemo_aligner.engine.policy import load_policy_for_training
+        from nemo_aligner.servers.reward_client import RewardClient
+        from nemo_aligner.stages.reinforce.drawing import encode
+        from nemo_aligner.stages.reinforce.loop import Actor, step_settings
 
-    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
-        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))
-        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
-        prompts = encode(cfg, policy, train)
-        held_out = [] if validation is None else encode(cfg, policy, validation)
-        if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
-            policy.keep_initial_weights()
-        actor = Actor(cfg, policy, cluster, prompts, held_out)
-        policy.add_optimizer(
-            cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
-        )
-        client = RewardClient(cfg.remote_critic_rm)
-        try:
-            client.wait_until_ready()
-            actor.train(client)
-        finally:
-            client.close()
+        with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+            refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg))
+            policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
+            prompts = encode(cfg, policy, train)
+            held_out = [] if validation is None else encode(cfg, policy, validation)
+            if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+                policy.keep_initial_weights()
+            actor = Actor(cfg, policy, cluster, prompts, held_out)
+            policy.add_optimizer(
+                cfg.model.optim, clip_grad=cfg.trainer.ppo.gradient_clip_val, max_steps=actor.optimizer_steps
+            )
+            client = RewardClient(cfg.remote_critic_rm, token)
+            try:
+                client.wait_until_ready()
+                actor.train(client)
+            finally:
+                client.close()
 
 
 def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:

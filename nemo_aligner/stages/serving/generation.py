@@ -6,9 +6,11 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
@@ -18,6 +20,7 @@ from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.offline.random_sampler import sampling_params
 from nemo_aligner.stages.run_control import StopSignal
+from nemo_aligner.stages.run_owner import owning
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +36,27 @@ def run(cfg: GenerationConfig) -> None:
     check_template(cfg.chat_template, "chat_template")
     parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     check_is_policy(cfg.gpt_model_file, _ARCHIVE)
+    token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
 
-    from nemo_aligner.engine.loading import start_for_archive
-    from nemo_aligner.engine.policy import load_policy
+    with owning(cfg.output_file, cfg.trainer) if cfg.output_file else nullcontext():
+        from nemo_aligner.engine.loading import start_for_archive
+        from nemo_aligner.engine.policy import load_policy
 
-    with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
-        if cfg.server and cluster.dp_size > 1:
-            raise ConfigError(
-                f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
-                "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
-                "trainer.devices",
-            )
-        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
-        if prompts:
-            scores = cfg.inference.compute_logprob
-            rows = score(cfg, prompts, policy) if scores else answer(cfg, prompts, policy, cluster)
-            if cluster.is_main:
-                write(cfg, rows)
-        if cfg.server:
-            serve(cfg, policy, cluster)
+        with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
+            if cfg.server and cluster.dp_size > 1:
+                raise ConfigError(
+                    f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
+                    "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
+                    "trainer.devices",
+                )
+            policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+            if prompts:
+                scores = cfg.inference.compute_logprob
+                rows = score(cfg, prompts, policy) if scores else answer(cfg, prompts, policy, cluster)
+                if cluster.is_main:
+                    write(cfg, rows)
+            if cfg.server:
+                serve(cfg, policy, cluster, token)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -136,7 +141,7 @@ def write(cfg: GenerationConfig, rows: Sequence[dict[str, Any]]) -> None:
         log.info("wrote %d responses to %s", len(rows), cfg.output_file)
 
 
-def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster) -> None:
+def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | None = None) -> None:
     """Answer clients until SIGTERM or SIGINT; rank 0 talks to them, every rank draws."""
     slots = cfg.inference.max_batch_slots or _SLOTS
     with StopSignal() as stop:
@@ -144,10 +149,10 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster) -> None:
             policy.serve(None, slots)
             return
 
+        from nemo_aligner.servers.doors import Door, open_doors
         from nemo_aligner.servers.generation.app import make_app
         from nemo_aligner.servers.generation.clerk import Served
         from nemo_aligner.servers.generation.desk import FrontDesk
-        from nemo_aligner.servers.generation.server import Door, open_doors
 
         template = cfg.chat_template or policy.tokenizer.chat_template
         served = Served(
@@ -160,7 +165,7 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster) -> None:
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,
         )
-        doors = [Door(cfg.host, cfg.port, "port")]
+        doors = [Door(cfg.host, cfg.port, "port", token=token)]
         if cfg.web_server:
             doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password))
         desk = FrontDesk(stopped=lambda: stop.name is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from nemo_aligner.algorithms.statistics import standardised
+from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
@@ -26,6 +27,7 @@ def run(cfg: ServerConfig) -> None:
     sizes = {"tensor": overrides.tensor_model_parallel_size, "pipeline": overrides.pipeline_model_parallel_size}
     parallel_sizes(cfg.trainer, cfg.rm_model_file, key=key, **sizes)
     check_is_reward_model(cfg.rm_model_file, key)
+    token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
 
     from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.reward_model import load_reward_model
@@ -36,7 +38,7 @@ def run(cfg: ServerConfig) -> None:
         with StopSignal() as stop:
             if cluster.is_main:
                 try:
-                    talk_to_clients(cfg, model, scorer, stop)
+                    talk_to_clients(cfg, model, scorer, stop, token)
                 finally:
                     scorer.release()
             else:
@@ -58,7 +60,9 @@ def standardization(cfg: ServerConfig, model: RewardModel) -> tuple[float, float
     return known
 
 
-def talk_to_clients(cfg: ServerConfig, model: RewardModel, scorer: SharedScorer, stop: StopSignal) -> None:
+def talk_to_clients(
+    cfg: ServerConfig, model: RewardModel, scorer: SharedScorer, stop: StopSignal, token: str | None
+) -> None:
     from nemo_aligner.servers.reward_server import Heartbeat, MainThread, serve
     from nemo_aligner.servers.wire import RequestReader
 
@@ -67,7 +71,7 @@ def talk_to_clients(cfg: ServerConfig, model: RewardModel, scorer: SharedScorer,
         model.tokenizer, model.max_sequence_length, model.vocab_size, model.append_eod, serving.max_text_bytes
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
-    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat))
+    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token)
 
 
 class SharedScorer:

@@ -13,7 +13,8 @@ from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 
 if TYPE_CHECKING:
@@ -34,24 +35,26 @@ def run(cfg: RMConfig) -> None:
     check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(RANKING_METRICS), cfg.trainer.rm.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
 
-    from nemo_aligner.engine.loading import start_for_training
-    from nemo_aligner.engine.reward_model import load_reward_model_for_training
-    from nemo_aligner.stages.supervised.loop import train
+    with owning_log_dir(cfg.exp_manager, cfg.trainer):
+        from nemo_aligner.engine.loading import start_for_training
+        from nemo_aligner.engine.reward_model import load_reward_model_for_training
+        from nemo_aligner.stages.supervised.loop import train
 
-    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
-        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
-        model = load_reward_model_for_training(
-            cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
-        )
-        task = make_task(cfg, model, pairs)
-        model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
-        train(task, model, cfg.exp_manager, asdict(cfg))
+        with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+            refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
+            model = load_reward_model_for_training(
+                cfg.model, cfg.trainer, cluster, reward_model_type=cfg.model.reward_model_type
+            )
+            task = make_task(cfg, model, pairs)
+            model.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.rm.gradient_clip_val, max_steps=task.steps)
+            train(task, model, cfg.exp_manager, asdict(cfg))
 
 
 def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
-    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
+    trained = optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
+    return batches | trained | adapter_settings(cfg.model.peft)
 
 
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:

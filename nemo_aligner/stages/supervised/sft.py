@@ -22,7 +22,8 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import monitors
 
 if TYPE_CHECKING:
@@ -43,23 +44,25 @@ def run(cfg: SFTConfig) -> None:
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
-    from nemo_aligner.engine.loading import start_for_training
-    from nemo_aligner.engine.policy import load_policy_for_training
-    from nemo_aligner.stages.supervised.loop import train
+    with owning_log_dir(cfg.exp_manager, cfg.trainer):
+        from nemo_aligner.engine.loading import start_for_training
+        from nemo_aligner.engine.policy import load_policy_for_training
+        from nemo_aligner.stages.supervised.loop import train
 
-    with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
-        refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
-        policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
-        task = make_task(cfg, policy, rows, held_out)
-        policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
-        train(task, policy, cfg.exp_manager, asdict(cfg))
+        with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
+            refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, settings(cfg))
+            policy = load_policy_for_training(cfg.model, cfg.trainer, cluster)
+            task = make_task(cfg, policy, rows, held_out)
+            policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
+            train(task, policy, cfg.exp_manager, asdict(cfg))
 
 
 def settings(cfg: SFTConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     data = cfg.model.data.train_ds
     batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
-    return batches | optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
+    trained = optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
+    return batches | trained | adapter_settings(cfg.model.peft)
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import transformers
 
@@ -154,3 +155,31 @@ def test_weights_and_generation_blocks_that_are_no_turns_do_not_go_together(toke
 def test_a_turn_without_a_role_or_a_text_is_named_with_its_line(tokenizer: FastTokenizer, turn: Any) -> None:
     with pytest.raises(DataError, match=r"^rows\.jsonl:7: the turn .* lacks a role or a text$"):
         ChatTemplate(PLAIN, tokenizer, "k").segments({"messages": [*MESSAGES, turn]}, "rows.jsonl", 7)
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__ }}",
+        "{{ raise_exception.__globals__['jinja2'] }}",
+        "{{ strftime_now.__code__.co_consts }}",
+        "{{ ''['__class__']['__mro__'] }}",
+        "{{ (''|attr('__class__')).__mro__ }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ ''.format_map({'x': 1}).__class__.mro() }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ messages[0].update({'content': 'x'}) }}",
+        "{% for i in range(1000000) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+    ],
+)
+def test_a_template_reaches_no_attribute_changes_nothing_and_counts_no_further_than_it_may(
+    reach: str, tokenizer: FastTokenizer
+) -> None:
+    template = ChatTemplate(reach, tokenizer, "chat_template")
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(jinja2.TemplateError):
+        template.render(messages, generation_prompt=True)
+    assert messages == [{"role": "user", "content": "a"}]

@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.offline import SamplerConfig
-from nemo_aligner.data.provenance import file_hash, write_provenance
+from nemo_aligner.data.provenance import write_provenance
 
 
 def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: 
     assert found["seed"] == found["config"]["seed"] == 7
     assert found["config"]["data"]["prompt_template"] == "é{input}"
     assert found["inputs_sha256"] == {str(prompts): hashlib.sha256(b"prompts\n").hexdigest()}
-    assert found["output_sha256"] == file_hash(output) == hashlib.sha256("Ünicode".encode()).hexdigest()
+    assert found["output_sha256"] == file_sum(output) == hashlib.sha256("Ünicode".encode()).hexdigest()
     assert found["counts"] == {"rows": 3}
     assert found["created"].endswith("+00:00")
     assert {"python", "torch", "megatron-core", "tokenizers"} <= found["versions"].keys()

@@ -188,7 +188,10 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
         [triton], [folder] = tritons, tmp_path.iterdir()  # the folder of a server that is gone went
         assert triton.runs
         given = triton.config
-        assert (given.http_address, given.http_port, given.exit_timeout_secs) == ("127.0.0.1", config.port, 5)
+        assert (given.http_address, given.exit_timeout_secs) == ("127.0.0.1", 5)
+        assert given.http_port != config.port, "clients come by the gate"
+        assert set(triton.security.restricted_endpoints) >= {"inference", "metadata", "model-config", "logging"}
+        assert len(triton.security.access_token) > 40
         assert (given.allow_grpc, given.allow_metrics) == (False, False)
         assert (given.log_file, triton.workspace) == (folder / "triton.log", folder / "workspace")
         assert folder.name.startswith(f"nemo_aligner_server_{os.getpid()}_")

@@ -11,7 +11,8 @@ import pytest
 
 from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig, OptimConfig
 from nemo_aligner.errors import ConfigError
-from nemo_aligner.stages.checkpoints import Checkpoints, log_dir
+from nemo_aligner.stages.checkpoint_names import log_dir
+from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_checks import check_monitor, check_training_settings
 from nemo_aligner.stages.supervised.monitors import monitors
 from tests.fakes import OneProcess

@@ -11,6 +11,7 @@
  * beside it.
  */
 #include "kernels.h"
+#include "tiles.h"
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -18,8 +19,7 @@
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-typedef int32_t word;
-enum { PANEL = 2 * LANES, BLOCK = 256 }; /* outputs of a panel; rows kept in cache */
+enum { BLOCK = 256 }; /* rows kept in cache */
 
 int has_products(void) { return HAS_PRODUCTS; }
 
@@ -77,48 +77,6 @@ void rows_of(const word *panels, const int64_t *ids, word *out, long M, long N, 
 }
 
 #if HAS_PRODUCTS
-/* rows multiplied together: two sums of each, and the weights, fill the processor's registers */
-#if LANES == 16
-#define TILE 14
-#elif defined FLOAT32
-#define TILE 6
-#else
-#define TILE 4
-#endif
-
-/* a loop over rows, whose sums are in registers only if no loop is left */
-#ifdef __clang__
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 14")
-#endif
-
-/* sums + the products of the inputs in `x` with those of LANES outputs in `weights` */
-static inline floats multiply_add(floats sums, word x, words weights) {
-#ifdef FLOAT32
-    float input;
-    memcpy(&input, &x, sizeof input);
-    return sums + input * (floats)weights;
-#elif defined __AVX512BF16__
-    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)weights);
-#else
-    float even = wide(x), odd = wide((uint32_t)x >> 16);
-    return sums + even * (floats)(weights << 16) + odd * (floats)(weights & (int32_t)0xffff0000);
-#endif
-}
-
-/* The first `count` of LANES words, the others being 0 */
-static inline words words_at(const word *from, long count) {
-#ifdef __AVX512F__
-    return (words)_mm512_maskz_loadu_epi32(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0, from);
-#else
-    words found = {0};
-    if (count >= LANES) memcpy(&found, from, sizeof found);
-    else if (count > 0) memcpy(&found, from, count * sizeof(word));
-    return found;
-#endif
-}
-
 /* Of one panel with `columns` outputs in use: out[R, columns] = x[R, W] · panel (+ bias). `ahead` to `end` is fetched
  * into the cache meanwhile. Inlined with constants for R, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void tile(const word *x, long stride, const word *panel, const real *bias,
@@ -132,15 +90,9 @@ static inline __attribute__((always_inline)) void tile(const word *x, long strid
     const long steps = (W + TOGETHER - 1) / TOGETHER, lines = ((end - ahead) / LINE + steps - 1) / steps;
     for (long begin = 0; begin < W; begin += TOGETHER) {
         for (long i = 0; i < lines && ahead < end; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-        for (long w = begin; w < W && w < begin + TOGETHER; w++, panel += columns) {
-            words weights[2] = {words_at(panel, columns), words_at(panel + LANES, right)};
-            UNROLLED
-            for (int r = 0; r < R; r++) {
-                word inputs = x[r * stride + w];
-                sums[r][0] = multiply_add(sums[r][0], inputs, weights[0]);
-                sums[r][1] = multiply_add(sums[r][1], inputs, weights[1]);
-            }
-        }
+        long count = W - begin < TOGETHER ? W - begin : TOGETHER;
+        add_products(sums, x + begin, stride, panel, count, columns, R);
+        panel += count * columns;
     }
     floats added[2] = {{0}, {0}};
     if (bias) {
@@ -164,13 +116,7 @@ static void multiply(const word *x, long stride, const word *panel, const real *
 #define CASE(R) \
     case R: tile(x + m * stride, stride, panel, bias, out + m * N, W, N, columns, R, from, to); break;
         switch (count) {
-            CASE(1) CASE(2) CASE(3) CASE(4)
-#if TILE > 4
-            CASE(5) CASE(6)
-#endif
-#if TILE > 6
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-#endif
+            EACH_TILE(CASE)
         }
 #undef CASE
     }

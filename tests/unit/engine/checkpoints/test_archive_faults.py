@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokeni
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.files import write_atomically
 from tests.fakes import OneProcess
 from tests.tiny import ARCHIVED
 
@@ -183,5 +188,143 @@ def test_an_archive_is_a_plain_tar_that_begins_with_its_config(tmp_path: Path) -
     with tarfile.open(tmp_path / "m.nemo", "r:") as tar:
         names = [name for name in tar.getnames() if "/" not in name]
         config = tar.extractfile("model_config.yaml").read()  # type: ignore[union-attr]
-    assert names == ["model_config.yaml", "model_weights", "tokenizer.json"]
+    assert names == ["model_config.yaml", "SHA256SUMS", "model_weights", "tokenizer.json"]
     assert list(yaml.safe_load(config)) == list(ARCHIVED.to_nemo()), "in the order of the schema"
+
+
+def forged(path: Path, **fields: Any) -> Path:
+    """An archive with one more member, whose header says what `fields` say."""
+    packed(path, {"model_config.yaml": CONFIG, "model_weights/x": ""})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("model_weights/more")
+        for name, value in fields.items():
+            setattr(member, name, value)
+        tar.addfile(member)
+    return path
+
+
+HUGE = 2**40
+FORGED = [
+    ({"name": "../out"}, "would leave the archive's folder"),
+    ({"name": "/tmp/out"}, "would leave the archive's folder"),
+    ({"name": "model_weights/../../out"}, "would leave the archive's folder"),
+    ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a link, a device or sparse; archives hold files"),
+    ({"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"}, "is a link, a device or sparse; archives hold files"),
+    ({"type": tarfile.CHRTYPE}, "is a link, a device or sparse; archives hold files"),
+    ({"type": tarfile.FIFOTYPE}, "is a link, a device or sparse; archives hold files"),
+    ({"pax_headers": {"GNU.sparse.major": "0", "GNU.sparse.map": "0,0", "GNU.sparse.size": str(HUGE)}},
+     "is a link, a device or sparse; archives hold files"),
+    ({"size": HUGE}, f"claims {HUGE} bytes, which the file, truncated or corrupt, has not"),
+    ({"name": "./model_config.yaml"}, "is there twice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "said"), FORGED)
+def test_a_member_that_no_archive_should_have_is_refused_and_nothing_of_it_is_written(
+    fields: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    path = forged(tmp_path / "m.nemo", **fields)
+    name = fields.get("name", "model_weights/more")
+    with (
+        pytest.raises(CheckpointError, match=rf"^k={path}: member '{re.escape(name)}' {said}$"),
+        open_archive(path, Rank(), key="k"),
+    ):
+        pass
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["m.nemo", "temporary"]
+
+
+def test_an_archive_for_which_the_disk_has_no_room_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=len(CONFIG.encode()) + 5))
+    path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, "model_weights/x": "123456"})
+    said = f"member 'model_weights/x' has 6 bytes, and the disk of {tmp_path} has room for 5"
+    with pytest.raises(CheckpointError, match=rf"^k={path}: {said}$"), open_archive(path, Rank(), key="k"):
+        pass
+
+
+def test_a_config_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nemo_archive, "_MOST_TEXT", 100)
+    path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG})
+    with pytest.raises(CheckpointError, match=r"model_config\.yaml has \d+ bytes, and none needs over 100$"):
+        read_architecture(path, key="k")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "m.nemo"
+    tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    save_archive(path, build_model(ARCHIVED, RunOptions()), ARCHIVED, tokenizer, Rank())
+    return path
+
+
+def is_opened(path: Path) -> bool:
+    try:
+        with open_archive(path, Rank(), key="k"):
+            return True
+    except CheckpointError as fault:
+        return not str(fault).startswith(f"k={path}: ")
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_found_before_a_weight_is_used(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert is_opened(whole)
+    content = bytearray(whole.read_bytes())
+    with tarfile.open(whole) as tar:
+        members = [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+    places = [offset + at for _, offset, size in members for at in {0, size // 2, size - 1}]
+    for place in places:
+        content[place] ^= 4
+        (tmp_path / "m.nemo").write_bytes(content)
+        assert not is_opened(tmp_path / "m.nemo"), place
+        content[place] ^= 4
+    assert bytes(content) == whole.read_bytes()
+
+
+def test_an_archive_cut_short_anywhere_is_found_also_between_two_members(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    content = whole.read_bytes()
+    with tarfile.open(whole) as tar:
+        begins = [member.offset for member in tar]
+    for length in [*begins, *(begin + 700 for begin in begins)]:
+        (tmp_path / "m.nemo").write_bytes(content[:length])
+        assert not is_opened(tmp_path / "m.nemo"), length
+
+
+def test_an_extracted_folder_is_checked_too_and_one_without_sums_is_read(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with tarfile.open(whole) as tar:
+        tar.extractall(folder, filter="data")
+    assert is_opened(folder)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
+    config = folder / "model_config.yaml"
+    config.write_text(config.read_text() + "\n")
+    with (
+        pytest.raises(CheckpointError, match=rf"^k={folder}: model_config\.yaml: not as it was saved, by SHA256SUMS: "),
+        open_archive(folder, Rank(), key="k"),
+    ):
+        pass
+    (folder / "SHA256SUMS").write_text("")
+    assert not is_opened(folder)
+    (folder / "SHA256SUMS").unlink()
+    assert is_opened(folder), "other programs write none"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+        save_archive(tmp_path / "m.nemo", build_model(ARCHIVED, RunOptions()), ARCHIVED, tokenizer, Rank())
+        write_atomically(tmp_path / "text", ["x"])
+    finally:
+        os.umask(before)
+    for name in ("m.nemo", "text"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask

@@ -192,6 +192,7 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(cluster: MegatronClus
         tar.extractall(tmp_path / "folder", filter="data")
     config = tmp_path / "folder" / "model_config.yaml"
     config.write_text(config.read_text().replace("qkv_bias: true", "qkv_bias: false"))
+    (tmp_path / "folder" / "SHA256SUMS").unlink()  # it is changed on purpose
     with pytest.raises(CheckpointError, match=r"no place for: model\.decoder\.layers.*linear_qkv\.bias"):
         load_for_inference(tmp_path / "folder", cluster, precision="32", key="k")
 

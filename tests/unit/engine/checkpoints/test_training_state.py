@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ import torch
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints import training_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, latest_whole
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.stages.supervised.loop import sft_objective
-from tests.tiny import OPTIM, rows, trainable
-from tests.unit.engine.helpers import weights, without_optimizer
+from tests.tiny import rows, trainable
+from tests.unit.engine.helpers import weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,7 @@ def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_n
         patch.setattr(training_state, moment, killed)
         with pytest.raises(SystemExit):
             model.save_training_state(tmp_path / "second", {"step": 2})
-    assert training_state.latest(tmp_path) == tmp_path / "first"
+    assert latest(tmp_path) == tmp_path / "first"
     other = trainable(cluster)
     assert other.load_training_state(tmp_path / "first")["step"] == 1
     assert all(torch.equal(a, b) for a, b in zip(at_first, weights(other), strict=True))
@@ -124,10 +124,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_file_name(
         victim.unlink()
     else:
         os.truncate(victim, victim.stat().st_size - 1)
-    assert training_state.latest(tmp_path) == tmp_path / "sound"
+    assert latest(tmp_path) == tmp_path / "sound"
     said = "it is missing" if damage == "missing" else f"it has {victim.stat().st_size} bytes"
     with pytest.raises(CheckpointError, match=f"{victim.name}: not as it was saved: {said}, "):
         model.load_training_state(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.distcp", "shards/.metadata", "rng_0.pt", "state.json"])
+def test_a_flipped_bit_is_found_and_the_run_goes_on_from_the_newest_whole_checkpoint(
+    pattern: str, model: MegatronTrainable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        model.save_training_state(tmp_path / f"step{step}", {"step": step, "note": "a" * 30})
+    assert latest_whole(tmp_path) == tmp_path / "step3"
+    victim = next(iter(sorted((tmp_path / "step3").glob(pattern))))
+    content = bytearray(victim.read_bytes())
+    place = content.index(b"aaaa") if pattern == "state.json" else len(content) // 2
+    content[place] ^= 2
+    victim.write_bytes(content)
+    with caplog.at_level("WARNING"):
+        assert latest_whole(tmp_path) == tmp_path / "step2"
+    said = f"damaged, the next one is taken: {victim}: not as it was saved, by SHA256SUMS: its bytes are others"
+    assert [line for line in caplog.messages if line.startswith(said)]
+    assert latest(tmp_path) == tmp_path / "step3", "without a look at every byte"
+    (tmp_path / "step3" / "SHA256SUMS").unlink()
+    assert latest_whole(tmp_path) == tmp_path / "step3", "as those of earlier versions"
 
 
 def test_random_numbers_go_on_where_the_save_left_them(model: MegatronTrainable, tmp_path: Path) -> None:
@@ -167,17 +188,3 @@ def test_code_hidden_in_a_checkpoint_is_not_run(name: str, model: MegatronTraina
     assert not trace.exists()
     pickle.loads(pickle.dumps(Planted(trace)))
     assert trace.exists(), "the planted code works where it is run"
-
-
-def test_a_state_that_is_cut_over_ranks_and_one_that_is_not_are_not_mixed(
-    cluster: MegatronCluster, model: MegatronTrainable, tmp_path: Path
-) -> None:
-    other = without_optimizer(cluster)
-    other.add_optimizer(replace(OPTIM, name="mcore_distributed_optim"), clip_grad=0.0, max_steps=10)
-    model.save_training_state(tmp_path / "whole", {"step": 1})
-    other.save_training_state(tmp_path / "cut", {"step": 1})
-    with pytest.raises(CheckpointError, match="whole: the optimizer's state was not cut over data-parallel ranks"):
-        other.load_training_state(tmp_path / "whole")
-    with pytest.raises(CheckpointError, match="cut: the optimizer's state was cut over data-parallel ranks, in this"):
-        model.load_training_state(tmp_path / "cut")
-    assert model.load_training_state(tmp_path / "whole") == {"step": 1, "format": 1, "optimizer_steps": 1}

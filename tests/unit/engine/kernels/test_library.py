@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -17,48 +15,7 @@ from nemo_aligner.engine.generation.cached_attention import Rotary, turned_heads
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.kernels import library
 from nemo_aligner.engine.kernels.library import CpuKernels
-
-
-def kinds() -> list[tuple[torch.dtype, str]]:
-    """What to compile for: this processor, and lesser ones of its kind, which it can stand in for."""
-    processors, flags = ["native"], set()
-    if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-        lesser = {
-            "x86-64": set(),
-            "x86-64-v3": {"avx2", "fma", "bmi2"},
-            "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"},
-        }
-        processors += [name for name, needed in lesser.items() if needed <= flags]
-    return list(itertools.product((torch.bfloat16, torch.float32), processors))
-
-
-@pytest.fixture(scope="module", params=kinds(), ids=str)
-def kind(request: pytest.FixtureRequest) -> tuple[torch.dtype, str]:
-    found: tuple[torch.dtype, str] = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def dtype(kind: tuple[torch.dtype, str]) -> torch.dtype:
-    return kind[0]
-
-
-@pytest.fixture(scope="module")
-def kernels(kind: tuple[torch.dtype, str]) -> CpuKernels:
-    found = library._compiled(*kind)
-    assert found is not None, "a C compiler is needed for these tests"
-    return found
-
-
-def normal(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(dtype)
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Within one rounding to the dtype of `found`."""
-    rtol, atol = (2**-7, 1e-3) if found.dtype == torch.bfloat16 else (1e-5, 1e-5)
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=rtol, atol=atol)
+from tests.unit.engine.kernels.numbers import assert_close, normal
 
 
 @pytest.mark.parametrize("rows", [1, 70])

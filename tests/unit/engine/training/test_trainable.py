@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.checkpoints import training_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import latest
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import TrainingError
@@ -154,5 +154,5 @@ def test_the_newest_complete_checkpoint_is_found_by_its_state_not_its_name(
     model.save_training_state(tmp_path / "half", {"step": 99})
     (tmp_path / "half").rename(tmp_path / "half.partial")
     (tmp_path / "half.partial" / "state.json").unlink()
-    assert training_state.latest(tmp_path) == tmp_path / "aaa-step=1"
-    assert training_state.latest(tmp_path / "none") is None
+    assert latest(tmp_path) == tmp_path / "aaa-step=1"
+    assert latest(tmp_path / "none") is None

@@ -38,8 +38,8 @@ class Judge:
     made: list[Judge]
     fault: Exception | None = None  # what waiting for the server ends with
 
-    def __init__(self, config: Any) -> None:
-        self.config, self.did = config, list[str]()
+    def __init__(self, config: Any, token: str | None) -> None:
+        self.config, self.token, self.did = config, token, list[str]()
         self.made.append(self)
 
     def wait_until_ready(self) -> None:

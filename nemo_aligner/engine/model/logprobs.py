@@ -1,0 +1,74 @@
+"""Log-probabilities of tokens from logits, part by part: `[N, V]` is never there in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log p(target) = logit(target) − log Σ_v e^logit(v), over a vocabulary that is cut over TP ranks.
+
+    ∂ log p(target) / ∂ logit(v) = [v = target] − p(v)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        """`logits` `[N, V/TP]` of this rank's part of the padded vocabulary, `targets` `[N]` int64: `[N]` float32.
+
+        Padding, from `vocab_size` on, has no probability.
+        """
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(1)
+        real = min(max(vocab_size - first, 0), logits.size(1))
+        log_sums = torch.full((len(logits),), -torch.inf, device=logits.device)
+        if real:
+            for rows in _parts(logits):
+                log_sums[rows] = logits[rows, :real].float().logsumexp(-1)
+        own = (targets - first).where((targets >= first) & (targets < first + real), -1)
+        found = logits.gather(1, own.clamp(min=0)[:, None]).squeeze(1).float() * (own >= 0)
+        log_sums, found = _log_sum_over_ranks(log_sums), _sum_over_ranks(found)
+        ctx.save_for_backward(logits, own, log_sums)
+        ctx.real = real
+        return found - log_sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [given] = gradients
+        logits, own, log_sums = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for rows in _parts(logits):
+            part = (logits[rows, : ctx.real].float() - log_sums[rows, None]).exp_().mul_(-given[rows, None])
+            found[rows, : ctx.real] = part
+            found[rows, ctx.real :] = 0
+        # from the probability in float32 again: what was stored is rounded
+        at = own.clamp(min=0)[:, None]
+        target = given * -torch.expm1(logits.gather(1, at).squeeze(1).float() - log_sums)
+        found.scatter_(1, at, target.to(found.dtype).where(own >= 0, found.gather(1, at).squeeze(1))[:, None])
+        return found, None, None
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Rows that are computed together: few enough for a CPU's cache, enough to keep a GPU busy."""
+    numbers = 2**20 if logits.device.type == "cpu" else 2**26
+    count = max(1, numbers // logits.size(1))
+    return (slice(start, start + count) for start in range(0, len(logits), count))
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
+    return values
+
+
+def _log_sum_over_ranks(values: Tensor) -> Tensor:
+    """log Σ e^value over TP ranks, of `[N]`."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return values
+    largest = values.clone()
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return largest + _sum_over_ranks((values - largest).exp()).log()

@@ -1,0 +1,145 @@
+"""Who may come in, and with how much: web servers on a thread of their own.
+
+The thread that draws or scores has the signals, the collectives and the GPU.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nemo_aligner.errors import ServerError
+
+log = logging.getLogger(__name__)
+
+_CLOSING_S = 5
+"""How long open connections have to end when the server closes."""
+
+_PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
+"""Whether the server lives is no secret: whoever looks after it asks without a token."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """An address to listen on.
+
+    With a password everybody who comes in here is asked for it (HTTP basic); with a token, for that (bearer), except
+    where the path is a probe.
+    """
+
+    host: str
+    port: int
+    key: str  # the config key of the port, for messages
+    username: str | None = None
+    password: str | None = None
+    token: str | None = None
+    max_bytes: int = 16 << 20  # of the body of a request
+    host_key: str = "host"
+
+
+class Guard:
+    """Lets those in who come by an open door, and those who know the password or the token of theirs."""
+
+    def __init__(self, app: ASGIApp, doors: list[Door]) -> None:
+        self._app = app
+        self._doors = {door.port: door for door in doors}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        door = self._doors[scope["server"][1]]
+        headers = dict(scope["headers"])
+        if door.password is not None and not _authorized(headers, _basic(door)):
+            ask = {"WWW-Authenticate": 'Basic realm="NeMo-Aligner"'}
+            await PlainTextResponse("password needed", 401, ask)(scope, receive, send)
+        elif (
+            door.token is not None and scope["path"] not in _PROBES and not _authorized(headers, f"Bearer {door.token}")
+        ):
+            refusal = JSONResponse({"error": "bearer token needed"}, 401, {"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+        else:
+            body = await _read(headers, receive, door.max_bytes)
+            if isinstance(body, bytes):
+                await self._app(scope, _again(body, receive), send)
+            elif body:
+                await JSONResponse({"error": f"more than {door.max_bytes} bytes"}, 413)(scope, receive, send)
+
+
+def _basic(door: Door) -> str:
+    return "Basic " + base64.b64encode(f"{door.username or ''}:{door.password}".encode()).decode()
+
+
+def _authorized(headers: dict[bytes, bytes], wanted: str) -> bool:
+    """Compared in a time that does not tell how much of it is right."""
+    return hmac.compare_digest(headers.get(b"authorization", b""), wanted.encode())
+
+
+async def _read(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes | bool:
+    """The body of a request; True where it is longer than `limit`, False where the client has gone."""
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > limit:
+        return True
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return False
+        body += message.get("body", b"")
+        if len(body) > limit:
+            return True
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What the application reads: the body, and then whatever comes."""
+    given = False
+
+    async def next_message() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return next_message
+
+
+@contextmanager
+def open_doors(app: ASGIApp, doors: list[Door]) -> Iterator[None]:
+    """Answer clients at every door inside the block. Raises ServerError where one is taken."""
+    sockets = [_listen(door) for door in doors]
+    server = uvicorn.Server(
+        uvicorn.Config(Guard(app, doors), log_level="warning", lifespan="off", timeout_graceful_shutdown=_CLOSING_S)
+    )
+    thread = threading.Thread(target=server.run, args=(sockets,), name="web server", daemon=True)
+    thread.start()
+    for door in doors:
+        log.info("serving on http://%s:%d", door.host, door.port)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=2 * _CLOSING_S)
+        log.info("server stopped")
+
+
+def _listen(door: Door) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+        return socket.create_server((door.host, door.port), family=family, backlog=1024)
+    except OSError as fault:
+        raise ServerError(
+            f"{door.host_key}={door.host}, {door.key}={door.port}: {fault.strerror}; choose another"
+        ) from None
