@@ -126,7 +126,7 @@ def inner_port(pid: int) -> int:
     """Where the Triton that a process started listens."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
-            found = re.search(r"--http-port=(\d+)", Path(f"/proc/{child}/cmdline").read_text().replace("\0", " "))
+            found = re.search(r"--http-port (\d+)", Path(f"/proc/{child}/cmdline").read_text().replace("\0", " "))
             if found:
                 return int(found.group(1))
     raise AssertionError("no Triton")
