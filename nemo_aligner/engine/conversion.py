@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
@@ -17,7 +17,7 @@ from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture, save_archive
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.loading import load_for_inference, start_for_archive
-from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size, parse_precision
+from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.errors import CheckpointError, ConfigError
 
@@ -50,12 +50,6 @@ def parse_precision(value: str | int) -> torch.dtype:
     bf16 and bf16-mixed are the same here: bf16 weights, fp32 master weights in the optimizer.
     """
     return torch.float32 if str(value).startswith("32") else torch.bfloat16
-
-
-def padded_vocab_size(arch: Architecture, tp: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple of make_vocab_size_divisible_by × tp."""
-    multiple = arch.make_vocab_size_divisible_by * tp
-    return -(-arch.vocab_size // multiple) * multiple
 
 
 def _activation(arch: Architecture) -> dict[str, Any]:
