@@ -4,7 +4,7 @@
     model_weights/            megatron torch_dist shards, keys with NeMo's prefix `model.`; any TP/PP reads them
     tokenizer.json | *.model  the tokenizer
 
-An extracted folder is accepted wherever a file is.
+An extracted folder is accepted wherever a file is, and so is a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, read_hf_architecture
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.files import fsync
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.transformer.module import MegatronModule
 
+    from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
     from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer
     from nemo_aligner.engine.interfaces import Cluster
 
@@ -40,15 +43,19 @@ PREFIX = "model."
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
-    """The shape an archive (file or extracted folder) declares; cheap: no weights are read.
+    """The shape an archive (file, extracted folder or Hugging Face folder) declares; cheap: no weights are read.
 
     `key` is the config key that named the archive, for messages. Raises CheckpointError.
     """
     path = Path(path)
+    if is_hf_folder(path):
+        return read_hf_architecture(path, key=key)
     if path.is_dir():
         config = path / CONFIG
         if not config.is_file():
-            raise CheckpointError(f"{key}={path}: the folder has no {CONFIG}, so it is not an extracted .nemo archive")
+            raise CheckpointError(
+                f"{key}={path}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder (config.json)"
+            )
         text = config.read_bytes()
     else:
         with _open_tar(path, key) as tar:
@@ -144,7 +151,9 @@ def _extract(path: Path, folder: Path, key: str) -> None:
         raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
 
 
-def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
+def load_weights(
+    model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False, key: str = "archive"
+) -> None:
     """Read an opened archive's weights into `model`, whatever TP and PP wrote them.
 
     `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
@@ -154,6 +163,10 @@ def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_h
     state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
     if new_head:
         state = {name: value for name, value in state.items() if ".rm_head." not in name}
+    if is_hf_folder(folder):
+        _fill_from_hf(state, folder, model.config.tensor_model_parallel_size, key)
+        cluster.barrier()
+        return
     may_stay = ["_extra_state", *(["output_layer.weight"] if hasattr(model, "rm_head") or new_head else [])]
     loaded = load_sharded(state, folder / WEIGHTS, may_stay=may_stay)
     weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
@@ -163,10 +176,38 @@ def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_h
     cluster.barrier()
 
 
+def _fill_from_hf(state: ShardedStateDict, folder: Path, tp: int, key: str) -> None:
+    from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder
+    from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+    from nemo_aligner.engine.checkpoints.whole_weights import fill
+
+    arch, tensors, _ = read_hf_folder(folder, key=key)
+    try:
+        fill(state, to_megatron(arch, tensors, padded_vocab_size(arch, tp)), PREFIX)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{key}={folder}: {fault}") from None
+
+
+def whole_tensors(model: MegatronModule, folder: Path) -> LazyTensors:
+    """An opened archive's weights as whole Megatron tensors, read when they are asked for; `model` is the whole one."""
+    from nemo_aligner.engine.checkpoints.sharded import without_extra_state
+    from nemo_aligner.engine.checkpoints.whole_weights import archive_tensors
+
+    return archive_tensors(folder / WEIGHTS, without_extra_state(model.sharded_state_dict(prefix=PREFIX)), PREFIX)
+
+
 def save_archive(
-    path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
+    path: str | Path,
+    model: MegatronModule,
+    arch: Architecture,
+    tokenizer: ArchiveTokenizer,
+    cluster: Cluster,
+    weights: LazyTensors | None = None,
 ) -> None:
-    """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename."""
+    """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename.
+
+    `weights` are whole Megatron tensors in the place of the model's own.
+    """
     from nemo_aligner.engine.checkpoints.sharded import save_sharded, without_extra_state
 
     path = Path(path)
@@ -181,7 +222,13 @@ def save_archive(
             fault = OutputError(f"cannot write {path}: {error.strerror or error}")
     _raise_everywhere(fault, path, cluster)
     try:
-        save_sharded(without_extra_state(model.sharded_state_dict(prefix=PREFIX)), staging / WEIGHTS)
+        state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
+        if weights is None:
+            save_sharded(state, staging / WEIGHTS)
+        else:
+            from nemo_aligner.engine.checkpoints.whole_weights import save_whole
+
+            save_whole(state, staging / WEIGHTS, weights, PREFIX)
         if cluster.is_main:
             try:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
@@ -219,13 +266,17 @@ def _pack(folder: Path, target: Path) -> None:
 
 
 def archive_hash(path: str | Path) -> str:
-    """sha256 over every byte of an archive file, or over names and contents of an extracted folder, in name order."""
+    """sha256 over every byte of an archive file, or over names and contents of a folder, in name order.
+
+    Of a Hugging Face folder the files count that are read.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
+    entries = files_that_count(path) if is_hf_folder(path) else (p for p in path.rglob("*") if p.is_file())
+    for entry in sorted(entries):
         digest.update(str(entry.relative_to(path)).encode())
         with entry.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -38,6 +38,7 @@ class RunOptions:
     activations_checkpoint_num_layers: int | None = None
     hidden_dropout: float | None = None  # None: as the archive says
     attention_dropout: float | None = None
+    shapes_only: bool = False  # parameters on torch's meta device, which take no memory
 
     @classmethod
     def for_inference(cls, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> RunOptions:
@@ -106,7 +107,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
             f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
             "model.tensor_model_parallel_size",
         )
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = run.shapes_only or not torch.cuda.is_available()
     init = functools.partial(nn.init.normal_, std=arch.init_method_std)
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -241,6 +242,14 @@ class RewardGPTModel(StreamGPTModel):
 
 def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     """This rank's pipeline stage, with random weights, in `run.dtype`."""
+    if run.shapes_only:
+        with torch.device("meta"):
+            return _built(arch, run)
+    model = _built(arch, run)
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _built(arch: Architecture, run: RunOptions) -> GPTModel:
     is_reward_model = arch.reward_model_type is not None
     if arch.position_embedding_type not in ("rope", "learned_absolute"):
         raise CheckpointError(
@@ -275,7 +284,4 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     if arch.rope_freq_factors is not None:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
-    model.to(run.dtype)
-    if torch.cuda.is_available():
-        model.cuda()
-    return model
+    return model.to(run.dtype)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
 _enabled = False
@@ -40,6 +41,8 @@ def enable_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    # `with torch.device(...)` knows the factories by what they are when it is first asked
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:  # buffers and counters are made with device="cuda"
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
