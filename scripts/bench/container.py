@@ -73,10 +73,8 @@ class Image:
 
     def shell(self, command: str) -> str:
         """What a command prints in the image."""
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=self._at, env=self._env, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
+        full = ["bash", "-c", command]
+        return subprocess.run(full, cwd=self._at, env=self._env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def _placed(self, text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt|work)\b", lambda found: f"{self._root}/{found[1]}", text)
@@ -129,7 +127,7 @@ def main() -> None:
         if not left_out:
             image.run(line)
     torch = image.shell("python -c 'import torch; print(torch.__version__, torch.__file__)'")
-    print(f"torch {torch}")
+    print(f"torch {torch.strip()}")
     if has_torch and str(folder / "base") not in torch:
         sys.exit("error: the base's torch was replaced")
     shape = image.shell(

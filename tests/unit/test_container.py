@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench.container import Image, Line, needs_root, read, sources
-from scripts.beside_torch import EXTRAS, beside, name_of
+from scripts.beside_torch import constraints, name_of, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["Dockerfile", "Dockerfile.gpu"]
@@ -44,14 +44,17 @@ def test_every_file_of_the_tree_that_a_line_names_is_copied(file: str) -> None:
 
 def test_beside_torch_is_everything_else_in_its_pinned_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
-    *rest, torch = beside("2.12.1+cu130")
+    assert {*requirements(), "torch==2.13.0"} == {
+        *project["dependencies"],
+        *project["optional-dependencies"]["quickstart"],
+    }
+    *rest, torch = constraints("2.12.1+cu130", ["sympy>=1.13.3", "jinja2", 'nvidia-cublas==13.0; extra == "x"'])
     assert torch == "torch==2.12.1+cu130"
-    assert {name_of(line) for line in rest} == {name_of(line) for line in wanted} - {"torch"}
-    pins = {line.lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert {re.sub(r"\[.*\]", "", line) for line in rest} <= {re.sub(r"[-_.]+(?=.*==)", "-", pin) for pin in pins}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert {name_of(pin) for pin in set(pins) - set(rest)} == {"torch", "sympy", "jinja2"}
+    assert {name_of(line) for line in requirements()} <= {name_of(line) for line in rest} | {"jinja2"}
     with pytest.raises(SystemExit, match=r"torch 2\.10\.0 is older than 2\.11"):
-        beside("2.10.0")
+        constraints("2.10.0", [])
 
 
 @pytest.mark.processes
@@ -69,7 +72,7 @@ def test_the_lines_of_the_cpu_image_lead_to_a_script_that_answers(tmp_path: Path
             files = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "scripts/test.sh")]
             stamp = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
             (environment / "installed").write_text(f"{stamp}  -\n")
-    assert image.shell("pwd -P") == str((tmp_path / "work").resolve())
+    assert image.shell("pwd -P").strip() == str((tmp_path / "work").resolve())
     script = f"{tmp_path}/opt/nemo-aligner/examples/nlp/gpt/train_gpt_reinforce_actor.py"
-    assert image.shell("command -v python") == f"{tmp_path}/opt/nemo-aligner/.venv/bin/python"
+    assert image.shell("command -v python").strip() == f"{tmp_path}/opt/nemo-aligner/.venv/bin/python"
     assert "gpt_rs_actor.yaml" in image.shell(f"python {script} --help")

@@ -70,7 +70,7 @@ def files_that_count(folder: Path) -> Iterator[Path]:
     """All that is read of the folder, and nothing of what a download may leave beside it. Raises CheckpointError."""
     names = {*_NAMED, *_BY_ID, TOKENIZER, _TEMPLATE, INDEX}
     yield from (folder / name for name in sorted(names) if (folder / name).is_file())
-    yield from weight_files(folder)
+    yield from weight_files(folder, key="archive")
 
 
 def read_json(path: Path, *, key: str = "--input") -> dict[str, Any]:
