@@ -33,7 +33,10 @@ def shape_of(model: str) -> Architecture:
     if not model.endswith((".yaml", ".yml")):
         from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 
-        return read_architecture(model, key="model")
+        arch = read_architecture(model, key="model")
+        if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
+            raise ConfigError(f"{model} does not say its vocab_size; give a YAML of its shape", "model")
+        return arch
     return Architecture.from_nemo(_mapping(model, "model"))
 
 

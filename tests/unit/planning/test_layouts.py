@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import ConfigError, LaunchError
@@ -58,6 +59,18 @@ def test_rollouts_show_their_cache_and_the_initial_policy(run: Run) -> None:
     _, out, _ = run(f"model={MODEL}", "gpus=8", "gpu_memory_gb=80", "task=actor", "seq_length=2048")
     assert "KV cache" in out
     assert "for the initial policy" in out
+
+
+def test_the_shape_may_be_an_archives(run: Run, tmp_path: Path) -> None:
+    config = {**yaml.safe_load(Path(MODEL).read_text()), "tensor_model_parallel_size": 4}
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(config))
+    (status, of_archive, _), (_, of_yaml, _) = (
+        run(f"model={model}", "gpus=8", "gpu_memory_gb=80") for model in (tmp_path, MODEL)
+    )
+    assert (status, of_archive) == (0, of_yaml.replace(MODEL, str(tmp_path)))
+    del config["vocab_size"]
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(config))
+    assert "does not say its vocab_size" in run(f"model={tmp_path}", "gpus=8", "gpu_memory_gb=80")[2]
 
 
 @pytest.mark.parametrize(
