@@ -3,7 +3,7 @@
     python scripts/plan_layout.py model=conf/model/llama3_8b.yaml gpus=8 gpu_memory_gb=80
     python scripts/plan_layout.py model=conf/model/llama3_70b.yaml gpus=64 gpu_memory_gb=80 task=actor seq_length=4096
     python examples/nlp/gpt/train_gpt_sft.py +recipes=llama3_8b_sft --cfg job |
-        python scripts/plan_layout.py model=conf/model/llama3_8b.yaml gpu_memory_gb=80 run=-
+        python scripts/plan_layout.py model=conf/model/llama3_8b.yaml gpu_memory_gb=80 run=/dev/stdin
 
 The arithmetic, and when to trust it, is in docs/scaling.md. Exit status 1, and one line, where nothing fits. Keys:
 """
@@ -42,7 +42,7 @@ def shape_of(model: str) -> Architecture:
 
 def _mapping(path: str, key: str) -> dict[str, object]:
     try:
-        content = yaml.safe_load(sys.stdin if path == "-" else Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as fault:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(fault).split())}", key) from None
     if not isinstance(content, dict):

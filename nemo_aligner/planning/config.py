@@ -22,7 +22,7 @@ class PlanConfig:
     gpus_per_node: int = 8
     reserve_gb: float = 6.0  # of each GPU, for what is not tensors: CUDA, NCCL, workspaces, gaps between allocations
     task: str = "sft"  # sft, rm, actor, sampler, labeler or server
-    run: str | None = None  # what a script's --cfg job prints (a file, or - for stdin): does that run fit?
+    run: str | None = None  # file of what a script's --cfg job prints: does that run fit?
     precision: str = "bf16-mixed"
     seq_length: int | None = None  # tokens of a row, prompt and response together; null = the model's context
     prompt_length: int | None = None  # actor, sampler

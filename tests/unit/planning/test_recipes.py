@@ -58,7 +58,7 @@ def test_a_recipe_composes_and_fits_where_it_says(recipe: str) -> None:
     nodes = 8 if "70b" in recipe and task != "server" else 1
     says = (ROOT / f"conf/recipes/{recipe}.yaml").read_text().splitlines()[1]
     assert {1: "one node", 8: "eight nodes"}[nodes] + " of eight 80 GB GPUs" in says
-    sizes = of_run(PlanConfig(model=model, gpu_memory_gb=80, run="-"), config, arch)
+    sizes = of_run(PlanConfig(model=model, gpu_memory_gb=80, run="r"), config, arch)
     _, plan = make_plan(sizes, arch)
     assert plan.memory.peak < 74 * 2**30
     assert plan.layout.tp * plan.layout.pp * plan.layout.dp == 8 * nodes
@@ -77,7 +77,18 @@ def test_the_overrides_of_a_plan_are_those_of_its_script(task: str) -> None:
     sizes = {**vars(config), "num_nodes": 1, "devices": 8}
     sizes["activations_checkpoint_granularity"] = plan.layout.granularity
     found = of_run(
-        PlanConfig(model="m", gpu_memory_gb=80, run="-"), composed(task, *overrides(sizes, TASKS[task])), plan.arch
+        PlanConfig(model="m", gpu_memory_gb=80, run="r"), composed(task, *overrides(sizes, TASKS[task])), plan.arch
     )
     _, same = make_plan(found, plan.arch)
     assert same == plan
+
+
+@pytest.mark.processes
+def test_a_run_is_checked_as_the_guide_says() -> None:
+    [block] = [part for part in (ROOT / "docs/scaling.md").read_text().split("```") if "run=/dev/stdin" in part]
+    command = block.removeprefix("bash\n").replace("python ", f"{sys.executable} ")
+    for memory, said in (("80", "at most at once"), ("40", "error: nothing fits: the layout that takes least")):
+        own = ["bash", "-c", command.replace("gpu_memory_gb=80", f"gpu_memory_gb={memory}")]
+        done = subprocess.run(own, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        assert said in done.stdout + done.stderr
+        assert done.returncode == (0 if memory == "80" else 1)
