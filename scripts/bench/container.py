@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,10 @@ def play_base(folder: Path) -> Path:
         if name in done:
             continue
         done.add(name)
-        package = distribution(name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # of another platform
+            continue
         tops = {Path(str(file)).parts[0] for file in package.files or () if not str(file).startswith("..")}
         for top in tops - {"__pycache__"}:
             target = Path(str(package.locate_file(top)))
@@ -97,12 +100,7 @@ def play_base(folder: Path) -> Path:
                 (site / top).symlink_to(target)
         for requirement in package.requires or ():
             if "extra ==" not in requirement:
-                wanted = re.split(r"[\[<>=!~; (]", requirement, maxsplit=1)[0]
-                try:
-                    distribution(wanted)
-                except Exception:  # of another platform
-                    continue
-                todo.append(wanted)
+                todo.append(re.split(r"[\[<>=!~; (]", requirement, maxsplit=1)[0])
     return site
 
 
