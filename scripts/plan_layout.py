@@ -14,9 +14,6 @@ import inspect
 import sys
 from pathlib import Path
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it is not installed
 
 from nemo_aligner.config.architecture import Architecture
@@ -41,6 +38,8 @@ def shape_of(model: str) -> Architecture:
 
 
 def _mapping(path: str, key: str) -> dict[str, object]:
+    import yaml
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as fault:
@@ -58,6 +57,8 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if "=" not in word]
     if words:
         raise ConfigError(f"{words[0]!r} is not of the form key=value; --help says which keys there are")
+    from omegaconf import DictConfig, OmegaConf  # here, so that a Python without it is told by our own package
+
     given = OmegaConf.from_dotlist(sys.argv[1:])
     assert isinstance(given, DictConfig)
     config = load_config(given, PlanConfig)
