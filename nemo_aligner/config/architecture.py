@@ -145,3 +145,9 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+def padded_vocab_size(arch: Architecture, tp: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of make_vocab_size_divisible_by × tp."""
+    multiple = arch.make_vocab_size_divisible_by * tp
+    return -(-arch.vocab_size // multiple) * multiple

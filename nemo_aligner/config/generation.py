@@ -21,7 +21,7 @@ class EvalInferenceConfig(InferenceConfig):
 
 @dataclass
 class GenerationConfig(ParallelConfig):
-    gpt_model_file: str = MISSING  # .nemo file or extracted folder
+    gpt_model_file: str = MISSING  # .nemo file, extracted or Hugging Face folder
     prompts: list[str] | None = None
     prompts_jsonl: str | None = None  # JSONL: a text, or {"input"} or {"text"}, in each line
     output_file: str | None = None  # JSONL of the responses; null = standard output

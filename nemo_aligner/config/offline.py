@@ -49,7 +49,7 @@ class SamplerDataConfig(OfflineDataConfig):
 class OfflineConfig:
     """What both offline scripts share."""
 
-    gpt_model_file: str = MISSING  # .nemo file or extracted directory
+    gpt_model_file: str = MISSING  # .nemo file, extracted or (a policy) Hugging Face folder
     output_file: str = MISSING  # final JSONL; progress lives in <output_file>_temp/
     checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = every 15 seconds
     max_time_per_run: str | None = None  # D:H:M:S; saves progress, then leaves with exit status 75

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
-from torch import Tensor
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
-from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder, write_hf_folder
+from nemo_aligner.engine.checkpoints.hf_folder import SHARD_BYTES, read_hf_folder, write_hf_folder
+from nemo_aligner.engine.checkpoints.hf_settings import is_hf_folder
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.nemo_archive import (
     adapter_entry,
     archive_hash,
@@ -25,8 +26,8 @@ from nemo_aligner.engine.checkpoints.nemo_archive import (
 )
 from nemo_aligner.engine.checkpoints.peft_folder import read_peft_folder, write_peft_folder
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
-from nemo_aligner.engine.loading import load_for_inference, start_for_archive
-from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size, parse_precision
+from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive
+from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
@@ -39,7 +40,7 @@ class Checkpoint:
     """What an archive is made of: the shape, whole tensors under Hugging Face names, and a tokenizer.json."""
 
     arch: Architecture
-    tensors: dict[str, Tensor] | None  # None: random weights
+    tensors: LazyTensors | None  # None: random weights
     tokenizer_json: bytes
 
 
@@ -68,18 +69,19 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
 
 
 def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
-    """Build the model in this one process, fill it, and save the archive. `precision` is bf16 or 32."""
+    """Save the archive from this one process, a tensor at a time; random weights as a whole. `precision` is bf16 or 32.
+
+    Raises CheckpointError for weights that are not those of the shape.
+    """
     arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu")
     log.info("writing %s: %d layers of %d, vocabulary %d", output, arch.num_layers, arch.hidden_size, arch.vocab_size)
     launch_local_ranks(trainer)
     with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
         tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
-        model = build_model(arch, RunOptions(dtype=parse_precision(precision)))
-        if checkpoint.tensors is not None:
-            weights = to_megatron(arch, checkpoint.tensors, padded_vocab_size(arch, 1))
-            _, unexpected = model.load_state_dict(weights, strict=False)
-            assert not unexpected, unexpected
-        save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster)
+        given = checkpoint.tensors
+        model = build_model(arch, RunOptions(dtype=parse_precision(precision), shapes_only=given is not None))
+        weights = None if given is None else to_megatron(arch, given, padded_vocab_size(arch, 1))
+        save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster, weights)
 
 
 def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) -> None:
@@ -115,17 +117,20 @@ def export_adapter(source: Path, target: Path) -> None:
     log.info("wrote %s", target)
 
 
-def export_hf(source: Path, target: Path) -> None:
-    """A policy's archive as a folder that transformers loads, an adapter merged into its base.
+def export_hf(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """A policy's archive as a folder that transformers loads; a tensor at a time, unless it is an adapter's.
 
-    Raises CheckpointError for reward models.
+    Raises CheckpointError for reward models, and for weights that are not those of the shape.
     """
-    arch = read_architecture(source, key="--input")
-    if arch.reward_model_type is not None:
+    if read_architecture(source, key="--input").reward_model_type is not None:
         raise CheckpointError(f"--input {source}: a reward model, whose head has no Hugging Face form; give a policy")
-    with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
-        loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input")
-        tensors = {name: value for name, value in loaded.module.state_dict().items() if hasattr(value, "shape")}
+    if is_hf_folder(source):
+        raise CheckpointError(f"--input {source}: a Hugging Face folder already")
+    trainer, key = TrainerConfig(accelerator="cpu"), "--input"
+    with (
+        start_for_archive(trainer, source, key=key, tensor=1, pipeline=1) as cluster,
+        described_archive(source, cluster, key=key) as found,
+    ):
         log.info("writing %s", target)
-        write_hf_folder(target, loaded.arch, tensors, loaded.tokenizer)
+        write_hf_folder(target, found.arch, found.tensors, found.tokenizer, shard_bytes)
     log.info("wrote %s", target)

@@ -13,6 +13,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
@@ -152,15 +153,9 @@ def _load(
     if encoder_seq_length is not None:
         arch = replace(arch, encoder_seq_length=encoder_seq_length)
     with nemo_archive.open_archive(base, cluster, key=key) as folder:
-        tokenizer = load_tokenizer(folder, arch)
-        if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
-            arch = replace(arch, vocab_size=tokenizer.vocab_size)
-        if tokenizer.vocab_size > arch.vocab_size:
-            raise CheckpointError(
-                f"{key}={path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
-            )
+        arch, tokenizer = _with_vocabulary(path, folder, arch, key)
         module = build_model(arch, run)
-        nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new)
+        nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new, key=key)
     if adapter is not None:
         with nemo_archive.open_archive(path, cluster, key=key) as folder:
             nemo_archive.load_adapter(module, folder, cluster, new_head=not adapter_has_head)
@@ -168,3 +163,44 @@ def _load(
             module.adapters.dissolve(module)
             arch = replace(arch, peft=None)
     return LoadedModel(module, arch, tokenizer, run, source)
+
+
+def _with_vocabulary(
+    path: str | Path, folder: Path, arch: Architecture, key: str
+) -> tuple[Architecture, ArchiveTokenizer]:
+    """The shape with its vocabulary, which archives of NeMo leave to the tokenizer, and this tokenizer."""
+    tokenizer = load_tokenizer(folder, arch)
+    if not arch.vocab_size:
+        arch = replace(arch, vocab_size=tokenizer.vocab_size)
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise CheckpointError(
+            f"{key}={path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
+        )
+    return arch, tokenizer
+
+
+@dataclass(frozen=True)
+class DescribedArchive:
+    """An opened archive, none of whose weights is in memory: `tensors` are whole Megatron tensors."""
+
+    arch: Architecture
+    tokenizer: ArchiveTokenizer
+    tensors: LazyTensors
+
+
+@contextmanager
+def described_archive(path: str | Path, cluster: MegatronCluster, *, key: str) -> Iterator[DescribedArchive]:
+    """The archive at `path` as one process would hold it. Raises CheckpointError.
+
+    An adapter is merged into its base, for which all of it is in memory.
+    """
+    arch = nemo_archive.read_architecture(path, key=key)
+    if arch.peft is not None:
+        loaded = load_for_inference(path, cluster, precision=arch.precision, key=key)
+        weights = {name: value for name, value in loaded.module.state_dict().items() if hasattr(value, "shape")}
+        yield DescribedArchive(loaded.arch, loaded.tokenizer, LazyTensors.of(weights))
+        return
+    with nemo_archive.open_archive(path, cluster, key=key) as folder:
+        arch, tokenizer = _with_vocabulary(path, folder, arch, key)
+        model = build_model(arch, RunOptions(dtype=parse_precision(arch.precision), shapes_only=True))
+        yield DescribedArchive(arch, tokenizer, nemo_archive.whole_tensors(model, folder))

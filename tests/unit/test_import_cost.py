@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
+from nemo_aligner.engine.checkpoints.tokenizer import byte_tokenizer
 from nemo_aligner.owner import lock_of, sole_owner
 from tests.tiny import ARCHIVED
 
@@ -93,6 +95,7 @@ FAULTS = [
     (LABELER, "data.file_names=[{folder}/absent]", ABSENT),
     (LABELER, "gpt_model_file={folder}/absent", "gpt_model_file=" + ABSENT),
     (LABELER, "gpt_model_file={policy}", "is a language model"),
+    (LABELER, "gpt_model_file={hf}", "is a language model"),
     (SAMPLER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "processor=best", "processor: 'best'"),
@@ -110,10 +113,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, arch in (("policy", ARCHIVED), ("judge", replace(ARCHIVED, reward_model_type="binary_ranking"))):
         (folder / name).mkdir()
         (folder / name / "model_config.yaml").write_text(yaml.safe_dump(arch.to_nemo()))
+    (folder / "hf").mkdir()
+    (folder / "hf/config.json").write_text(json.dumps(to_hf_config(ARCHIVED, "float32")))
+    (folder / "hf/tokenizer.json").write_bytes(byte_tokenizer())
     row = json.dumps({"input": "a", "output": "b", "text": "c"})
     (folder / "rows").write_text(f"{row}\n{row}\n")
     (folder / "line").write_text(f"{row}\n{{\n")
-    return {"folder": str(folder), **{name: str(folder / name) for name in ("policy", "judge", "rows", "line")}}
+    return {"folder": str(folder), **{name: str(folder / name) for name in ("policy", "judge", "hf", "rows", "line")}}
 
 
 def imported(program: str, *arguments: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:

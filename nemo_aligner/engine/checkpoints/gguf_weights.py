@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture, RopeScaling
 from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, tokenizer_settings
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError
 
@@ -33,7 +36,7 @@ _FREQUENCIES = "rope_freqs.weight"
 _HARMLESS = frozenset({"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"})
 
 
-def read_gguf(path: Path) -> tuple[Architecture, dict[str, Tensor], bytes]:
+def read_gguf(path: Path) -> tuple[Architecture, LazyTensors, bytes]:
     """Shape, tensors under their Hugging Face names, and tokenizer.json of a GGUF file. Raises CheckpointError."""
     import gguf
 
@@ -47,24 +50,32 @@ def read_gguf(path: Path) -> tuple[Architecture, dict[str, Tensor], bytes]:
         raise CheckpointError(f"--input {path}: GGUF architecture {kind!r} is not llama")
     settings = Settings(_below(values, "llama."), f"--input {path}: llama")
     tokenizer = _below(values, "tokenizer.ggml.")
-    tensors = {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in reader.tensors
-    }
+    tensors = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}
     frequencies = tensors.pop(_FREQUENCIES, None)
     arch = _architecture(settings, tensors, len(tokenizer["tokens"]))
-    arch.rope_freq_factors = None if frequencies is None else frequencies.tolist()
+    arch.rope_freq_factors = None if frequencies is None else frequencies.make().tolist()
     arch.tokenizer = tokenizer_settings(tokenizer, values.get("tokenizer.chat_template"))
     settings.check_all_used(_HARMLESS)
     named = {_hf_name(name): _hf_order(name, value, arch) for name, value in tensors.items()}
-    return arch, named, tokenizer_json(tokenizer)
+    return arch, LazyTensors(named), tokenizer_json(tokenizer)
+
+
+def _dequantised(tensor: Any) -> LazyTensor:
+    """Of a `gguf.ReaderTensor`, whose numbers stay in the file until they are asked for; float32."""
+    import gguf
+
+    shape = tuple(int(length) for length in reversed(tensor.shape))
+    return LazyTensor(
+        torch.empty(shape, device="meta"),
+        lambda: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()),
+    )
 
 
 def _below(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def _architecture(settings: Settings, tensors: dict[str, Tensor], vocabulary: int) -> Architecture:
+def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int) -> Architecture:
     heads, hidden = settings.needed("attention.head_count"), settings.needed("embedding_length")
     head_dim = settings.get("attention.key_length", hidden // heads)
     if settings.get("attention.value_length", head_dim) != head_dim:
@@ -110,10 +121,11 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _hf_order(name: str, value: Tensor, arch: Architecture) -> Tensor:
-    if ".attn_q." in name:
-        return unpermuted(value, arch.num_attention_heads)
-    return unpermuted(value, arch.query_groups) if ".attn_k." in name else value
+def _hf_order(name: str, value: LazyTensor, arch: Architecture) -> LazyTensor:
+    for part, heads in ((".attn_q.", arch.num_attention_heads), (".attn_k.", arch.query_groups)):
+        if part in name:
+            return lazily(functools.partial(unpermuted, heads=heads), value)
+    return value
 
 
 def unpermuted(weight: Tensor, heads: int) -> Tensor:

@@ -3,95 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
-from nemo_aligner.engine.checkpoints.hf_tensors import SINGLE, dequantised, load_tensors, read_json
+from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
+from nemo_aligner.engine.checkpoints.hf_settings import CONFIG, INDEX, SINGLE, TOKENS, read_hf_architecture, read_json
+from nemo_aligner.engine.checkpoints.hf_tensors import dequantised, load_tensors, write_tensors
 from nemo_aligner.engine.checkpoints.hf_weights import to_hf
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
 from nemo_aligner.errors import CheckpointError, OutputError
 
-_TOKENS = ("bos", "eos", "pad")
+SHARD_BYTES = 5_000_000_000
+"""Of a file of weights at most, unless a tensor alone is larger; as transformers has it."""
 
 
-def read_hf_folder(folder: Path) -> tuple[Architecture, dict[str, Tensor], bytes]:
-    """Shape, tensors and tokenizer.json. Raises CheckpointError naming the file that is missing."""
-    for name in ("config.json", HF_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"--input {folder}: the folder has no {name}")
-    config = read_json(folder / "config.json")
-    arch = architecture_of(config)
-    tensors = dequantised(load_tensors(folder), config.get("quantization_config"))
-    tokenizer_json = (folder / HF_FILE).read_bytes()
-    return replace(arch, tokenizer=_tokenizer_settings(folder, tokenizer_json)), tensors, tokenizer_json
-
-
-def _tokenizer_settings(folder: Path, tokenizer_json: bytes) -> dict[str, Any]:
-    """Special tokens, what ends a response, and chat template, from whichever of the folder's files names them.
-
-    tokenizer_config.json and special_tokens_map.json name tokens, generation_config.json and config.json ids; the
-    former come first. Several ids for EOS all end a response.
-    """
-    from tokenizers import Tokenizer
-
-    named, by_id = (
-        [read_json(folder / name) if (folder / name).is_file() else {} for name in names]
-        for names in (
-            ("tokenizer_config.json", "special_tokens_map.json"),
-            ("generation_config.json", "config.json"),
-        )
-    )
-    vocabulary = Tokenizer.from_str(tokenizer_json.decode())
-
-    def ids(kind: str) -> list[int]:
-        found: Any = next((c[f"{kind}_token_id"] for c in by_id if c.get(f"{kind}_token_id") is not None), [])
-        return found if isinstance(found, list) else [found]
-
-    def token(kind: str) -> str | None:
-        given = next((c[f"{kind}_token"] for c in named if c.get(f"{kind}_token")), None)
-        if given is None:
-            return next((vocabulary.id_to_token(one) for one in ids(kind)), None)
-        return given["content"] if isinstance(given, dict) else given
-
-    settings: dict[str, Any] = {f"{kind}_token": token(kind) for kind in _TOKENS}
-    ends = [text for text in map(vocabulary.id_to_token, ids("eos")) if text and text != settings["eos_token"]]
-    return {
-        "library": "huggingface",
-        **settings,
-        **({"stop_tokens": ends} if ends else {}),
-        "chat_template": _chat_template(folder, named[0].get("chat_template")),
-    }
-
-
-def _chat_template(folder: Path, given: Any) -> str | None:
-    """A file of its own, or that of tokenizer_config.json; of several, the one called default."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if isinstance(given, list):
-        templates = {entry["name"]: entry["template"] for entry in given}
-        if "default" not in templates:
-            raise CheckpointError(f"--input {folder}: chat templates {sorted(templates)}, none of them called default")
-        return templates["default"]
-    return given
+def read_hf_folder(folder: Path, *, key: str = "--input") -> tuple[Architecture, LazyTensors, bytes]:
+    """Shape, tensors and tokenizer.json. Raises CheckpointError; `key` is what named the folder."""
+    arch = read_hf_architecture(folder, key=key)
+    quantization = read_json(folder / CONFIG, key=key).get("quantization_config")
+    return arch, dequantised(load_tensors(folder, key=key), quantization), (folder / HF_FILE).read_bytes()
 
 
 def write_hf_folder(
-    folder: Path, arch: Architecture, megatron: Mapping[str, Tensor], tokenizer: ArchiveTokenizer
+    folder: Path,
+    arch: Architecture,
+    megatron: Mapping[str, Tensor],
+    tokenizer: ArchiveTokenizer,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Everything that transformers and vLLM read: weights, shape, tokenizer, what ends a response, chat template.
 
-    `megatron` are whole Megatron tensors. Raises OutputError, and CheckpointError for a shape or tokenizer that has no
-    such form.
+    `megatron` are whole Megatron tensors; of lazy ones, one is in memory at a time. Raises OutputError, and
+    CheckpointError for a shape or tokenizer that has no such form.
     """
-    from safetensors.torch import save_file
-
     files = _hf_tokenizer_files(arch, tokenizer.files)
     dtype = "bfloat16" if arch.precision.startswith("bf16") else "float32"
     ends = sorted(tokenizer.stop_ids)
@@ -100,7 +48,7 @@ def write_hf_folder(
         "eos_token_id": tokenizer.eos_id if len(ends) == 1 else [tokenizer.eos_id, *(set(ends) - {tokenizer.eos_id})],
         "pad_token_id": tokenizer.pad_id,
     }
-    special = {f"{kind}_token": arch.tokenizer.get(f"{kind}_token") for kind in _TOKENS}
+    special = {f"{kind}_token": arch.tokenizer.get(f"{kind}_token") for kind in TOKENS}
     special = {name: value for name, value in special.items() if value}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     texts = {
@@ -111,16 +59,42 @@ def write_hf_folder(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(to_hf(arch, megatron), folder / SINGLE, metadata={"format": "pt"})
+        texts |= _write_weights(folder, to_hf(arch, megatron).parts, shard_bytes)
         for name, content in texts.items():
             (folder / name).write_text(json.dumps(content, indent=1))
-        (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
         for name, data in files.items():
             (folder / name).write_bytes(data)
         if tokenizer.chat_template is not None:
             (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     except OSError as fault:
         raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+
+
+def _write_weights(folder: Path, parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, object]]:
+    """One file, or several of `shard_bytes` at most. Returns the index that goes with several, by its name."""
+    shards = list(_shards(parts, shard_bytes))
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE, shards[0])
+        return {}
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(files, shards, strict=True):
+        write_tensors(folder / name, shard)
+    weights = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
+    return {INDEX: {"metadata": {"total_size": sum(map(_size, parts.values()))}, "weight_map": weights}}
+
+
+def _shards(parts: Mapping[str, LazyTensor], most: int) -> Iterator[dict[str, LazyTensor]]:
+    shard: dict[str, LazyTensor] = {}
+    for name, part in parts.items():
+        if shard and sum(map(_size, shard.values())) + _size(part) > most:
+            yield shard
+            shard = {}
+        shard[name] = part
+    yield shard
+
+
+def _size(part: LazyTensor) -> int:
+    return part.meta.numel() * part.meta.dtype.itemsize
 
 
 def _hf_tokenizer_files(arch: Architecture, files: Mapping[str, bytes]) -> Mapping[str, bytes]:

@@ -1,70 +1,60 @@
-"""The tensors of a Hugging Face folder: which files count, and block-scaled FP8 weights as the numbers they mean."""
+"""The tensors of a Hugging Face folder, read one at a time; block-scaled FP8 weights as the numbers they mean."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_aligner.engine.checkpoints.hf_settings import INDEX, named, weight_files, weight_map
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"
 _HARMLESS = frozenset({"activation_scheme", "fmt", "modules_to_not_convert"})  # of running in FP8, not of the numbers
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor that the index names, or those of the one file. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / INDEX
-    weight_map = read_json(index)["weight_map"] if index.is_file() else None
-    names = [only_file(folder)] if weight_map is None else sorted(set(weight_map.values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"--input {folder}: {INDEX} names {name}, which is not there")
-        try:
-            found = load_file(path)
-        except (SafetensorError, OSError) as fault:
-            raise CheckpointError(f"--input {path}: not a whole safetensors file ({fault})") from None
-        tensors |= found if weight_map is None else {k: v for k, v in found.items() if weight_map.get(k) == name}
-    missing = sorted(set(weight_map or ()) - tensors.keys())
+def load_tensors(folder: Path, *, key: str = "--input") -> LazyTensors:
+    """Every tensor that the index names, or those of the one file. Raises CheckpointError; `key` is what named it."""
+    places = weight_map(folder, key=key)
+    parts: dict[str, LazyTensor] = {}
+    for path in weight_files(folder, key=key):
+        found = _tensors_of(path, key)
+        parts |= {name: part for name, part in found.items() if places is None or places.get(name) == path.name}
+    missing = sorted(set(places or ()) - parts.keys())
     if missing:
-        raise CheckpointError(f"--input {folder}: {INDEX} names {missing[0]}, which its file does not hold")
-    return tensors
+        raise CheckpointError(f"{named(key, folder)}: {INDEX} names {missing[0]}, which its file does not hold")
+    return LazyTensors(parts)
 
 
-def only_file(folder: Path) -> str:
-    """The file of a folder without an index."""
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if SINGLE in found or len(found) == 1:
-        return SINGLE if SINGLE in found else found[0]
-    if found:
-        raise CheckpointError(f"--input {folder}: {len(found)} *.safetensors, and no {INDEX} to say which count")
-    raise CheckpointError(f"--input {folder}: the folder has no *.safetensors")
+def _tensors_of(path: Path, key: str) -> dict[str, LazyTensor]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import _TYPES
 
+    def make(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:  # anew for every tensor: of a file once read, all pages would stay
+            return file.get_tensor(name).clone()
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError naming the file."""
+    def described(name: str, part: Any) -> LazyTensor:
+        kind = part.get_dtype()
+        if kind not in _TYPES:
+            raise CheckpointError(f"{named(key, path)}: {name} is {kind}, which torch does not have")
+        return LazyTensor(torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta"), lambda: make(name))
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"--input {path}: cannot be read as JSON ({fault})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"--input {path}: not a JSON object")
-    return content
+        with safe_open(path, "pt") as file:
+            return {name: described(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as fault:
+        raise CheckpointError(f"{named(key, path)}: not a whole safetensors file ({fault})") from None
 
 
-def dequantised(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None) -> dict[str, Tensor]:
+def dequantised(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None) -> LazyTensors:
     """FP8 weights times the scale of their block, float32: W[i, j] = w[i, j] · s[⌊i/b⌋, ⌊j/b⌋].
 
     `quantization` is the `quantization_config` of config.json. Raises CheckpointError for other ways of quantising.
@@ -75,19 +65,53 @@ def dequantised(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] |
         raise CheckpointError(f"config.json: quantization_config: quant_method={method} is not fp8")
     block = settings.get("weight_block_size") or [128, 128]
     settings.check_all_used(_HARMLESS)
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    parts = LazyTensors.of(tensors).parts
+    out: dict[str, LazyTensor] = {}
+    for name, part in parts.items():
         if name.endswith(_SCALE):
             continue
-        scale = tensors.get(f"{name}{_SCALE}")
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+        scale, dtype = parts.get(f"{name}{_SCALE}"), part.meta.dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
             if scale is not None:
-                raise CheckpointError(f"{name} is {tensor.dtype}, and yet has scales of FP8 blocks")
-            out[name] = tensor
-        elif tensor.dtype == torch.float8_e4m3fn and scale is not None:
-            rows, columns = tensor.shape
-            spread = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-            out[name] = tensor.float() * spread
+                raise CheckpointError(f"{name} is {dtype}, and yet has scales of FP8 blocks")
+            out[name] = part
+        elif dtype == torch.float8_e4m3fn and scale is not None:
+            out[name] = lazily(lambda weight, by_block: _scaled(weight, by_block, block), part, scale)
         else:
-            raise CheckpointError(f"{name} is {str(tensor.dtype).removeprefix('torch.')} without scales that are known")
-    return out
+            raise CheckpointError(f"{name} is {str(dtype).removeprefix('torch.')} without scales that are known")
+    return LazyTensors(out)
+
+
+def _scaled(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
+    rows, columns = weight.shape
+    spread = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * spread
+
+
+def write_tensors(path: Path, parts: Mapping[str, LazyTensor]) -> None:
+    """A safetensors file, one tensor in memory at a time; it appears whole or not at all.
+
+    The format is eight bytes that say how long the header is, a JSON header, and the tensors one after another
+    (github.com/huggingface/safetensors); its own writer takes all tensors at once.
+    """
+    from safetensors.torch import _TYPES
+
+    kinds = {dtype: kind for kind, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, part in parts.items():
+        start, end = end, end + part.meta.numel() * part.meta.dtype.itemsize
+        header[name] = {"dtype": kinds[part.meta.dtype], "shape": list(part.meta.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for part in parts.values():
+                part.make().contiguous().view(-1).view(torch.uint8).numpy().tofile(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

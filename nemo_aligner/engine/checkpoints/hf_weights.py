@@ -7,13 +7,15 @@ and gate and up projections in one: `[2·F, H]`.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.errors import CheckpointError
 
 _LAYER = {  # Megatron name → Hugging Face name, below decoder.layers.N / model.layers.N
@@ -53,51 +55,58 @@ def _kinds(biased: bool) -> tuple[str, ...]:
     return ("weight", "bias") if biased else ("weight",)
 
 
-def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int) -> dict[str, Tensor]:
+def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int) -> LazyTensors:
     """Whole Megatron tensors (TP = PP = 1 names) from Hugging Face ones; embedding rows padded with zeros.
 
     Layers past `arch.num_layers` are left out. Raises CheckpointError for a tensor that is missing, and for one that is
     not used.
     """
-    hf = {name: part for whole, tensor in hf.items() for name, part in _unfused(arch, whole, tensor)}
+    given = dict(part for whole, tensor in LazyTensors.of(hf).parts.items() for part in _unfused(arch, whole, tensor))
     used: set[str] = set()
 
-    def take(name: str) -> Tensor:
-        if name not in hf:
+    def take(name: str) -> LazyTensor:
+        if name not in given:
             raise CheckpointError(f"the checkpoint has no tensor {name}")
         used.add(name)
-        return hf[name]
+        return given[name]
+
+    def rows(name: str) -> LazyTensor:
+        return lazily(lambda table: _padded(table, padded_vocab), take(name))
 
     out = {megatron: take(name) for megatron, name in _TOP.items()}
-    out["embedding.word_embeddings.weight"] = _padded(out["embedding.word_embeddings.weight"], padded_vocab)
+    out["embedding.word_embeddings.weight"] = rows(_TOP["embedding.word_embeddings.weight"])
     if not arch.share_embeddings_and_output_weights:
-        out["output_layer.weight"] = _padded(take("lm_head.weight"), padded_vocab)
+        out["output_layer.weight"] = rows("lm_head.weight")
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron, name in _layer_names(arch).items():
             out[ours + megatron] = take(theirs + name)
         for kind in _kinds(arch.qkv_bias):
             parts = [take(f"{theirs}self_attn.{p}_proj.{kind}") for p in "qkv"]
-            out[f"{ours}self_attention.linear_qkv.{kind}"] = fuse_qkv(arch, *parts)
+            out[f"{ours}self_attention.linear_qkv.{kind}"] = lazily(functools.partial(fuse_qkv, arch), *parts)
         for kind in _kinds(arch.has_mlp_bias):
-            gate, up = take(f"{theirs}mlp.gate_proj.{kind}"), take(f"{theirs}mlp.up_proj.{kind}")
-            out[f"{ours}mlp.linear_fc1.{kind}"] = torch.cat((gate, up))
-    _check_all_used(arch, hf.keys() - used)
-    return out
+            halves = [take(f"{theirs}mlp.{p}_proj.{kind}") for p in ("gate", "up")]
+            out[f"{ours}mlp.linear_fc1.{kind}"] = lazily(lambda *both: torch.cat(both), *halves)
+    _check_all_used(arch, given.keys() - used)
+    return LazyTensors(out)
 
 
-def _unfused(arch: Architecture, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _unfused(arch: Architecture, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
     """Phi3 keeps q, k and v in one tensor, and gate and up."""
     if ".qkv_proj." in name:
         heads = arch.num_attention_heads, arch.query_groups, arch.query_groups
-        parts = tensor.split([count * arch.head_dim for count in heads])
-        yield from ((name.replace("qkv_proj", f"{p}_proj"), part) for p, part in zip("qkv", parts, strict=True))
+        yield from _parts(tensor, [count * arch.head_dim for count in heads], [name.replace("qkv", p) for p in "qkv"])
     elif ".gate_up_proj." in name:
-        gate, up = tensor.chunk(2)
-        yield name.replace("gate_up_proj", "gate_proj"), gate
-        yield name.replace("gate_up_proj", "up_proj"), up
+        half = tensor.meta.size(0) // 2
+        yield from _parts(tensor, [half, half], [name.replace("gate_up", p) for p in ("gate", "up")])
     else:
         yield name, tensor
+
+
+def _parts(tensor: LazyTensor, sizes: Sequence[int], names: Sequence[str]) -> Iterator[tuple[str, LazyTensor]]:
+    """Its rows in parts of `sizes`, by `names`."""
+    for i, name in enumerate(names):
+        yield name, lazily(lambda whole, i=i: whole.split(sizes)[i], tensor)
 
 
 def _check_all_used(arch: Architecture, left: Iterable[str]) -> None:
@@ -114,23 +123,31 @@ def _check_all_used(arch: Architecture, left: Iterable[str]) -> None:
         raise CheckpointError(f"the checkpoint has {len(unknown)} tensors that are not understood, among them {some}")
 
 
-def to_hf(arch: Architecture, megatron: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(arch: Architecture, megatron: Mapping[str, Tensor]) -> LazyTensors:
     """The inverse of `to_megatron`."""
-    out = {name: megatron[ours] for ours, name in _TOP.items()}
-    out["model.embed_tokens.weight"] = out["model.embed_tokens.weight"][: arch.vocab_size]
-    if "output_layer.weight" in megatron:
-        out["lm_head.weight"] = megatron["output_layer.weight"][: arch.vocab_size]
+    given = LazyTensors.of(megatron).parts
+
+    def rows(name: str) -> LazyTensor:
+        return lazily(lambda table: table[: arch.vocab_size], given[name])
+
+    out = {name: given[ours] for ours, name in _TOP.items()}
+    out["model.embed_tokens.weight"] = rows("embedding.word_embeddings.weight")
+    if "output_layer.weight" in given:
+        out["lm_head.weight"] = rows("output_layer.weight")
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for name, hf_name in _layer_names(arch).items():
-            out[theirs + hf_name] = megatron[ours + name]
+            out[theirs + hf_name] = given[ours + name]
         for kind in _kinds(arch.qkv_bias):
-            parts = split_qkv(arch, megatron[f"{ours}self_attention.linear_qkv.{kind}"])
-            out |= {f"{theirs}self_attn.{p}_proj.{kind}": part for p, part in zip("qkv", parts, strict=True)}
+            whole = given[f"{ours}self_attention.linear_qkv.{kind}"]
+            for i, p in enumerate("qkv"):
+                part = lazily(lambda fused, i=i: split_qkv(arch, fused)[i], whole)
+                out[f"{theirs}self_attn.{p}_proj.{kind}"] = part
         for kind in _kinds(arch.has_mlp_bias):
-            gate, up = megatron[f"{ours}mlp.linear_fc1.{kind}"].chunk(2)
-            out |= {f"{theirs}mlp.gate_proj.{kind}": gate, f"{theirs}mlp.up_proj.{kind}": up}
-    return {name: tensor.contiguous() for name, tensor in out.items()}
+            whole = given[f"{ours}mlp.linear_fc1.{kind}"]
+            for i, p in enumerate(("gate", "up")):
+                out[f"{theirs}mlp.{p}_proj.{kind}"] = lazily(lambda both, i=i: both.chunk(2)[i], whole)
+    return LazyTensors({name: lazily(torch.Tensor.contiguous, part) for name, part in out.items()})
 
 
 def fuse_qkv(arch: Architecture, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

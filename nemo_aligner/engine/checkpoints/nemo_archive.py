@@ -5,8 +5,9 @@
     model_weights/            megatron torch_dist shards, keys with NeMo's prefix `model.`; any TP/PP reads them
     tokenizer.json | *.model  the tokenizer
 
-An extracted folder is accepted wherever a file is. The archive of an adapter has the base's shape and tokenizer, the
-adapter's weights alone, and says in `peft` of its `model_config.yaml` which archive its base is.
+An extracted folder is accepted wherever a file is, and so is a Hugging Face folder. The archive of an adapter has the
+base's shape and tokenizer, the adapter's weights alone, and says in `peft` of its `model_config.yaml` which archive its
+base is.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.checksums import check_sums, write_sums
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
+from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, read_hf_architecture
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.files import fsync
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.transformer.module import MegatronModule
 
+    from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
     from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer
     from nemo_aligner.engine.interfaces import Cluster
 
@@ -44,15 +48,19 @@ _MOST_TEXT = 16 << 20
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
-    """The shape an archive (file or extracted folder) declares; cheap: no weights are read.
+    """The shape an archive (file, extracted folder or Hugging Face folder) declares; cheap: no weights are read.
 
     `key` is the config key that named the archive, for messages. Raises CheckpointError.
     """
     path = Path(path)
+    if is_hf_folder(path):
+        return read_hf_architecture(path, key=key)
     if path.is_dir():
         config = path / CONFIG
         if not config.is_file():
-            raise CheckpointError(f"{key}={path}: the folder has no {CONFIG}, so it is not an extracted .nemo archive")
+            raise CheckpointError(
+                f"{key}={path}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder (config.json)"
+            )
         text = config.read_bytes()
     else:
         with open_tar(path, key) as tar:
@@ -230,7 +238,9 @@ def _check_sums(path: Path, folder: Path, key: str) -> None:
         raise CheckpointError(f"{key}={path}: {fault}") from None
 
 
-def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
+def load_weights(
+    model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False, key: str = "archive"
+) -> None:
     """Read an opened archive's weights into `model`, whatever TP and PP wrote them.
 
     `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
@@ -241,6 +251,10 @@ def load_weights(model: MegatronModule, folder: Path, cluster: Cluster, *, new_h
     state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
     if new_head:
         state = {name: value for name, value in state.items() if ".rm_head." not in name}
+    if is_hf_folder(folder):
+        _fill_from_hf(state, folder, model.config.tensor_model_parallel_size, key)
+        cluster.barrier()
+        return
     may_stay = ["_extra_state", *(["output_layer.weight"] if hasattr(model, "rm_head") or new_head else [])]
     _fill(model, state, folder, may_stay)
     cluster.barrier()
@@ -268,12 +282,38 @@ def _fill(model: MegatronModule, state: dict[str, Any], folder: Path, may_stay: 
         raise CheckpointError(f"the archive's weights do not fit the model: {', '.join(unexpected[:4])}")
 
 
+def _fill_from_hf(state: ShardedStateDict, folder: Path, tp: int, key: str) -> None:
+    from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder
+    from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+    from nemo_aligner.engine.checkpoints.whole_weights import fill
+
+    arch, tensors, _ = read_hf_folder(folder, key=key)
+    try:
+        fill(state, to_megatron(arch, tensors, padded_vocab_size(arch, tp)), PREFIX)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{key}={folder}: {fault}") from None
+
+
+def whole_tensors(model: MegatronModule, folder: Path) -> LazyTensors:
+    """An opened archive's weights as whole Megatron tensors, read when they are asked for; `model` is the whole one."""
+    from nemo_aligner.engine.checkpoints.sharded import without_extra_state
+    from nemo_aligner.engine.checkpoints.whole_weights import archive_tensors
+
+    return archive_tensors(folder / WEIGHTS, without_extra_state(model.sharded_state_dict(prefix=PREFIX)), PREFIX)
+
+
 def save_archive(
-    path: str | Path, model: MegatronModule, arch: Architecture, tokenizer: ArchiveTokenizer, cluster: Cluster
+    path: str | Path,
+    model: MegatronModule,
+    arch: Architecture,
+    tokenizer: ArchiveTokenizer,
+    cluster: Cluster,
+    weights: LazyTensors | None = None,
 ) -> None:
     """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename.
 
-    Of a model with adapters these alone where `arch.peft` says so, and all but these where it does not.
+    Of a model with adapters these alone where `arch.peft` says so, and all but these where it does not. `weights` are
+    whole Megatron tensors in the place of the model's own.
     """
     import yaml
 
@@ -296,7 +336,12 @@ def save_archive(
             state = without_frozen(state, model, PREFIX)
         else:
             state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
-        save_sharded(state, staging / WEIGHTS)
+        if weights is None:
+            save_sharded(state, staging / WEIGHTS)
+        else:
+            from nemo_aligner.engine.checkpoints.whole_weights import save_whole
+
+            save_whole(state, staging / WEIGHTS, weights, PREFIX)
         if cluster.is_main:
             try:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
@@ -335,13 +380,17 @@ def _pack(folder: Path, target: Path) -> None:
 
 
 def archive_hash(path: str | Path) -> str:
-    """sha256 over every byte of an archive file, or over names and contents of an extracted folder, in name order."""
+    """sha256 over every byte of an archive file, or over names and contents of a folder, in name order.
+
+    Of a Hugging Face folder the files count that are read.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
+    entries = files_that_count(path) if is_hf_folder(path) else (p for p in path.rglob("*") if p.is_file())
+    for entry in sorted(entries):
         digest.update(str(entry.relative_to(path)).encode())
         with entry.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
-from nemo_aligner.engine.checkpoints.hf_tensors import read_json
+from nemo_aligner.engine.checkpoints.hf_settings import read_json
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv
 from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError, OutputError

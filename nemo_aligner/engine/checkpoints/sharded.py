@@ -12,8 +12,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_aligner.errors import CheckpointError, OutputError
 
@@ -63,13 +65,21 @@ def without_frozen(state: ShardedStateDict, model: nn.Module, prefix: str) -> Sh
     return {name: value for name, value in state.items() if name not in frozen}
 
 
-def save_sharded(state: ShardedStateDict, folder: Path) -> None:
-    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no."""
+def save_sharded(state: ShardedStateDict, folder: Path, strategy: SaveShardedStrategy | None = None) -> None:
+    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no.
+
+    `strategy` writes the tensors; None = Megatron's own.
+    """
     # Megatron would spawn a manager process (which imports torch again, seconds) to pass results between processes
     # of an asynchronous save; ours is synchronous, so a queue inside this process serves
     filesystem_async._results_queue = queue.Queue()
     try:
-        dist_checkpointing.save(state, str(folder))
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    except CheckpointException as found:  # of torch's writer, with what failed on each rank
+        fault = next(iter(found.failures.values()))[0]
+        if isinstance(fault, OSError):
+            raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+        raise fault from found
     except OSError as fault:
         raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
     except RuntimeError as fault:

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
+from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN
 from nemo_aligner.algorithms.sampling import likeliest
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.cached_attention import (
@@ -152,8 +153,8 @@ class CachedForward:
         )
 
     def new_cache(self, slots: int) -> KVCache:
-        """An empty cache for `slots` rows. Where attention takes a launch per block, few and large ones are cheaper."""
-        grain, block_rows = (128, 64) if self.device.type == "cpu" else (512, 256)
+        """An empty cache for `slots` rows."""
+        grain, block_rows = (128, 64) if self.device.type == "cpu" else (GPU_GRAIN, GPU_BLOCK_ROWS)
         if self._attends:
             grain, block_rows = 32, 4
         return KVCache(slots, grain, block_rows, shares_prompts=self._attends)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.cache_widths import bucket_width
 from nemo_aligner.engine.interfaces import PromptScores
 
 
@@ -149,12 +150,8 @@ class KVCache:
         return torch.from_numpy(self._places[self.slots])
 
     def _bucket(self, length: int) -> Bucket:
-        """That of `length` positions: multiples of the grain up to four of them, then with steps of a quarter to a
-        half, so that there are few for any length."""
-        step = self._grain
-        while length > 4 * step:
-            step *= 2
-        width = -(-length // step) * step
+        """That of `length` positions."""
+        width = bucket_width(length, self._grain)
         if width not in self._buckets:
             # what is masked is multiplied by 0, which what lay in memory might survive; `places` leads to no such thing
             self._buckets[width] = Bucket(width, self._block_rows, clear=not self._shares)

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
@@ -42,6 +42,7 @@ class RunOptions:
     attention_dropout: float | None = None
     lora: LoraTuning | None = None  # None: no adapters
     lora_seed: int = 1234  # of their A
+    shapes_only: bool = False  # parameters on torch's meta device, which take no memory
 
     @classmethod
     def for_inference(cls, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> RunOptions:
@@ -54,12 +55,6 @@ def parse_precision(value: str | int) -> torch.dtype:
     bf16 and bf16-mixed are the same here: bf16 weights, fp32 master weights in the optimizer.
     """
     return torch.float32 if str(value).startswith("32") else torch.bfloat16
-
-
-def padded_vocab_size(arch: Architecture, tp: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple of make_vocab_size_divisible_by × tp."""
-    multiple = arch.make_vocab_size_divisible_by * tp
-    return -(-arch.vocab_size // multiple) * multiple
 
 
 def _activation(arch: Architecture) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
             f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
             "model.tensor_model_parallel_size",
         )
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = run.shapes_only or not torch.cuda.is_available()
     init = functools.partial(nn.init.normal_, std=arch.init_method_std)
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -267,6 +262,14 @@ class RewardGPTModel(StreamGPTModel):
 
 def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     """This rank's pipeline stage, with random weights, in `run.dtype`."""
+    if run.shapes_only:
+        with torch.device("meta"):
+            return _built(arch, run)
+    model = _built(arch, run)
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _built(arch: Architecture, run: RunOptions) -> GPTModel:
     is_reward_model = arch.reward_model_type is not None
     if arch.position_embedding_type not in ("rope", "learned_absolute"):
         raise CheckpointError(
@@ -305,7 +308,4 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
         rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
     if run.lora is not None:
         model.adapters = Adapters(model, arch, run.lora, run.lora_seed)
-    model.to(run.dtype)
-    if torch.cuda.is_available():
-        model.cuda()
-    return model
+    return model.to(run.dtype)

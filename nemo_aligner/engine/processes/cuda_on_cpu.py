@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
 
@@ -41,6 +42,8 @@ def enable_cpu() -> None:
 
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
     _replace(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+    # `with torch.device(...)` knows the factories by what they are when it is first asked
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:  # buffers and counters are made with device="cuda"
         _replace(torch, name, _on_cpu(getattr(torch, name)))
 

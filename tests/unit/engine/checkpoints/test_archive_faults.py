@@ -90,7 +90,7 @@ def test_a_config_that_says_no_shape_is_named(make: Any, content: str, said: str
 
 def test_what_has_no_config_is_no_archive(tmp_path: Path) -> None:
     path = folder_of(tmp_path / "folder", {"other": ""})
-    said = "the folder has no model_config.yaml, so it is not an extracted .nemo archive"
+    said = r"neither an extracted .nemo archive \(model_config.yaml\) nor a Hugging Face folder \(config.json\)"
     with pytest.raises(CheckpointError, match=rf"^k={path}: {said}$"):
         read_architecture(path, key="k")
     path = packed(tmp_path / "m.nemo", {"other": ""})

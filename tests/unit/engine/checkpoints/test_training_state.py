@@ -43,7 +43,7 @@ def killed(*_: Any) -> None:
     raise SystemExit(137)
 
 
-def disk_full(*_: Any) -> None:
+def disk_full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -82,7 +82,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(
 def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
     model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError(fault)
 
     monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", fails)

@@ -1,0 +1,133 @@
+"""What a Hugging Face folder says of its model, without the weights: read before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.engine.checkpoints.hf_config import architecture_of
+from nemo_aligner.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TOKENS = ("bos", "eos", "pad")
+_NAMED = ("tokenizer_config.json", "special_tokens_map.json")
+_BY_ID = ("generation_config.json", CONFIG)
+_TEMPLATE = "chat_template.jinja"
+
+
+def named(key: str, path: Path) -> str:
+    """A path as it was given: after a flag, or as a key of the config."""
+    return f"{key} {path}" if key.startswith("--") else f"{key}={path}"
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether it is a folder with Hugging Face's config, and not an extracted .nemo archive."""
+    return (path / CONFIG).is_file() and not (path / "model_config.yaml").exists()
+
+
+def read_hf_architecture(folder: Path, *, key: str = "--input") -> Architecture:
+    """Shape and tokenizer settings of a folder. Raises CheckpointError; `key` is what named it."""
+    for name in (CONFIG, TOKENIZER):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{named(key, folder)}: the folder has no {name}")
+    arch = architecture_of(read_json(folder / CONFIG, key=key))
+    return replace(arch, tokenizer=_tokenizer_settings(folder, (folder / TOKENIZER).read_bytes(), key))
+
+
+def weight_map(folder: Path, *, key: str = "--input") -> dict[str, str] | None:
+    """The file of every tensor, where an index says so. Raises CheckpointError for files that are not there."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    found = read_json(index, key=key)["weight_map"]
+    for name in sorted(set(found.values())):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{named(key, folder)}: {INDEX} names {name}, which is not there")
+    return found
+
+
+def weight_files(folder: Path, *, key: str = "--input") -> list[Path]:
+    """The files that count. Raises CheckpointError where none does, or nothing says which."""
+    places = weight_map(folder, key=key)
+    if places is not None:
+        return [folder / name for name in sorted(set(places.values()))]
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE in found or len(found) == 1:
+        return [folder / (SINGLE if SINGLE in found else found[0])]
+    if found:
+        raise CheckpointError(f"{named(key, folder)}: {len(found)} *.safetensors, and no {INDEX} to say which count")
+    raise CheckpointError(f"{named(key, folder)}: the folder has no *.safetensors")
+
+
+def files_that_count(folder: Path) -> Iterator[Path]:
+    """All that is read of the folder, and nothing of what a download may leave beside it. Raises CheckpointError."""
+    names = {*_NAMED, *_BY_ID, TOKENIZER, _TEMPLATE, INDEX}
+    yield from (folder / name for name in sorted(names) if (folder / name).is_file())
+    yield from weight_files(folder, key="archive")
+
+
+def read_json(path: Path, *, key: str = "--input") -> dict[str, Any]:
+    """Raises CheckpointError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{named(key, path)}: cannot be read as JSON ({fault})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{named(key, path)}: not a JSON object")
+    return content
+
+
+def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[str, Any]:
+    """Special tokens, what ends a response, and chat template, from whichever of the folder's files names them.
+
+    tokenizer_config.json and special_tokens_map.json name tokens, generation_config.json and config.json ids; the
+    former come first. Several ids for EOS all end a response.
+    """
+    from tokenizers import Tokenizer
+
+    by_name, by_id = (
+        [read_json(folder / name, key=key) if (folder / name).is_file() else {} for name in names]
+        for names in (_NAMED, _BY_ID)
+    )
+    vocabulary = Tokenizer.from_str(tokenizer_json.decode())
+
+    def ids(kind: str) -> list[int]:
+        found: Any = next((c[f"{kind}_token_id"] for c in by_id if c.get(f"{kind}_token_id") is not None), [])
+        return found if isinstance(found, list) else [found]
+
+    def token(kind: str) -> str | None:
+        given = next((c[f"{kind}_token"] for c in by_name if c.get(f"{kind}_token")), None)
+        if given is None:
+            return next((vocabulary.id_to_token(one) for one in ids(kind)), None)
+        return given["content"] if isinstance(given, dict) else given
+
+    settings: dict[str, Any] = {f"{kind}_token": token(kind) for kind in TOKENS}
+    ends = [text for text in map(vocabulary.id_to_token, ids("eos")) if text and text != settings["eos_token"]]
+    return {
+        "library": "huggingface",
+        **settings,
+        **({"stop_tokens": ends} if ends else {}),
+        "chat_template": _chat_template(folder, by_name[0].get("chat_template"), key),
+    }
+
+
+def _chat_template(folder: Path, given: Any, key: str) -> str | None:
+    """A file of its own, or that of tokenizer_config.json; of several, the one called default."""
+    file = folder / _TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if isinstance(given, list):
+        templates = {entry["name"]: entry["template"] for entry in given}
+        if "default" not in templates:
+            raise CheckpointError(
+                f"{named(key, folder)}: chat templates {sorted(templates)}, none of them called default"
+            )
+        return templates["default"]
+    return given

@@ -1,0 +1,74 @@
+"""`key=value` of scripts/plan_layout.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from omegaconf import MISSING, DictConfig
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import PRECISIONS, at_least
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.planning.tasks import TASKS, sizes_of, task_of
+
+
+@dataclass
+class PlanConfig:
+    """null = chosen, or as the task has it."""
+
+    model: str = MISSING  # YAML of a shape, such as conf/model/llama3_8b.yaml; or an archive
+    gpus: int | None = None  # in all; with `run` as there
+    gpu_memory_gb: float = MISSING  # of one, as its maker counts: 80 for an H100
+    gpus_per_node: int = 8
+    reserve_gb: float = 6.0  # of each GPU, for what is not tensors: CUDA, NCCL, workspaces, gaps between allocations
+    task: str = "sft"  # sft, rm, actor, sampler, labeler or server
+    run: str | None = None  # file of what a script's --cfg job prints: does that run fit?
+    precision: str = "bf16-mixed"
+    seq_length: int | None = None  # tokens of a row, prompt and response together; null = the model's context
+    prompt_length: int | None = None  # actor, sampler
+    response_length: int | None = None  # actor, sampler: null = half of the row; sft: tokens with a loss, null = all
+    micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    samples_per_prompt: int | None = None  # actor, sampler
+    prompts_in_flight: int | None = None  # on each data-parallel rank; null = as fit, 256 responses at most
+    forward_micro_batch_size: int | None = None  # rows of a pass without a gradient
+    optimizer: str = "distributed_fused_adam"
+    tensor_model_parallel_size: int = -1  # -1 = chosen
+    pipeline_model_parallel_size: int = -1
+    sequence_parallel: bool | None = None
+    activations_checkpoint_granularity: str = "auto"  # auto = chosen; none, selective or full
+    activations_checkpoint_method: str | None = None
+    activations_checkpoint_num_layers: int | None = None
+
+    def validate(self) -> None:
+        if (self.gpus is None) == (self.run is None):
+            raise ConfigError("give either gpus, or the run that is to be checked", "gpus")
+        sizes = ("gpus", "gpus_per_node", "seq_length", "prompt_length", "response_length", "micro_batch_size")
+        more = ("global_batch_size", "samples_per_prompt", "prompts_in_flight", "forward_micro_batch_size")
+        at_least(1, **{name: getattr(self, name) for name in (*sizes, *more, "activations_checkpoint_num_layers")})
+        for name, allowed in (
+            ("task", tuple(TASKS)),
+            ("precision", PRECISIONS),
+            ("activations_checkpoint_granularity", ("auto", "none", "selective", "full")),
+            ("activations_checkpoint_method", (None, "uniform", "block")),
+        ):
+            if getattr(self, name) not in allowed:
+                wanted = ", ".join(str(one) for one in allowed if one is not None)
+                raise ConfigError(f"{getattr(self, name)!r} is not one of {wanted}", name)
+        if not 0 <= self.reserve_gb < self.gpu_memory_gb:
+            raise ConfigError(
+                f"{self.reserve_gb} is not from 0 to below gpu_memory_gb={self.gpu_memory_gb}", "reserve_gb"
+            )
+
+
+def of_run(config: PlanConfig, run: DictConfig, arch: Architecture) -> PlanConfig:
+    """`config` with the sizes of a script's config: nothing is left to choose. Raises ConfigError."""
+    name = task_of(run)
+    sizes = sizes_of(run, TASKS[name])
+    nodes, devices = sizes.pop("num_nodes"), sizes.pop("devices")
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        sizes[key] = getattr(arch, key) if sizes[key] == -1 else sizes[key]
+    if TASKS[name].trains:
+        sizes["activations_checkpoint_granularity"] = sizes["activations_checkpoint_granularity"] or "none"
+    given = {key: value for key, value in sizes.items() if value is not None}
+    return replace(config, task=name, gpus=nodes * devices, gpus_per_node=devices, run=None, **given)

@@ -1,0 +1,119 @@
+"""Which way to cut a model over the GPUs that there are: all that fit, and of them the fastest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.errors import LaunchError
+from nemo_aligner.planning.memory import Layout, Memory, Work, inference, training
+
+_RECOMPUTED = 4 / 3
+"""Relative time of a step whose forward pass is done twice: forward 1, backward 2."""
+_EACH_TP = 0.08
+"""What every doubling of tensor parallelism costs, inside a node: a rough figure of sums over ranks not hidden."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs to be used; `memory` is what one has for tensors, in bytes."""
+
+    gpus: int
+    gpus_per_node: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    arch: Architecture
+    layout: Layout
+    work: Work
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a layout; None = whatever fits."""
+
+    trains: bool
+    global_rows: int  # rows of an optimizer step, over all ranks
+    tp: int | None = None
+    pp: int | None = None
+    sequence_parallel: bool | None = None
+    recomputation: Layout | None = None  # its granularity, method and num_layers
+
+
+def best_plan(arch: Architecture, cluster: Cluster, work: Work, wish: Wish) -> Plan:
+    """The fastest layout that fits, as far as `_relative_time` knows. Raises LaunchError where none does."""
+    plans = [_planned(arch, layout, work, wish) for layout in _layouts(arch, cluster, wish)]
+    if not plans:
+        raise LaunchError(
+            f"{arch.num_attention_heads} heads, {arch.query_groups} groups of them and {arch.num_layers} layers cannot "
+            f"be cut over {cluster.gpus} GPUs, {cluster.gpus_per_node} a node, in the way asked for"
+        )
+    fitting = [plan for plan in plans if plan.memory.peak <= cluster.memory]
+    if not fitting:
+        least = min(plans, key=lambda plan: plan.memory.peak)
+        raise LaunchError(
+            f"nothing fits: the layout that takes least ({describe(least.layout)}) takes "
+            f"{gib(least.memory.peak):.1f} of the {gib(cluster.memory):.1f} GB of a GPU; give more GPUs, "
+            "shorter rows or smaller micro-batches"
+        )
+    return min(fitting, key=lambda plan: (_relative_time(plan, wish), plan.memory.peak))
+
+
+def describe(layout: Layout) -> str:
+    """In words, for a line."""
+    parts = [f"TP {layout.tp}", f"PP {layout.pp}", f"DP {layout.dp}"]
+    if layout.sequence_parallel:
+        parts.append("sequence parallel")
+    if layout.granularity is not None:
+        what = f"{layout.method} {layout.num_layers}" if layout.granularity == "full" else "attention"
+        parts.append(f"{layout.granularity} recomputation ({what})")
+    return ", ".join(parts)
+
+
+def gib(size: int) -> float:
+    """GPU makers' gigabytes are 2³⁰ bytes."""
+    return size / 2**30
+
+
+def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layout]:
+    """Tensor parallelism stays inside a node, where the sums of every layer are fast."""
+    if wish.recomputation is not None:
+        recomputations = [wish.recomputation]
+    else:  # of attention alone saves nothing: no scores are stored, and q and k would be
+        recomputations = [Layout(), Layout(granularity="full")] if wish.trains else [Layout()]
+    whole = (arch.num_attention_heads, arch.query_groups, arch.ffn_hidden_size)
+    for tp in [wish.tp] if wish.tp else _divisors(cluster.gpus_per_node):
+        for pp in [wish.pp] if wish.pp else _divisors(arch.num_layers):
+            if cluster.gpus % (tp * pp) or any(size % tp for size in whole) or arch.num_layers % pp:
+                continue
+            parallel = tp > 1 and wish.trains if wish.sequence_parallel is None else wish.sequence_parallel
+            for recomputation in recomputations:
+                yield replace(
+                    recomputation, tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=parallel and tp > 1
+                )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _planned(arch: Architecture, layout: Layout, work: Work, wish: Wish) -> Plan:
+    work = replace(work, microbatches=max(1, wish.global_rows // (work.rows * layout.dp)))
+    return Plan(arch, layout, work, (training if wish.trains else inference)(arch, layout, work))
+
+
+def _relative_time(plan: Plan, wish: Wish) -> float:
+    """Of a step, up to a factor that layouts share: more communication, idle stages, idle ranks, work done twice."""
+    layout, work = plan.layout, plan.work
+    communication = 1 + _EACH_TP * math.log2(layout.tp)
+    taking_turns = communication * layout.pp  # stages without micro-batches to fill them: of a token, or a forward pass
+    if not wish.trains:
+        return taking_turns
+    idle = (1 + (layout.pp - 1) / work.microbatches) * max(1.0, work.rows * layout.dp / wish.global_rows)
+    step = communication * idle * (_RECOMPUTED if layout.granularity == "full" else 1)
+    return step + taking_turns if work.slots else step  # rollouts take about as long as the update

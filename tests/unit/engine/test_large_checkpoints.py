@@ -1,0 +1,61 @@
+"""A checkpoint larger than memory goes through: tensors are read, turned and written one at a time, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.engine.checkpoints.hf_settings import INDEX
+from nemo_aligner.engine.conversion import export_hf, read_checkpoint, write_archive
+from nemo_aligner.errors import CheckpointError
+from scripts.bench.large_checkpoints import write_random_hf_folder
+from tests.live_bytes import LiveBytes
+
+SHAPE = Architecture(2, 64, 96, 4, 300, num_query_groups=2, max_position_embeddings=64, encoder_seq_length=64)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_through_an_archive_and_back_every_tensor_is_the_same_bits_in_files_of_any_size(tmp_path: Path) -> None:
+    write_random_hf_folder(tmp_path / "hf", SHAPE, shard_bytes=50_000)
+    write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
+    export_hf(tmp_path / "m.nemo", tmp_path / "back", shard_bytes=30_000)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((tmp_path / "back" / INDEX).read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    given, found = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert given.keys() == found.keys() == index["weight_map"].keys()
+    assert all(torch.equal(given[name], found[name]) for name in given)
+    largest = max(tensor.nbytes for tensor in given.values())
+    assert all(file.stat().st_size < max(30_000, largest) + 3000 for file in files)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_named(tmp_path: Path) -> None:
+    write_random_hf_folder(tmp_path / "hf", SHAPE)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.0\.mlp\.\S+ is \[\d+, \d+\], and the model's \["):
+        write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_no_more_than_a_few_tensors_are_alive_at_once(tmp_path: Path) -> None:
+    """What the process takes with all around them is seen in tests/functional/test_large_checkpoints.py."""
+    arch = replace(SHAPE, num_layers=12)
+    write_random_hf_folder(tmp_path / "hf", arch, shard_bytes=100_000)
+    given = tensors(tmp_path / "hf").values()
+    largest = padded_vocab_size(arch, 1) * arch.hidden_size * 2
+    with LiveBytes() as live:
+        write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
+        export_hf(tmp_path / "m.nemo", tmp_path / "back")
+    assert largest < live.peak < 5 * largest < sum(tensor.nbytes for tensor in given) / 2

@@ -1,0 +1,96 @@
+"""Counts of parameters, sizes of caches; training is measured in tests/distributed/test_planned_memory.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
+from nemo_aligner.engine.model.build import RunOptions, build_model
+from nemo_aligner.engine.model.kept_weights import KeptWeights
+from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.planning.memory import Layout, Work, inference, kv_cache, stage_parameters, training
+from tests.live_bytes import LiveBytes
+from tests.tiny import ARCH
+
+SHAPES = {
+    "llama": ARCH,
+    "tied": replace(ARCH, share_embeddings_and_output_weights=True),
+    "qwen2": replace(ARCH, qkv_bias=True),
+    "qwen3": replace(ARCH, qk_layernorm=True, kv_channels=16),
+    "gpt2": replace(
+        ARCH, bias=True, activation="gelu", normalization="layernorm", position_embedding_type="learned_absolute"
+    ),
+    "reward model": replace(ARCH, reward_model_type="binary_ranking"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_counted_to_the_last(shape: str) -> None:
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1):
+        model = build_model(SHAPES[shape], RunOptions())
+    assert stage_parameters(SHAPES[shape], Layout(), 0) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_together_have_every_parameter_once(tp: int, pp: int) -> None:
+    """Norms are on every tensor-parallel rank, everything else of this shape on one."""
+    arch = replace(ARCH, vocab_size=512)
+    norms = (2 * arch.num_layers + 1) * arch.hidden_size
+    together = sum(stage_parameters(arch, Layout(tp=tp, pp=pp), stage) for stage in range(pp)) * tp
+    assert together == stage_parameters(arch, Layout(), 0) + (tp - 1) * norms
+
+
+@pytest.mark.parametrize("slots", [3, 8, 13])
+def test_the_cache_takes_what_is_planned_at_its_worst(slots: int) -> None:
+    """Rows at every width on the way, and as many as there are at the widest; no prompt is shared, as on a GPU."""
+    grain, block_rows, prompt, longest = 8, 4, 5, 60
+    cache = KVCache(slots, grain, block_rows, shares_prompts=False)
+    live = LiveBytes()
+    with live:
+        keys_values = torch.zeros(ARCH.num_layers, 2, ARCH.query_groups, prompt, ARCH.head_dim)
+        for slot in range(slots):
+            cache.add(slot, CachedPrompt(keys_values, None))
+        *narrower, widest = [8, 16, 24, 32, 48, 64][-slots:]
+        for slot, width in enumerate([widest] * (slots - len(narrower)) + narrower):
+            cache.ensure(torch.tensor([slot]).numpy(), torch.tensor([width - 3]).numpy())
+        taken = live.now - keys_values.nbytes
+    work = Work(seq_length=longest, response_length=longest - prompt, slots=slots, item=4)
+    planned = kv_cache(ARCH, Layout(), work, grain, block_rows)
+    assert 0.85 * planned <= taken <= 1.15 * planned
+
+
+def test_the_initial_policy_takes_its_weights_once_more_on_a_cpu() -> None:
+    live = LiveBytes()
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1), live:
+        model = build_model(ARCH, RunOptions())
+        before = live.now
+        kept = KeptWeights(model)
+        taken = live.now - before
+        with kept.swapped_in():
+            assert live.now == before + taken
+    work = Work(32, 16, item=4, keeps_initial=True, on_cpu=True)
+    assert training(ARCH, Layout(), work).initial_policy == taken
+    beside = training(ARCH, Layout(), replace(work, on_cpu=False))
+    assert (beside.initial_policy, beside.host) == (0, 2 * taken)
+
+
+def test_generation_and_scoring_keep_neither_gradients_nor_optimizer() -> None:
+    for slots in (0, 4):
+        found = inference(ARCH, Layout(), Work(32, 16, slots=slots))
+        assert found.resident == stage_parameters(ARCH, Layout(), 0) * 2
+        assert found.peak > found.resident
+
+
+def test_more_of_anything_takes_more() -> None:
+    arch = Architecture(32, 4096, 14336, 32, 128256, num_query_groups=8)
+    work = Work(4096, 1024, microbatches=4, rows=16)
+    peak = training(arch, Layout(), work).peak
+    for less in (Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(granularity="full")):
+        assert training(arch, less, work).peak < peak
+    for more in ({"rows": 32}, {"seq_length": 8192}, {"response_length": 4096}, {"item": 4}):
+        assert training(arch, Layout(), replace(work, **more)).peak > peak
