@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -31,15 +30,16 @@ class Job(NamedTuple):
     args: tuple[Any, ...]
 
 
-def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
+def _rank(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
     torch.set_num_threads(1)
     from nemo_aligner.engine.processes.cluster import start_cluster
     from tests.pretend_gpu import pretend_gpu
 
-    for port, (cut, function, args) in jobs:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # they meet as under torchrun: at a store of the process that started them, whose port nobody can take meanwhile
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    for number, (cut, function, args) in enumerate(jobs):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each job has its own keys
         trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
         sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
         try:
@@ -55,15 +55,10 @@ def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
 
 def run_jobs(world: int, jobs: Sequence[Job]) -> None:
     """Each job on the same `world` processes, one after the other; a failure of any of them is raised here."""
-    probes = [socket.socket() for _ in jobs]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    mp.spawn(_rank, args=(world, list(zip(ports, jobs, strict=True))), nprocs=world, join=True)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_rank, args=(world, store.port, jobs), nprocs=world, join=True)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> None:
-    """Call `function(cluster, *args)` on `world` data-parallel processes."""
-    run_jobs(world, [Job(Cut(), function, args)])
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, **cut: int) -> None:
+    """Call `function(cluster, *args)` on `world` processes, cut as `Cut` says."""
+    run_jobs(world, [Job(Cut(**cut), function, args)])
