@@ -30,16 +30,16 @@ class Job(NamedTuple):
     args: tuple[Any, ...]
 
 
-def _rank(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
+def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
     torch.set_num_threads(1)
     from nemo_aligner.engine.processes.cluster import start_cluster
     from tests.pretend_gpu import pretend_gpu
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     # they meet as under torchrun: at a store of the process that started them, whose port nobody can take meanwhile
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    for number, (cut, function, args) in enumerate(jobs):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each job has its own keys
+    os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True")
+    for port, (cut, function, args) in jobs:
+        os.environ["MASTER_PORT"] = str(port)
         trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
         sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
         try:
@@ -55,8 +55,9 @@ def _rank(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
 
 def run_jobs(world: int, jobs: Sequence[Job]) -> None:
     """Each job on the same `world` processes, one after the other; a failure of any of them is raised here."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(_rank, args=(world, store.port, jobs), nprocs=world, join=True)
+    stores = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    ports = [store.port for store in stores]
+    mp.spawn(_rank, args=(world, list(zip(ports, jobs, strict=True))), nprocs=world, join=True)
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, **cut: int) -> None:
