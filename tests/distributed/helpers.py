@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -36,10 +35,11 @@ def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
     from nemo_aligner.engine.processes.cluster import start_cluster
     from tests.pretend_gpu import pretend_gpu
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # they meet as under torchrun: at a store of the process that started them, whose port nobody can take meanwhile
+    os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True")
     for port, (cut, function, args) in jobs:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ["MASTER_PORT"] = str(port)
         trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
         sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
         try:
@@ -55,15 +55,11 @@ def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
 
 def run_jobs(world: int, jobs: Sequence[Job]) -> None:
     """Each job on the same `world` processes, one after the other; a failure of any of them is raised here."""
-    probes = [socket.socket() for _ in jobs]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    stores = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    ports = [store.port for store in stores]
     mp.spawn(_rank, args=(world, list(zip(ports, jobs, strict=True))), nprocs=world, join=True)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> None:
-    """Call `function(cluster, *args)` on `world` data-parallel processes."""
-    run_jobs(world, [Job(Cut(), function, args)])
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, **cut: int) -> None:
+    """Call `function(cluster, *args)` on `world` processes, cut as `Cut` says."""
+    run_jobs(world, [Job(Cut(**cut), function, args)])
