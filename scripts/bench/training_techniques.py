@@ -75,14 +75,11 @@ def main() -> None:
     make_models(args.model, folder)
     model = str(folder / "model.nemo")
     tokenizer = Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
+    encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     with start_for_archive(TrainerConfig(accelerator="cpu"), model, key="--model", seed=1) as cluster:
         for key in ("sft", "rm"):
             rng = random.Random(key)
-            texts = training_workloads.Reviews(
-                reviews("imdb", "rotten_tomatoes"),
-                lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-                rng,
-            )
+            texts = training_workloads.Reviews(reviews("imdb", "rotten_tomatoes"), encode, rng)
             work = training_workloads.make(key, texts, rng, 0.0)
             given = argparse.Namespace(key=key, model=model, dtype=DTYPES[args.dtype], clock="cpu")
             run = make_run(key, work, given, cluster)
