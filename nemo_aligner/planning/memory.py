@@ -7,7 +7,8 @@
 
 Notation: H hidden size, F FFN size, n query heads, G key/value heads, D head dimension, V padded vocabulary, N tokens
 of a micro-batch. Sizes are in bytes, of the pipeline stage that needs most. What a backward pass reads is counted as
-autograd saves it (engine/model/attention.py, Megatron's layers without fused kernels); no S × S scores are stored.
+autograd saves it: on a CPU by the kernels of engine/model/fused.py, on a GPU by torch's operations in Megatron's layers
+(engine/model/attention.py). No S × S scores are stored, and no logits of all tokens in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN, bucket_widths
+from nemo_aligner.algorithms.vocabulary import rows_together
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 
 _FP32 = 4
@@ -183,37 +185,51 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
+def _has_kernel(arch: Architecture, work: Work) -> bool:
+    """Whether attention is one kernel, which reads the heads where the product before it left them."""
+    return work.on_cpu and not arch.qk_layernorm and arch.head_dim % 16 == 0
+
+
 def _attending(arch: Architecture, layout: Layout, work: Work) -> int:
     """Bytes a token that autograd saves of attention proper: q, k, v, the context, and a number for each row of scores.
 
-    A CPU attends in float32.
+    The kernel's context is what the next product saves too. torch attends in float32 on a CPU.
     """
-    elements = 2 * _query(arch, layout.tp) + _kv(arch, layout.tp)
-    return elements * (_FP32 if work.on_cpu else work.item) + arch.num_attention_heads // layout.tp * _FP32
+    query, scores = _query(arch, layout.tp), arch.num_attention_heads // layout.tp * _FP32
+    if _has_kernel(arch, work):
+        return _mixed(arch, layout.tp) * work.item + scores
+    elements = 2 * query + _kv(arch, layout.tp)
+    return elements * (_FP32 if work.on_cpu else work.item) + scores
 
 
 def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
     """Bytes a token that autograd saves of one layer, if nothing is computed twice."""
     item, wide, tp = work.item, _wide(arch, layout), layout.tp
     query, kv, ffn = _query(arch, tp), _kv(arch, tp), arch.ffn_hidden_size // tp
-    # a norm's input and output; on a CPU torch makes root-mean-square norms of simple operations
-    norms = 2 * (2 * wide * item)
-    if _norm_is_composed(arch, work):
-        norms = 2 * wide * (3 * item if item == _FP32 else item + 2 * _FP32)
-    rotary = 4 * int(arch.head_dim * arch.rotary_percentage) * item if arch.position_embedding_type == "rope" else 0
+    norms = 2 * (2 * wide * item)  # a norm's input and output
+    tables = 2 if _has_kernel(arch, work) else 4  # cos and sin, of q and k alike or for each
+    rotary = tables * int(arch.head_dim * arch.rotary_percentage) * item
+    if arch.position_embedding_type != "rope":
+        rotary = 0
     heads = 0
-    if arch.qk_layernorm:  # q and k before their norms are views of q, k and v
-        normed = query + kv // 2
-        heads = (query + kv) * item
-        heads += normed * (_FP32 if item == _FP32 else 2 * _FP32) if _norm_is_composed(arch, work) else 0
-    if layout.granularity == "selective":
+    if arch.qk_layernorm:  # q and k before their norms: on a CPU copies, on a GPU views of q, k and v
+        heads = (query + (kv // 2 if work.on_cpu else kv)) * item
+    if layout.granularity != "selective":
+        core = _attending(arch, layout, work)
+    elif _has_kernel(arch, work):
+        core = (query + kv) * item
+    else:
         core = (query + kv) * item + (query + kv // 2) * item * (1 if rotary else 0)  # views, unless they were turned
         heads = max(0, heads - (query + kv) * item)
-    else:
-        core = _attending(arch, layout, work)
     context = query * item
-    feed_forward = (5 if is_gated(arch) else 2) * ffn * item
-    return norms + rotary + heads + core + context + feed_forward
+    return norms + rotary + heads + core + context + _of_feed_forward(arch, work) * ffn * item
+
+
+def _of_feed_forward(arch: Architecture, work: Work) -> int:
+    """Tensors of the FFN size that autograd saves of a layer: in and out of the activation, and on the way."""
+    if arch.activation in ("swiglu", "fast-swiglu"):
+        return 3 if work.on_cpu else 4
+    return 5 if is_gated(arch) else 2
 
 
 def _saved_at_ends(arch: Architecture, layout: Layout, work: Work, stage: int) -> int:
@@ -221,25 +237,21 @@ def _saved_at_ends(arch: Architecture, layout: Layout, work: Work, stage: int) -
     wide, tokens = _wide(arch, layout), work.tokens
     saved = arch.head_dim * _FP32 * tokens
     if stage == layout.pp - 1:
-        norm = (
-            (2 * wide * _FP32 if work.item != _FP32 else wide * (_FP32 + work.item))
-            if _norm_is_composed(arch, work)
-            else wide * work.item
-        )
-        saved += norm * tokens
+        saved += wide * work.item * tokens
         taken = wide * tokens if layout.sequence_parallel and layout.tp > 1 else arch.hidden_size * work.answers
-        saved += taken * work.item if arch.reward_model_type is None else 2 * arch.hidden_size * _FP32 * tokens
+        saved += taken * work.item if arch.reward_model_type is None else arch.hidden_size * _FP32 * tokens
     return saved
 
 
 def _logits(arch: Architecture, layout: Layout, work: Work, answers: int, *, backward: bool) -> int:
-    """Of `answers` tokens: logits, without the padding of the vocabulary once more, and their softmax in float32."""
-    vocabulary = padded_vocab_size(arch, layout.tp)
-    shard, item = vocabulary // layout.tp, work.item
-    raw = answers if not (layout.sequence_parallel and layout.tp > 1) else work.tokens + answers
-    forward = raw * shard * item + answers * shard * (_FP32 + (item if vocabulary != arch.vocab_size else 0))
-    weight = raw * shard * item + shard * arch.hidden_size * item if backward else 0
-    return max(forward, weight)
+    """Of `answers` tokens: logits, those of some tokens in float32, and on the way back their gradient."""
+    shard, item = padded_vocab_size(arch, layout.tp) // layout.tp, work.item
+    raw = (answers if not (layout.sequence_parallel and layout.tp > 1) else work.tokens + answers) * shard * item
+    part = min(answers, rows_together(shard, on_cpu=work.on_cpu)) * shard * _FP32
+    if not backward:
+        return raw + 3 * part
+    gradient = answers * shard * item + part * (1 if item == _FP32 else 2)
+    return raw + max(3 * part, gradient, shard * arch.hidden_size * item)
 
 
 def _scoring(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[str, int]:
@@ -301,10 +313,6 @@ def is_gated(arch: Architecture) -> bool:
         "geglu",
         "reglu",
     )
-
-
-def _norm_is_composed(arch: Architecture, work: Work) -> bool:
-    return work.on_cpu and arch.normalization == "rmsnorm"
 
 
 def _norm(arch: Architecture, width: int) -> int:

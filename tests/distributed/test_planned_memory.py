@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from nemo_aligner.algorithms.terms import LossTerms
+from nemo_aligner.algorithms.vocabulary import rows_together
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.engine.loading import LoadedModel
-from nemo_aligner.engine.model import attention
+from nemo_aligner.engine.model import attention, fused, logprobs
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
 from nemo_aligner.planning.memory import Layout, Work, training
-from tests.distributed.helpers import run_ranks
+from tests.distributed.helpers import Cut, Job, run_jobs
 from tests.fakes import ByteTokenizer
 from tests.live_bytes import LiveBytes
 
@@ -146,6 +147,8 @@ def test_without_what_a_cpu_adds_it_takes_what_is_planned_for_a_gpu(
 ) -> None:
     """A GPU attends in bf16, has norms of one operation as torch's layer norm is, and updates all weights at once."""
     monkeypatch.setattr(attention, "_computed", lambda tensor: tensor)
+    monkeypatch.setattr(fused, "kernels_for", lambda tensor: None)
+    monkeypatch.setattr(logprobs, "rows_together", lambda vocabulary, on_cpu: rows_together(vocabulary, on_cpu=False))
     arch = replace(LLAMA, normalization="layernorm")
     work = Work(tokens, tokens, item=2, sharded=False)
     found = measured(cluster, arch, BF16, Layout(), work=work, at_once=True)
@@ -170,4 +173,5 @@ def check_every_rank(cluster: MegatronCluster, layout: Layout, work: Work) -> No
 )
 def test_the_process_that_takes_most_takes_what_is_planned(layout: Layout) -> None:
     work = Work(TOKENS, ANSWERS, microbatches=2, item=4, sharded=layout.dp > 1, on_cpu=True)
-    run_ranks(layout.tp * layout.pp * layout.dp, check_every_rank, layout, work, tensor=layout.tp, pipeline=layout.pp)
+    cut = Cut(tensor=layout.tp, pipeline=layout.pp)
+    run_jobs(layout.tp * layout.pp * layout.dp, [Job(cut, check_every_rank, (layout, work))])

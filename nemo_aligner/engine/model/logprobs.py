@@ -9,6 +9,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_aligner.algorithms.vocabulary import rows_together
+
 
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) = logit(target) − log Σ_v e^logit(v), over a vocabulary that is cut over TP ranks.
@@ -41,8 +43,10 @@ class TokenLogprobs(torch.autograd.Function):
         logits, own, log_sums = ctx.saved_tensors
         found = torch.empty_like(logits)
         for rows in _parts(logits):
-            part = (logits[rows, : ctx.real].float() - log_sums[rows, None]).exp_().mul_(-given[rows, None])
-            found[rows, : ctx.real] = part
+            # not to be named: it would be there until the next is made
+            found[rows, : ctx.real] = (
+                (logits[rows, : ctx.real].float() - log_sums[rows, None]).exp_().mul_(-given[rows, None])
+            )
             found[rows, ctx.real :] = 0
         # from the probability in float32 again: what was stored is rounded
         at, is_mine = own.clamp(min=0)[:, None], (own >= 0)[:, None]
@@ -52,9 +56,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    """Rows that are computed together: few enough for a CPU's cache, enough to keep a GPU busy."""
-    numbers = 2**20 if logits.device.type == "cpu" else 2**26
-    count = max(1, numbers // logits.size(1))
+    count = rows_together(logits.size(1), on_cpu=logits.device.type == "cpu")
     return (slice(start, start + count) for start in range(0, len(logits), count))
 
 

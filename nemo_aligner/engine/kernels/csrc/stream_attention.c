@@ -88,14 +88,14 @@ static void pack_queries(const Memory *m, const float *from, long first, long co
 /* gradient[D, keys] of both runs += rowsᵀ · panels, with rows[count, D] `stride` numbers apart */
 static void add_gradient(const Stream *s, Memory *m, const real *rows, long stride, long first, long count,
                          const word *panels, int values) {
-    const long step = QUERIES / IN_WORD * PANEL, words_ = (count + IN_WORD - 1) / IN_WORD;
+    const long step = QUERIES / IN_WORD * PANEL, inputs = rounded(count, IN_WORD) / IN_WORD;
     for (long d = 0; d < s->D; d++) {
         for (long q = 0; q < count; q++) m->across[d * QUERIES + q] = rows[q * stride + d];
-        for (long q = count; q < words_ * IN_WORD; q++) m->across[d * QUERIES + q] = 0;
+        for (long q = count; q < inputs * IN_WORD; q++) m->across[d * QUERIES + q] = 0;
     }
     Run *run = &m->prefix;
     for (int i = 0; i < 2; i++, run = &m->own, panels += m->prefix.keys / PANEL * step)
-        multiply((const word *)m->across, QUERIES / IN_WORD, s->D, panels, step, words_,
+        multiply((const word *)m->across, QUERIES / IN_WORD, s->D, panels, step, inputs,
                  rounded(bound_of(run, first, count), PANEL), values ? run->value_gradient : run->key_gradient, run->keys, 1);
 }
 
@@ -167,7 +167,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
     }
 #pragma omp parallel
     {
-        const unsigned before_all = flush_tiny();
+        const unsigned mode = flush_tiny();
         Memory memory;
         char *all = aligned_alloc(64, cut_memory(&memory, NULL, s, prefix, own));
         if (all) cut_memory(&memory, all, s, prefix, own);
@@ -200,7 +200,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
             }
         }
         free(all);
-        restore(before_all);
+        restore(mode);
     }
     return failed;
 }
