@@ -26,4 +26,6 @@ if [[ ${1:-} == --fast ]]; then
   shift
   set -- tests/unit -m "not processes" "$@"
 fi
-exec .venv/bin/python -m pytest "$@"
+# two files at a time; threads that wait for one another leave the cores to the others
+export OMP_WAIT_POLICY=passive
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
