@@ -53,6 +53,7 @@ class Door:
     token: str | None = None
     max_bytes: int = 16 << 20  # of the body of a request
     host_key: str = "host"
+    model: str | None = None  # that is served, where the server has a name for it
     refusal: Callable[[str, int], Response] = plain_refusal  # of a message and a status, as clients here expect it
 
 
@@ -141,7 +142,7 @@ def open_doors(app: ASGIApp, doors: list[Door]) -> Iterator[None]:
     thread = threading.Thread(target=server.run, args=(sockets,), name="web server", daemon=True)
     thread.start()
     for door in doors:
-        log.info("serving on http://%s:%d", door.host, door.port)
+        log.info("serving %son http://%s:%d", f"{door.model} " if door.model else "", door.host, door.port)
     try:
         yield
     finally:

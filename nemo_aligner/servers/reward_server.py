@@ -167,6 +167,7 @@ def serve(
             token=token,
             max_bytes=config.max_request_bytes,
             host_key="inference.ip",
+            model=config.model_name,
         )
         try:
             with roomy_stacks():
