@@ -34,7 +34,14 @@ def run(cfg: GenerationConfig) -> None:
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
     check_template(cfg.chat_template, "chat_template")
-    parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
+    tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
+    copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)
+    if cfg.server and copies > 1:
+        raise ConfigError(
+            f"the server is one copy of the model, and these processes would hold {copies}; raise "
+            "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
+            "trainer.devices",
+        )
     check_is_policy(cfg.gpt_model_file, _ARCHIVE)
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
 
@@ -43,12 +50,6 @@ def run(cfg: GenerationConfig) -> None:
         from nemo_aligner.engine.policy import load_policy
 
         with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
-            if cfg.server and cluster.dp_size > 1:
-                raise ConfigError(
-                    f"the server is one copy of the model, and these processes would hold {cluster.dp_size}; raise "
-                    "tensor_model_parallel_size or pipeline_model_parallel_size, or start several servers",
-                    "trainer.devices",
-                )
             policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
             if prompts:
                 scores = cfg.inference.compute_logprob
