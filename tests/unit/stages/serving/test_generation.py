@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +171,14 @@ def test_what_is_wrong_is_said_before_it_starts(
     check_refused(generation.run, cfg, key, value, says, JUDGE=str(archives.judge))
 
 
-def test_a_server_is_one_copy_of_the_model(archives: Archives, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def two(*args: Any, **how: Any) -> Iterator[OneProcess]:
-        yield OneProcess(0, 2)
-
-    monkeypatch.setattr(loading, "start_for_archive", two)
+def test_a_server_is_one_copy_of_the_model_and_says_so_before_any_process_starts(
+    archives: Archives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "start_for_archive", lambda *args, **how: pytest.fail("processes were started"))
+    cfg = config(archives, server=True)
+    cfg.trainer.devices = 2
     with pytest.raises(ConfigError, match=r"^trainer\.devices: the server is one copy .* would hold 2; raise tensor"):
-        generation.run(config(archives, server=True))
+        generation.run(cfg)
 
 
 def test_other_ranks_draw_with_the_first_and_talk_to_nobody(archives: Archives) -> None:
