@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN, bucket_widths
+from nemo_aligner.algorithms.heads import kernels_take
 from nemo_aligner.algorithms.vocabulary import rows_together
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 
@@ -187,7 +188,7 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
 
 def _has_kernel(arch: Architecture, work: Work) -> bool:
     """Whether attention is one kernel, which reads the heads where the product before it left them."""
-    return work.on_cpu and not arch.qk_layernorm and arch.head_dim % 16 == 0
+    return work.on_cpu and not arch.qk_layernorm and kernels_take(arch.head_dim)
 
 
 def _attending(arch: Architecture, layout: Layout, work: Work) -> int:

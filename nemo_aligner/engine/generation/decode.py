@@ -26,6 +26,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN
+from nemo_aligner.algorithms.heads import kernels_take
 from nemo_aligner.algorithms.sampling import likeliest
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.cached_attention import (
@@ -95,7 +96,7 @@ class CachedForward:
         self._groups: int = model.decoder.layers[0].self_attention.num_query_groups_per_partition
         self._rotary = self._rotary_tables()
         self.kernels = cpu_kernels(self.dtype, self.device)  # None: torch does it
-        self._attends = self.kernels is not None and arch.head_dim % 16 == 0 and arch.head_dim <= 256
+        self._attends = self.kernels is not None and kernels_take(arch.head_dim)
         embedding = model.embedding.word_embeddings.weight if self._first else None
         adapted = {} if model.adapters is None else {"merged": model.adapters.merged}
         self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike, **adapted)

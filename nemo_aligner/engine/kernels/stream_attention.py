@@ -40,11 +40,6 @@ def spans_of(groups: Sequence[Suffixes]) -> Spans:
     return Spans(torch.tensor(spans).view(-1, 4), torch.tensor(parts))
 
 
-def fits(head_dim: int) -> bool:
-    """Whether the kernel takes heads of this dimension: multiples of 16 up to 256."""
-    return head_dim % 16 == 0 and head_dim <= 256
-
-
 class _Stream(ctypes.Structure):
     """csrc/stream_attention.c describes it."""
 
@@ -68,7 +63,7 @@ class StreamAttention(torch.autograd.Function):
         scale: float,
         kernels: CpuKernels,
     ) -> Tensor:
-        """`mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group; for D see `fits`.
+        """`mixed` is `[N, G, R + 2, D]`: R query heads, key and value of each group; for D see `algorithms.heads`.
 
         `rotary` is cos and signed sin of every place, `[N, D_rot]`, in the dtype of `mixed`. Returns `[N, G·R·D]`;
         places of no span get 0. Raises MemoryError.

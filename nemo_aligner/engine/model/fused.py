@@ -10,9 +10,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
+from nemo_aligner.algorithms.heads import kernels_take
 from nemo_aligner.engine.kernels.library import CpuKernels, cpu_kernels
 from nemo_aligner.engine.kernels.pointwise import RmsNorm, SiluGate
-from nemo_aligner.engine.kernels.stream_attention import StreamAttention, fits
+from nemo_aligner.engine.kernels.stream_attention import StreamAttention
 from nemo_aligner.engine.model.attention import StreamParams
 
 
@@ -73,7 +74,7 @@ class StreamSelfAttention(SelfAttention):
         drops = self.training and self.core_attention.dropout > 0
         shared = self.config.num_query_groups < self.config.tensor_model_parallel_size  # heads of a group are cut apart
         normed = not isinstance(self.q_layernorm, IdentityOp | None)
-        return not (drops or shared or normed) and fits(self.hidden_size_per_attention_head)
+        return not (drops or shared or normed) and kernels_take(self.hidden_size_per_attention_head)
 
 
 def cos_and_signed_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
