@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_aligner.config.schema import at_least
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.records import part_name
 
 REWARD_MODEL = "reward_model"
 """What the reward model is called among several sources."""
@@ -95,6 +96,12 @@ class RewardSources:
                 model_weight = _model_weight(block, key)
             else:
                 functions.append(self._function(name, {"function": block} if isinstance(block, str) else block, key))
+        called = {part_name(name): name for name in given}
+        for name in given:
+            if called[part_name(name)] != name:
+                raise ConfigError(
+                    f"{name} and {called[part_name(name)]} would both be logged as {part_name(name)}", KEY
+                )
         return RewardPlan(tuple(functions), model_weight)
 
     def _function(self, name: str, block: Any, key: str) -> RewardFunction:

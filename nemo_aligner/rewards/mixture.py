@@ -30,6 +30,7 @@ def weighted(
 class _Pending:
     answers: Mapping[str, Future[list[Outcome]]]
     weights: Mapping[str, float]
+    apart: bool
     count: int
 
     def result(self) -> list[Judgement]:
@@ -39,20 +40,23 @@ class _Pending:
     def _judgement(self, outcomes: Mapping[str, Outcome]) -> Judgement:
         parts = {name: outcome.reward for name, outcome in outcomes.items()}
         failed = tuple(name for name, outcome in outcomes.items() if outcome.failure is not None)
-        return Judgement(weighted(parts, self.weights, failed), parts, failed)
+        return Judgement(weighted(parts, self.weights, failed), parts if self.apart else {}, failed)
 
 
 class Mixture:
-    """Implements interfaces.Rewarder; `weights` of the sources, by their names."""
+    """Implements interfaces.Rewarder; `weights` of the sources, by their names.
 
-    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]) -> None:
+    `apart`: judgements tell the reward of each source too.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], *, apart: bool = True) -> None:
         assert sources.keys() == weights.keys(), "every source has a weight"
-        self._sources, self._weights = dict(sources), dict(weights)
+        self._sources, self._weights, self._apart = dict(sources), dict(weights), apart
 
     def submit(self, candidates: Sequence[Candidate]) -> _Pending:
         """All sources are asked in the order given, so those that answer at once come last."""
         answers = {name: source.submit(candidates) for name, source in self._sources.items()}
-        return _Pending(answers, self._weights, len(candidates))
+        return _Pending(answers, self._weights, self._apart, len(candidates))
 
     def hurry(self) -> None:
         for source in self._sources.values():

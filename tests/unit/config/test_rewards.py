@@ -53,6 +53,7 @@ def test_several_have_names_weights_and_settings_of_their_own() -> None:
         ({"a": {"function": F, "time_limit_s": 0}}, "reward_function.a.time_limit_s: 0 is not a number above 0"),
         ({"a": {"function": F, "batch_size": 0}}, "reward_function.a.batch_size: 0 is not a whole number"),
         ({"a": {"function": F, "arguments": 3}}, "reward_function.a.arguments: 3 is not {parameter: ...}"),
+        ({"a": F, "reward_a": F}, "reward_function: a and reward_a would both be logged as reward_a"),
         ({"reward_model": "rm.nemo"}, "reward_function.reward_model: 'rm.nemo' is not a number"),
         ({"reward_model": {"file": 1}}, "reward_function.reward_model.file: no such key"),
     ],
