@@ -67,6 +67,19 @@ def stage_seconds(log: Path) -> dict[int, dict[str, int]]:
     return seconds
 
 
+def math_result(folder: Path) -> Result:
+    """Sums: the policies before and after REINFORCE on held-out problems, where a reward is 1 for a right answer."""
+    made = offline_result(folder)
+    figures = [json.loads(line) for line in (folder / "actor" / "metrics.jsonl").read_text().splitlines()]
+    spent = {phase: round(sum(row.get(f"timers/{phase}", 0.0) for row in figures)) for phase in PHASES}
+    steps = max(int(row["step"]) for row in figures if "train_rollouts/rewards" in row)
+    rows = [
+        {**row, "step": step, "seconds": seconds}
+        for row, step, seconds in zip(made.rows, (0, steps), ({}, spent), strict=True)
+    ]
+    return Result("step", rows, made.samples_before, made.samples_after)
+
+
 def reinforce_result(folder: Path) -> Result:
     """REINFORCE: the actor's own validations."""
     logs = folder / "actor"
@@ -157,9 +170,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seconds", type=int, required=True, help="since the end of installation")
     parser.add_argument("--reinforce", action="store_true", help="of quickstart.sh --reinforce")
+    parser.add_argument("--math", action="store_true", help="of quickstart.sh --math")
     args = parser.parse_args()
 
-    result = reinforce_result(args.folder) if args.reinforce else offline_result(args.folder)
+    read = math_result if args.math else reinforce_result if args.reinforce else offline_result
+    result = read(args.folder)
     summary = {**result.summary, "seconds": args.seconds}
     write_atomically(args.folder / "summary.json", [json.dumps(summary, indent=1), "\n"])
     text = samples_text(result)
@@ -167,6 +182,10 @@ def main() -> None:
     plot(result, args.folder / "reward.png")
     print(text)
     print(table(result))
+    if args.math:
+        before, after = (f"{100 * row['reward_mean']:.1f} %" for row in (result.rows[0], result.rows[-1]))
+        print(f"\n{before} of held-out sums right before, {after} after, in {args.seconds} s; see {args.folder}")
+        return
     print(f"\nreward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s; see {args.folder}")
 
 
