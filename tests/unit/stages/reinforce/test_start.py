@@ -16,6 +16,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine import policy
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.errors import CheckpointError, DataError, ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Outcome
 from nemo_aligner.servers import reward_client
 from nemo_aligner.stages.reinforce import start
 from tests.unit.stages.conftest import Archives
@@ -47,10 +48,10 @@ class Judge:
         if self.fault is not None:
             raise self.fault
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+    def judge(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         self.did += ["asked"] * (self.did[-1] != "asked")
-        answer: Future[list[float]] = Future()
-        answer.set_result([letters(text) for text in texts])
+        answer: Future[list[Outcome]] = Future()
+        answer.set_result([Outcome(letters(c.prompt + c.response)) for c in candidates])
         return answer
 
     def hurry(self) -> None: ...
