@@ -84,6 +84,11 @@ def _complete(arguments: list[str]) -> None:
             print(" ".join(COMMANDS))
             return
         command = words[0]
+        if command == "loop":
+            from nemo_aligner.commands.loop import completions
+
+            print(" ".join(completions(words[1:])))
+            return
         if command not in CONFIGURED:
             return  # the shell offers files
         os.environ["COMP_LINE"] = " ".join([program, *words[1:]])

@@ -56,6 +56,14 @@ def usage() -> str:
     return "\n\n".join(blocks)
 
 
+def completions(words: list[str]) -> list[str]:
+    """What may be typed after `aligner loop`, of which `words` are there already, the last perhaps in part."""
+    loop, *settings = words
+    if not settings or loop not in LOOPS:
+        return [*LOOPS]
+    return sorted(f"{name}=" for name in settings_of(loop))
+
+
 @one_line_errors()
 def main() -> None:
     loop, *words = sys.argv[1:] or [""]

@@ -8,6 +8,7 @@ from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import require_extra
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import refuse_other_run
 from nemo_aligner.stages.run_owner import owning_log_dir
@@ -17,6 +18,7 @@ _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
 def run(cfg: ReinforceConfig) -> None:
     """Train `pretrained_checkpoint.restore_from_path` against the reward server of `remote_critic_rm`."""
+    require_extra("server", "a client of the reward server")
     train, validation = open_rows(cfg)
     check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS, cfg.trainer.ppo.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
