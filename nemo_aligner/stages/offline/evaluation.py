@@ -17,11 +17,13 @@ from nemo_aligner.algorithms.statistics import mean_and_std, means_by_cluster, s
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
+from nemo_aligner.records import part_fields, part_name
+from nemo_aligner.rewards.functions import Functions
+from nemo_aligner.rewards.interfaces import Judgement
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -31,6 +33,7 @@ from nemo_aligner.stages.offline.data import (
     tell_empty,
 )
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
+from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -69,19 +72,21 @@ def run(cfg: EvaluationConfig) -> None:
         check_is_policy(path, "policy_files")
     if cfg.initial_policy_file is not None:
         check_is_policy(cfg.initial_policy_file, "initial_policy_file")
-    check_is_reward_model(cfg.reward_model_file, "reward_model_file")
-    check_archive(cfg)
+    if cfg.reward_model_file is not None:
+        check_is_reward_model(cfg.reward_model_file, "reward_model_file")
+    check_archive(cfg, cfg.gpt_model_file)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
-        evaluate(cfg, rows, cluster)
+    with owning(cfg.output_file, cfg.trainer), functions_of(cfg) as functions:
+        check_fields(functions, rows, all_but(cfg.data.input_key, cfg.data.output_key))
+        with start_cluster(cfg, cfg.gpt_model_file) as cluster:
+            evaluate(cfg, rows, cluster, functions)
 
 
-def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster) -> None:
+def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, functions: Functions | None = None) -> None:
     """One model after another on the same prompts, then the reports."""
     from nemo_aligner.algorithms.reinforce import sequence_kl
     from nemo_aligner.engine.policy import load_policy
-    from nemo_aligner.engine.reward_model import load_reward_model
 
     precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
 
@@ -102,9 +107,9 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster) -> No
                 sequence_kl(a[start:], b[start:], "k1", "sum") for start, a, b in zip(starts, own, first, strict=True)
             ]
         del initial
-    judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
+    model = load_judge(cfg, cluster)
     reports = [
-        report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+        report(cfg, path, rows, drawn, score(cfg, rows, drawn, model, cluster, functions), kl, cluster)
         for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
     ]
     figures = [told for told, _ in reports]
@@ -144,12 +149,39 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster, n
     return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
 
 
-def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
-    """Rewards of the texts that the labeler would make of the same rows."""
-    data, encoder = cfg.data, TextEncoder(cfg.data, judge)
-    texts = [encoder.tokens({**rows[d.response.prompt_index], data.output_key: d.response.text}) for d in drawn]
-    encoder.report()
-    return [reward[0] for reward in judge.score(texts, data.micro_batch_size)]
+def load_judge(cfg: EvaluationConfig, cluster: MegatronCluster) -> RewardModel | None:
+    """The reward model, where one gives rewards."""
+    if cfg.reward_model_file is None:
+        return None
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    return load_reward_model(cfg.reward_model_file, cluster, precision=cfg.trainer.precision, key="reward_model_file")
+
+
+def score(
+    cfg: EvaluationConfig,
+    rows: Blend,
+    drawn: Sequence[Drawn],
+    model: RewardModel | None,
+    cluster: Cluster,
+    functions: Functions | None = None,
+) -> list[Judgement]:
+    """What the labeler would say of the same rows."""
+    data = cfg.data
+    source = None if model is None else ModelSource(model, data)
+    candidates = [
+        candidate_of(
+            {**rows[d.response.prompt_index], data.output_key: d.response.text},
+            rows.where(d.response.prompt_index),
+            data.input_key,
+            data.output_key,
+        )
+        for d in drawn
+    ]
+    found = rewarder_of(cfg.reward_plan, functions, source, cluster).submit(candidates).result()
+    if source is not None:
+        source.report()
+    return found
 
 
 def report(
@@ -157,22 +189,24 @@ def report(
     policy_file: str,
     rows: Blend,
     drawn: Sequence[Drawn],
-    rewards: Sequence[float],
+    judgements: Sequence[Judgement],
     kl: Sequence[float] | None,
     cluster: Cluster,
 ) -> tuple[dict[str, Any], Rewards]:
     """One policy's figures over all replicas, and its rewards; its samples are written beside the output file."""
+    several = cfg.reward_plan.weights if cfg.reward_plan.functions else {}
     own = [
         {
             **rows[d.response.prompt_index],
             cfg.data.output_key: d.response.text,
-            cfg.data.reward_key: reward,
+            cfg.data.reward_key: math.nan if judgement.reward is None else judgement.reward,
+            **part_fields(judgement.parts, cfg.data.reward_key),
             "kl": None if kl is None else kl[i],
             "num_tokens": len(d.response.tokens),
             "finish_reason": d.response.finish_reason,
             "prompt_index": d.response.prompt_index,
         }
-        for i, (d, reward) in enumerate(zip(drawn, rewards, strict=True))
+        for i, (d, judgement) in enumerate(zip(drawn, judgements, strict=True))
     ]
     samples: list[dict[str, Any]] = sorted(
         (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
@@ -184,6 +218,11 @@ def report(
         "reward_mean": mean,
         "reward_standard_error": standard_error(found.values, found.prompts),
         "reward_std": std,
+        **({"unknown": sum(map(math.isnan, found.values)) / len(samples)} if several else {}),
+        **{
+            f"{part_name(name)}_mean": mean_of([sample[part_name(name, cfg.data.reward_key)] for sample in samples])
+            for name in several
+        },
         "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
         "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
         "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
@@ -195,6 +234,11 @@ def report(
         log.info("%s: %s", policy_file, ", ".join(told))
         tell_empty([sample[cfg.data.output_key] for sample in samples])
     return figures, found
+
+
+def mean_of(values: Sequence[float | None]) -> float:
+    """Of those that are known."""
+    return mean_and_std([value for value in values if value is not None])[0]
 
 
 def gain(rewards: Rewards, first: Rewards) -> dict[str, float]:

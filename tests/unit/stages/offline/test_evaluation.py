@@ -40,7 +40,7 @@ def figures(cfg: EvaluationConfig, cluster: Cluster, *, kl: bool = True) -> dict
     drawn = draw(cfg, rows, EchoPolicy(), cluster, "one.nemo")  # type: ignore[arg-type]
     assert starts_of(drawn) == [2] * len(drawn)
     assert tokens_of(drawn) == [[*d.prompt_tokens, *d.response.tokens] for d in drawn]
-    rewards = score(cfg, rows, drawn, ByteSum())  # type: ignore[arg-type]
+    rewards = score(cfg, rows, drawn, ByteSum(), cluster)  # type: ignore[arg-type]
     kls = [float(10 * d.response.prompt_index + d.response.sample_index) for d in drawn] if kl else None
     found, all_rewards = report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
     assert all_rewards.prompts == [p for p in range(5) for _ in range(2)]

@@ -131,7 +131,8 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
 
 def sampled(cfg: EvaluationConfig, folder: Path, archive: Path) -> list[dict[str, Any]]:
     """What the sampler draws with the settings of an evaluation, with tokens."""
-    own = SamplerConfig(str(archive), str(folder / f"{archive.stem}.jsonl"), seed=cfg.seed, trainer=cfg.trainer)
+    output = str(folder / f"{archive.stem}.jsonl")
+    own = SamplerConfig(gpt_model_file=str(archive), output_file=output, seed=cfg.seed, trainer=cfg.trainer)
     own.inference = cfg.inference
     own.data.file_names, own.data.n, own.data.hf_dataset = cfg.data.file_names, cfg.data.n, False
     own.data.export_tokens = own.data.export_metadata = True
