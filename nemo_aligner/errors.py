@@ -7,6 +7,7 @@
     ├── OutputError                 an output place is not writable, or holds the work of another run
     ├── LaunchError                 processes, devices or ports do not fit what was asked for
     ├── ServerError                 the reward server cannot start, is not there, or does not answer
+    ├── MissingExtraError           a package of an extra, such as [server], is not installed
     ├── RewardError                 a reward function cannot be loaded, or fails on everything
     └── TrainingError               training cannot go on (loss not finite, nothing to train on)
 
@@ -58,6 +59,10 @@ class LaunchError(AlignerError):
 
 class ServerError(AlignerError):
     """The reward server cannot be started or reached."""
+
+
+class MissingExtraError(AlignerError):
+    """A package that only some installations have is asked for."""
 
 
 class RewardError(AlignerError):

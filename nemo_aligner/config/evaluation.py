@@ -29,6 +29,7 @@ class EvaluationConfig(RewardSources, SamplerConfig):
     policy_files: list[str] = MISSING
     reward_model_file: str | None = None
     initial_policy_file: str | None = None  # KL is measured against it; null = no KL
+    pass_threshold: float | None = None  # a sample with a higher reward passes, for pass_at; null = no pass_at
 
     def validate(self) -> None:
         super().validate()

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.statistics import mean_and_std, means_by_cluster, standard_error
+from nemo_aligner.algorithms.best_of import best_of, pass_at, powers_up_to
+from nemo_aligner.algorithms.comparison import Answers, compare, distinct
+from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
-from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.jsonl import without_nan, write_jsonl
 from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
@@ -54,14 +56,6 @@ class Drawn:
     @property
     def row(self) -> list[int]:
         return [*self.prompt_tokens, *self.response.tokens]
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """Of all samples of a policy, each with the number of its prompt."""
-
-    values: list[float]
-    prompts: list[int]
 
 
 def run(cfg: EvaluationConfig) -> None:
@@ -113,14 +107,16 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, funct
         for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
     ]
     figures = [told for told, _ in reports]
-    for told, rewards in reports[1:]:
-        told.update(gain(rewards, reports[0][1]))
+    for told, answers in reports[1:]:
+        told.update(compare(answers, reports[0][1]))
+        low, high = told["win_rate_interval"]
         log.info(
-            "%s: reward %+.4g ± %.2g over %s on the same prompts, better on %.0f %% of them",
-            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0], 100 * told["better_on"],
+            "%s: reward %+.4g ± %.2g over %s on the same prompts; wins %.0f %% (%.0f to %.0f), at equal length %.0f %%",
+            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0],
+            100 * told["win_rate"], 100 * low, 100 * high, 100 * told["win_rate_length_controlled"],
         )  # fmt: skip
     if cluster.is_main:
-        write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+        write_atomically(cfg.output_file, [json.dumps(without_nan(figures), indent=1), "\n"])
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
@@ -192,9 +188,8 @@ def report(
     judgements: Sequence[Judgement],
     kl: Sequence[float] | None,
     cluster: Cluster,
-) -> tuple[dict[str, Any], Rewards]:
-    """One policy's figures over all replicas, and its rewards; its samples are written beside the output file."""
-    several = cfg.reward_plan.weights if cfg.reward_plan.functions else {}
+) -> tuple[dict[str, Any], Answers]:
+    """One policy's figures over all replicas, and its answers; its samples are written beside the output file."""
     own = [
         {
             **rows[d.response.prompt_index],
@@ -211,29 +206,43 @@ def report(
     samples: list[dict[str, Any]] = sorted(
         (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
     )
-    found = Rewards([sample[cfg.data.reward_key] for sample in samples], [sample["prompt_index"] for sample in samples])
-    mean, std = mean_and_std(found.values)
-    figures = {
-        "policy": policy_file,
-        "reward_mean": mean,
-        "reward_standard_error": standard_error(found.values, found.prompts),
-        "reward_std": std,
-        **({"unknown": sum(map(math.isnan, found.values)) / len(samples)} if several else {}),
-        **{
-            f"{part_name(name)}_mean": mean_of([sample[part_name(name, cfg.data.reward_key)] for sample in samples])
-            for name in several
-        },
-        "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
-        "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
-        "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
-        "samples": len(samples),
-    }
+    figures, answers = figures_of(cfg, policy_file, samples)
     if cluster.is_main:
         write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
         tell_empty([sample[cfg.data.output_key] for sample in samples])
-    return figures, found
+    return figures, answers
+
+
+def figures_of(
+    cfg: EvaluationConfig, policy_file: str, samples: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], Answers]:
+    """What the samples of a policy say of it, and its answers to compare with another's."""
+
+    def column(name: str) -> list[Any]:
+        return [sample[name] for sample in samples]
+
+    several = cfg.reward_plan.weights if cfg.reward_plan.functions else {}
+    answers = Answers(column(cfg.data.reward_key), column("prompt_index"), column("num_tokens"))
+    texts = column(cfg.data.output_key)
+    mean, std = mean_and_std(answers.rewards)
+    figures = {
+        "policy": policy_file,
+        "reward_mean": mean,
+        "reward_standard_error": standard_error(answers.rewards, answers.prompts),
+        "reward_std": std,
+        **({"unknown": sum(map(math.isnan, answers.rewards)) / len(samples)} if several else {}),
+        **{f"{part_name(name)}_mean": mean_of(column(part_name(name, cfg.data.reward_key))) for name in several},
+        "kl": None if None in column("kl") else sum(column("kl")) / len(samples),
+        "response_length": sum(answers.lengths) / len(samples),
+        "finished": column("finish_reason").count("stop") / len(samples),
+        "samples": len(samples),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        **best_of_figures(answers, cfg.data.n, cfg.pass_threshold),
+    }
+    return figures, answers
 
 
 def mean_of(values: Sequence[float | None]) -> float:
@@ -241,17 +250,12 @@ def mean_of(values: Sequence[float | None]) -> float:
     return mean_and_std([value for value in values if value is not None])[0]
 
 
-def gain(rewards: Rewards, first: Rewards) -> dict[str, float]:
-    """What a policy is better than the first by: the mean over prompts of the difference of their mean rewards.
-
-    Both answered the same prompts, so the spread of the prompts themselves drops out: the standard error is that of
-    the differences, s/√G over G prompts.
-    """
-    own, other = (means_by_cluster(each.values, each.prompts) for each in (rewards, first))
-    differences = [own[prompt] - other[prompt] for prompt in own if prompt in other]
-    mean, std = mean_and_std(differences)
-    return {
-        "gain": mean,
-        "gain_standard_error": std / math.sqrt(len(differences)) if differences else math.nan,
-        "better_on": sum(difference > 0 for difference in differences) / max(1, len(differences)),
-    }
+def best_of_figures(answers: Answers, n: int, pass_threshold: float | None) -> dict[str, dict[str, float]]:
+    """`best_of` k samples of a prompt, k = 1, 2, 4, … n, and `pass_at` k where it is said what passes: means over the
+    prompts of which all n samples have a reward."""
+    groups = [[reward for reward, _ in samples] for samples in answers.by_prompt().values() if len(samples) == n]
+    figures = {"best_of": {str(k): mean_and_std([best_of(group, k) for group in groups])[0] for k in powers_up_to(n)}}
+    if pass_threshold is not None:
+        passed = [sum(reward > pass_threshold for reward in group) for group in groups]
+        figures["pass_at"] = {str(k): mean_and_std([pass_at(k, n, c) for c in passed])[0] for k in powers_up_to(n)}
+    return figures

@@ -208,7 +208,7 @@ def finish(
         log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", chosen, len(kept))
     export = cfg.export_reward or cfg.processor is None
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
-    counts = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
+    counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
     log.info(

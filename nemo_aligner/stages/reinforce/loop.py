@@ -135,12 +135,16 @@ class Actor:
     def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
         exp, loop = self.cfg.exp_manager, self.loop
-        with Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress:
+        with (
+            Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress,
+            checkpoints,
+        ):
             if step == 0:
                 self.validate(0, worker)
             while step < self.steps:
                 scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
+                checkpoints.settle(wait=False)
                 at_end = step == self.steps
                 if at_end or step % loop.val_check_interval == 0:
                     self.validate(step, worker)

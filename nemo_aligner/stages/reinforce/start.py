@@ -11,6 +11,7 @@ from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.prompts import open_prompts, other_fields
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import require_extra
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.stages.rewarders import ServedSource, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_training_settings
@@ -22,6 +23,8 @@ _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
 def run(cfg: ReinforceConfig) -> None:
     """Train `pretrained_checkpoint.restore_from_path` for the rewards of a server, of functions, or of both."""
+    if cfg.reward_plan.uses_model:
+        require_extra("server", "a client of the reward server")
     train, validation = open_rows(cfg)
     check_training_settings(cfg.exp_manager, cfg.model.optim, MONITORS, cfg.trainer.ppo.save_interval)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)

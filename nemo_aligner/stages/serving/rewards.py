@@ -17,6 +17,7 @@ from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import require_extra
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement, Source
 from nemo_aligner.rewards.mixture import Mixture
@@ -31,6 +32,7 @@ _KEY = "rm_model_file"
 
 def run(cfg: ServerConfig) -> None:
     """Serve `cfg.rm_model_file`, `cfg.reward_function`, or both, until SIGTERM or SIGINT."""
+    require_extra("server", "a reward server")
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
     path = cfg.rm_model_file
     if path is not None:
@@ -90,7 +92,9 @@ def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) 
 class Bytes:
     """A tokenizer for those who read texts alone: a text is its bytes."""
 
-    vocab_size, bos_id, eos_id, pad_id, chat_template = 256, None, 0, 0, None
+    vocab_size, eos_id, pad_id = 256, 0, 0
+    bos_id: int | None = None
+    chat_template: str | None = None
     stop_ids = frozenset[int]()
 
     def encode(self, text: str) -> list[int]:

@@ -127,6 +127,8 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
     assert figures[1]["gain"] == pytest.approx(mean, abs=1e-4)
     assert figures[1]["gain_standard_error"] == pytest.approx(spread / 2, abs=1e-4)
     assert figures[1]["better_on"] == sum(difference > 0 for difference in differences) / 4
+    low, high = figures[1]["win_rate_interval"]
+    assert 0 <= low <= figures[1]["win_rate"] <= high <= 1
 
 
 def sampled(cfg: EvaluationConfig, folder: Path, archive: Path) -> list[dict[str, Any]]:
