@@ -8,6 +8,7 @@
     ├── LaunchError                 processes, devices or ports do not fit what was asked for
     ├── ServerError                 the reward server cannot start, is not there, or does not answer
     ├── MissingExtraError           a package of an extra, such as [server], is not installed
+    ├── RewardError                 a reward function cannot be loaded, or fails on everything
     └── TrainingError               training cannot go on (loss not finite, nothing to train on)
 
     StoppedEarly                    not a fault: time limit or SIGTERM; state is saved, exit status 75
@@ -62,6 +63,10 @@ class ServerError(AlignerError):
 
 class MissingExtraError(AlignerError):
     """A package that only some installations have is asked for."""
+
+
+class RewardError(AlignerError):
+    """A reward function is of no use: it cannot be loaded, or it fails again and again."""
 
 
 class TrainingError(AlignerError):
