@@ -25,9 +25,9 @@ def _version(package: str) -> str | None:
 
 
 def write_provenance(
-    output_file: str | Path, *, config: Any, archive: str, inputs: Sequence[str], counts: Mapping[str, Any]
+    output_file: str | Path, *, config: Any, archive: str | None, inputs: Sequence[str], counts: Mapping[str, Any]
 ) -> None:
-    """Write `<output_file>.meta.json`: archive hash, full config, seed, versions, hashes of the inputs, counts."""
+    """Write `<output_file>.meta.json`: archive hash (null: no model), config, seed, versions, input hashes, counts."""
     settings = dataclasses.asdict(config)
     meta = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -123,8 +123,14 @@ class MegatronTrainable:
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
         """Weights, optimizer, RNG and `state` into `folder`; appears whole or not at all."""
-        full = {**state, "optimizer_steps": self._steps_done}
-        training_state.save(folder, self.module, self._optimizer, full, self.cluster)
+        training_state.save(folder, self.module, self._optimizer, self._full(state), self.cluster)
+
+    def save_in_background(self, folder: Path, state: dict[str, Any]) -> training_state.Saving:
+        """The same of how everything is now, while this goes on; see interfaces.TrainableModel."""
+        return training_state.save_in_background(folder, self.module, self._optimizer, self._full(state), self.cluster)
+
+    def _full(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "optimizer_steps": self._steps_done}
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         """Restore what `save_training_state` wrote; returns `state`."""
