@@ -61,4 +61,4 @@ def _versions() -> dict[str, str | None]:
 
 
 def _write(path: Path, meta: Mapping[str, Any]) -> None:
-    write_atomically(path, [json.dumps(meta, indent=1, ensure_ascii=False), "\n"])
+    write_atomically(path, [json.dumps(meta, indent=1, ensure_ascii=False, default=str), "\n"])
