@@ -18,7 +18,7 @@ function layout(given) {
   const style = getComputedStyle(document.documentElement);
   const [ink, soft, line, card] = ["--ink", "--soft", "--line", "--card"].map(name => style.getPropertyValue(name).trim());
   const axis = {gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, tickfont: {color: soft}};
-  const titled = own => ({...axis, ...own, title: {text: own?.title ?? "", font: {size: 12, color: soft}, standoff: 8}});
+  const titled = own => ({...axis, ...own, title: own?.title ? {text: own.title, font: {size: 12, color: soft}, standoff: 8} : undefined});
   return {
     font: {family: "system-ui, sans-serif", size: 12, color: ink},
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -191,7 +191,7 @@ function drawSeries(series) {
   if (sets.some(own => Object.keys(own.functions).length)) add("Each reward function", () => functionsOver(series));
   const logged = (tag, title, unit) => {
     const curves = curvesNamed(tag);
-    if (curves.length) add(title, () => scalarsChart(curves, unit, 0, false, "step"), {note: "logged in training"});
+    if (curves.length) add(title, () => scalarsChart(curves, unit, 0, false, "step", true), {note: "logged in training"});
     return curves.length > 0;
   };
   if (!logged("generation_length", "Length of responses", "tokens") && sets.length > 1) {

@@ -23,7 +23,7 @@ function smoothed(values, weight) {
   });
 }
 
-function scalarsChart(curves, title = "", weight = 0, isLog = false, unit = "") {
+function scalarsChart(curves, title = "", weight = 0, isLog = false, unit = "", fromZero = false) {
   const together = curves.length > 1;
   const traces = curves.flatMap((own, place) => {
     const tone = colour(many() ? own.run : place);
@@ -33,7 +33,7 @@ function scalarsChart(curves, title = "", weight = 0, isLog = false, unit = "") 
     const line = {x, y: weight ? smoothed(y, weight) : y, mode, marker: {size: 4}, line: {color: tone, width: 1.8}, name, showlegend: together, hovertemplate: `step %{x}: %{y:.5g}<extra>${together ? "%{fullData.name}" : ""}</extra>`};
     return weight ? [{...line, y, opacity: 0.25, showlegend: false, hoverinfo: "skip", hovertemplate: undefined}, line] : [line];
   });
-  return {traces, layout: {xaxis: {title: unit}, yaxis: {title, type: isLog ? "log" : "linear"}, ...(unit ? {} : {margin: {l: 44, r: 12, t: 6, b: 26}})}};
+  return {traces, layout: {xaxis: {title: unit}, yaxis: {title, type: isLog ? "log" : "linear", rangemode: fromZero ? "tozero" : "normal"}, ...(unit ? {} : {margin: {l: 44, r: 12, t: 6, b: 26}})}};
 }
 
 function drawCurves() {
@@ -50,7 +50,8 @@ function drawCurves() {
   }
   let count = 0;
   for (const [part, tags] of groups) {
-    const charts = [...tags].sort(([a], [b]) => a.localeCompare(b)).map(([tag, curves]) => {
+    const last = tag => tag.startsWith("timers/");
+    const charts = [...tags].sort(([a], [b]) => last(a) - last(b) || a.localeCompare(b)).map(([tag, curves]) => {
       const every = Math.max(...curves.map(own => own.curve.every));
       return chart(tag, () => scalarsChart(curves, "", weight(), isLog()), {height: 190, note: every > 1 ? `every ${every}th point` : ""});
     });

@@ -34,8 +34,14 @@ function difference(old, fresh) {
 // `text` as elements: `parts` of it marked, or what `pattern` matches
 function marked(text, parts, side) {
   if (parts === null) return [text];
-  return parts.filter(([kind]) => kind === "same" || kind === side)
-    .map(([kind, own]) => kind === "same" ? own : make(kind === "gone" ? "del" : "ins", {}, own));
+  const own = [];
+  parts.forEach(([kind, piece], place) => {
+    if (kind !== "same" && kind !== side) return;
+    const isGap = kind === "same" && !piece.trim() && place > 0 && place < parts.length - 1; // between two changes
+    const shown = isGap ? own.at(-1)?.[0] ?? "same" : kind;
+    if (own.at(-1)?.[0] === shown) own.at(-1)[1] += piece; else own.push([shown, piece]);
+  });
+  return own.map(([kind, piece]) => kind === "same" ? piece : make(kind === "gone" ? "del" : "ins", {}, piece));
 }
 
 function highlighted(text, pattern) {

@@ -18,7 +18,7 @@ function tableColumns() {
   ].map(column => single && column.key === "n" ? {...column, key: "length"} : column);
 }
 
-// place of a reward between the 5th and the 95th percentile of the set, 0 to 1
+// place of a reward between the 5th and the 95th percentile of the sets, 0 to 1
 function standing(reward) {
   const [low, high] = table.range;
   return high > low ? Math.min(1, Math.max(0, (reward - low) / (high - low))) : 0.5;
@@ -40,7 +40,7 @@ function cell(column, item) {
 }
 
 // a row's text, without line ends and the marks of a chat template, which are in the opened row
-const oneLine = text => text.replace(/<\|[^|<>]{1,40}\|>|\s+/g, " ").replace(/ {2,}/g, " ").trim();
+const oneLine = text => text.replace(/<\|[^|<>]{1,40}\|>(?:(?:system|user|assistant)\b)?|\s+/g, " ").replace(/ {2,}/g, " ").trim();
 
 function preview(item) {
   const columns = item.after ? table.after : table.before, own = item.after ?? item.before;
@@ -233,8 +233,9 @@ async function changeSets() {
   const alone = choice.mode === "samples" || choice.before === null;
   const [before, after] = await Promise.all([alone ? null : samplesOf(choice.before), samplesOf(choice.after)]);
   if (wanted !== `${choice.before} ${choice.after} ${choice.mode}`) return;
-  const quantiles = report.sets[choice.after].quantiles;
-  Object.assign(table, {before, after, range: [quantiles[5] ?? 0, quantiles[95] ?? 1], items: choice.mode === "prompts" ? promptItems(before, after) : sampleItems(after)});
+  const quantiles = [after, before].map((own, i) => own && report.sets[i ? choice.before : choice.after].quantiles).filter(own => own?.length);
+  const range = quantiles.length ? [Math.min(...quantiles.map(own => own[5])), Math.max(...quantiles.map(own => own[95]))] : [0, 1];
+  Object.assign(table, {before, after, range, items: choice.mode === "prompts" ? promptItems(before, after) : sampleItems(after)});
   table.columns = tableColumns();
   document.documentElement.style.setProperty("--columns", `minmax(0, 1fr) repeat(${table.columns.length}, minmax(4.2rem, max-content))`);
   document.documentElement.style.setProperty("--count", table.columns.length);
