@@ -76,8 +76,9 @@ class MetricsLogger:
     """Scalars of a training run, by step, into `<folder>/metrics.jsonl`, TensorBoard, and what else is asked for.
 
     `resumed_at` is the `position` that the checkpoint holds from which the run goes on: what was logged after it will
-    be logged again, so it is cut off; a sink that continues has it already, and gets it once. Raises OutputError when
-    the disk does not take them.
+    be logged again, so it is cut off; a sink that continues has it already, and gets it once. TensorBoard's files hold
+    back what a kill then takes along, so that they are written anew. Raises OutputError when the disk does not take
+    them.
     """
 
     def __init__(
@@ -96,7 +97,18 @@ class MetricsLogger:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
+                shown = _shown_before(folder) if resumed_at is not None else {}
                 self._writer = SummaryWriter(str(folder))
+                if resumed_at is not None:
+                    self._show_again(path, shown)
+
+    def _show_again(self, path: Path, times: Mapping[tuple[str, int], float]) -> None:
+        """Give TensorBoard what `path` holds, each value at its own time of day where that is known."""
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                (_, step), *scalars = json.loads(line).items()
+                for name, value in scalars:
+                    self._writer.add_scalar(name, value, step, walltime=times.get((name, step)))  # type: ignore[union-attr]
 
     def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         """Write `prefix/name` for every value at `step`."""
@@ -129,6 +141,23 @@ class MetricsLogger:
             self._file.close()
             if self._writer is not None:
                 self._writer.close()
+
+
+def _shown_before(folder: Path) -> dict[tuple[str, int], float]:
+    """The time of day of each (name, step) in TensorBoard's files, which are removed."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
+        return {}
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    times: dict[tuple[str, int], float] = {}
+    for file in files:
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                times[value.tag, event.step] = event.wall_time
+    for file in files:
+        file.unlink()
+    return times
 
 
 def _rows_after(path: Path, position: int) -> Iterator[tuple[int, str]]:

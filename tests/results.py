@@ -64,7 +64,7 @@ def make_reinforce(folder: Path, steps: int = 4) -> Path:
     """An actor's log folder, with two reward functions."""
     for step in (0, steps // 2, steps):
         rows = [
-            {**row, "kl": step / 4, "rewards": {"exact": row["reward"] / 2, "short": row["reward"] / 2}}
+            {**row, "kl": step / 4, "reward_exact": row["reward"] / 2, "reward_short": row["reward"] / 2}
             for row in samples(6, 4, gain=step / 4, seed=step)
         ]
         write_rows(folder / "validation" / f"step_{step}.jsonl", rows)

@@ -26,6 +26,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.aliases import Aliases, let_through
+from nemo_aligner.config.folders import SHARED_CONF
+from nemo_aligner.config.multirun import is_job, is_override, run_job, sweep_overrides
 from nemo_aligner.config.overrides import explained
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
@@ -34,11 +36,9 @@ from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
 _RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
-SHARED_CONF = Path(__file__).resolve().parents[2] / "conf"
-
 
 class SharedConf(SearchPathPlugin):
-    """Makes the groups of conf/ (model, optim, trainer) reachable from any script, folder and --config-path."""
+    """Makes the groups of conf/shared (model, optim, trainer) reachable from any script, folder and --config-path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("nemo_aligner", f"file://{SHARED_CONF}")
@@ -84,42 +84,47 @@ def _with_overrides(arguments: list[str], more: list[str]) -> list[str]:
     Hydra's parser takes overrides in one run only: between flags, or after them, but not in two places.
     """
 
-    def is_override(argument: str) -> bool:
-        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
     first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     return [*arguments[:first], *more, *arguments[first:]]
 
 
 def script(
-    config_name: str, config_dir: Path, aliases: Aliases | None = None
+    config_name: str, config_dir: Path, aliases: Aliases | None = None, output: str | None = None
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides.
+    """Decorator of a command's main: composes `config_dir/config_name.yaml` with the command line's overrides.
 
-    `aliases` are older names of keys, which load_config puts in their new places.
+    `aliases` are older names of keys, which load_config puts in their new places; `output` is the key of what the
+    command writes, which a multirun gives each job a place of its own for.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        def checked(cfg: DictConfig) -> None:
-            with one_line_errors():
-                task(cfg)
-
         def main() -> None:
-            answer = usage(sys.argv[1:], task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
+            arguments = sys.argv[1:]
+            answer = usage(arguments, task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
             if answer is not None:
                 sys.stdout.write(f"{answer}\n")
                 return
+
+            def checked(cfg: DictConfig) -> None:
+                with one_line_errors():
+                    if is_job():
+                        run_job(cfg, output, arguments)
+                    else:
+                        task(cfg)
+
             Plugins.instance().register(SharedConf)
             register_resolvers()
             # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            sys.argv[1:] = _with_overrides(let_through(sys.argv[1:], aliases or {}), _RUN_IN_PLACE)
+            if not {"-sc", "--shell-completion"} & set(arguments):
+                ours = [*_RUN_IN_PLACE, *sweep_overrides(config_name, arguments)]
+                sys.argv[1:] = _with_overrides(let_through(arguments, aliases or {}), ours)
             with one_line_errors():
                 try:
                     hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
                 except HydraException as fault:
-                    ours = explained(fault, config_dir / f"{config_name}.yaml")
-                    raise fault if ours is None else ConfigError(ours) from None
+                    said = explained(fault, config_dir / f"{config_name}.yaml")
+                    raise fault if said is None else ConfigError(said) from None
 
         return main
 

@@ -164,6 +164,7 @@ class CheckpointCallbackParams:
     save_nemo_on_train_end: bool = True
     filename: str | None = None  # of a checkpoint, with fields like {step} and {val_loss:.3f}; null: as the docs show
     save_best_model: bool = False  # the archive at the end is that of the best checkpoint, not of the last
+    async_save: bool = False  # write while training goes on, from a copy in memory of all that is saved
     model_parallel_size: Any = None  # null, or TP × PP of the run; a checkpoint is cut anew at every load
 
 

@@ -30,9 +30,17 @@ def _version(package: str) -> str | None:
 
 
 def write_provenance(
-    output_file: str | Path, *, config: Any, archive: str, inputs: Sequence[str], counts: Mapping[str, Any]
+    output_file: str | Path,
+    *,
+    config: Any,
+    archive: str | Mapping[str, str] | None,
+    inputs: Sequence[str],
+    counts: Mapping[str, Any],
 ) -> None:
-    """Write `<output_file>.meta.json`: archive hash, full config, seed, versions, hashes of the inputs, counts."""
+    """Write `<output_file>.meta.json`: config, seed, versions, input hashes, counts, and the hash of the archive.
+
+    `archive` is null where there was no model, hashes by path where there were several.
+    """
     settings = dataclasses.asdict(config)
     meta = {
         "created": _now(),

@@ -65,7 +65,12 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """The first `count` layers alone: a small backbone for a reward model out of a pretrained policy."""
     if not 1 <= count <= checkpoint.arch.num_layers:
         raise CheckpointError(f"--num-layers {count}: the model has {checkpoint.arch.num_layers} layers")
-    return replace(checkpoint, arch=replace(checkpoint.arch, num_layers=count))
+    arch = replace(checkpoint.arch, num_layers=count)
+    if isinstance(arch.moe_layer_freq, list):
+        arch.moe_layer_freq = arch.moe_layer_freq[:count]
+        if not any(arch.moe_layer_freq):
+            arch.num_moe_experts = None
+    return replace(checkpoint, arch=arch)
 
 
 def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:

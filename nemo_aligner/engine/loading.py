@@ -44,6 +44,14 @@ def start_for_archive(
         yield cluster
 
 
+@contextmanager
+def start_without_model(trainer: TrainerConfig, *, seed: int = 1234) -> Iterator[MegatronCluster]:
+    """The processes of a run that loads nothing: all of them data-parallel ranks."""
+    launch_local_ranks(trainer)
+    with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
+        yield cluster
+
+
 def start_for_training(
     trainer: TrainerConfig, model: ModelOverrides, *, key: str
 ) -> AbstractContextManager[MegatronCluster]:

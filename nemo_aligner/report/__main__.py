@@ -1,3 +1,3 @@
-from nemo_aligner.report.cli import run_as_command
+from nemo_aligner.report.cli import main
 
-run_as_command()
+main()

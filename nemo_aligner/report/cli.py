@@ -1,8 +1,8 @@
 """Results as one HTML page that needs no network: rewards, KL, curves, seconds, configuration, provenance, samples.
 
-    python -m nemo_aligner.report results/quickstart
-    python -m nemo_aligner.report results/rloo results/remax -o compared.html
-    python -m nemo_aligner.report results/quickstart --watch
+    aligner report results/quickstart
+    aligner report results/rloo results/remax -o compared.html
+    aligner report results/quickstart --watch
 
 Takes what offline stages, loops, evaluations and training runs wrote, of runs that still go on too. Nothing in the
 folders is changed but for the page.
@@ -29,7 +29,7 @@ _INTERVAL_S = 10.0
 
 def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
-        prog="python -m nemo_aligner.report",
+        prog="aligner report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,8 +50,14 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the page that `argv` asks for. Raises AlignerError."""
+    """Write the page that `argv`, or the command line, asks for."""
+    run(argv)
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """As `main`. Raises AlignerError."""
     given = parser().parse_args(argv)
     if given.samples < 1:
         raise ConfigError(f"{given.samples} is less than 1", "--samples")
@@ -120,8 +126,3 @@ def names(folders: Sequence[Path]) -> list[str]:
         if len(set(found)) == len(found):
             return found
         parts += 1
-
-
-def run_as_command() -> None:
-    with one_line_errors():
-        main()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_aligner.algorithms.best_of import best_of
 from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
 
 QUANTILES = 101
@@ -31,14 +32,13 @@ def summary(rewards: Sequence[float | None], prompts: Sequence[int]) -> dict[str
     values = [math.nan if reward is None else reward for reward in rewards]
     known = finite(values)
     mean, std = mean_and_std(known)
-    best = best_of_n(values, prompts)
     return {
         "mean": mean,
         "std": std,
         "standard_error": standard_error(values, prompts) if len(known) > 1 else math.nan,
         "known": len(known),
         "quantiles": quantiles(known),
-        "best_of": best,
+        "best_of": best_of_n(values, prompts),
     }
 
 
@@ -51,28 +51,16 @@ def best_of_n(rewards: Sequence[float], prompts: Sequence[int]) -> list[tuple[in
     """(n, expected reward of the best of n samples), averaged over prompts, for n = 1, 2, ... 16 and m.
 
     m is the fewest samples that a prompt has; no n is larger.
-
-    Of a prompt's rewards r_1 ≤ ... ≤ r_m, the best of n that are drawn without replacement is r_i with the probability
-    C(i − 1, n − 1) / C(m, n): the unbiased estimator of Chen et al. 2021 (pass@k, arXiv 2107.03374) for rewards.
     """
     groups: dict[int, list[float]] = {}
     for reward, prompt in zip(rewards, prompts, strict=True):
         if math.isfinite(reward):
             groups.setdefault(prompt, []).append(reward)
-    if not groups:
-        return []
-    ordered = [sorted(group) for group in groups.values()]
-    most = min(len(group) for group in ordered)
+    most = min(map(len, groups.values()), default=0)
     return [
-        (n, math.fsum(_expected_best(group, n) for group in ordered) / len(ordered))
-        for n in dict.fromkeys((*range(1, min(most, 16) + 1), most))
+        (n, math.fsum(best_of(group, n) for group in groups.values()) / len(groups))
+        for n in sorted({*range(1, min(most, 16) + 1), *([most] if most else [])})
     ]
-
-
-def _expected_best(ordered: Sequence[float], n: int) -> float:
-    m = len(ordered)
-    total = math.comb(m, n)
-    return math.fsum(math.comb(i, n - 1) / total * reward for i, reward in enumerate(ordered))
 
 
 def best_of_n_kl(n: int) -> float:

@@ -163,7 +163,7 @@ def _tables(root: Path, folders: list[Path]) -> Iterator[dict[str, Any]]:
             except (OSError, ValueError):
                 continue
             if isinstance(rows, list) and rows and all(isinstance(row, dict) and "policy" in row for row in rows):
-                short = [{**row, "policy": Path(str(row["policy"])).name} for row in rows]
+                short = [{**dict(flat(row)), "policy": Path(str(row["policy"])).name} for row in rows]
                 yield {"title": file_name(path, root), "rows": short}
 
 

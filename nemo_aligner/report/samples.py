@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.records import Keys
+from nemo_aligner.records import Keys, part_name
 from nemo_aligner.report.figures import finite, quantiles, summary
 
 Row = dict[str, Any]
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 ROWS = 100_000
 """Of one set in a page; of a larger one whole prompts are taken, evenly spread."""
 
-_OWN = ("reward", "rewards", "kept", "trained", "prompt_index", "sample_index")
+_OWN = ("kept", "trained", "prompt_index", "sample_index")
 
 
 @dataclass
@@ -101,13 +101,12 @@ def prompt_text(row: Row, keys: Keys) -> str | None:
 def columns_of(rows: Iterable[Row], keys: Keys, limit: int = ROWS) -> tuple[Columns, int]:
     """The columns of `rows`, and how many samples there were; rows that are no samples do not count.
 
-    Fields that no row has a value for are left out. A reward is `reward` (`keys.reward`); those of several functions
-    are `rewards`, an object of number by name.
+    Fields that no row has a value for are left out. Rewards of several sources are the fields `<reward key>_<name>` (see
+    `records.part_name`).
     """
     found = Columns()
     places: dict[str, int] = {}
     extras: list[dict[str, Any]] = []
-    named: list[Mapping[str, Any]] = []
     kept: list[bool | None] = []
     for row in rows:
         prompt = prompt_text(row, keys)
@@ -116,17 +115,19 @@ def columns_of(rows: Iterable[Row], keys: Keys, limit: int = ROWS) -> tuple[Colu
         found.prompt.append(places.setdefault(prompt, len(places)))
         found.output.append(row[keys.output])
         found.reward.append(_number(row.get(keys.reward)))
-        named.append(row["rewards"] if isinstance(row.get("rewards"), dict) else {})
         kept.append(row.get("kept", row.get("trained")))
         skipped = {keys.input, keys.output, keys.reward, "messages", *_OWN}
         extras.append({name: value for name, value in row.items() if name not in skipped})
     found.prompts = list(places)
-    for name in dict.fromkeys(name for own in named for name in own):
-        found.functions[name] = [_number(own.get(name)) for own in named]
+    part = part_name("", keys.reward)
     for name in dict.fromkeys(name for own in extras for name in own):
         values = [own.get(name) for own in extras]
+        is_part = name.startswith(part) and all(value is None or _number(value) is not None for value in values)
         if any(value is not None for value in values):
-            found.others[name] = [_shown(value) for value in values]
+            if is_part:
+                found.functions[name.removeprefix(part)] = [_number(value) for value in values]
+            else:
+                found.others[name] = [_shown(value) for value in values]
     if any(own is not None for own in kept):
         found.kept = kept
     return _thinned(found, limit), len(found)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.data.provenance import META
 from nemo_aligner.errors import AlignerError
-from nemo_aligner.records import Keys
+from nemo_aligner.records import Keys, part_fields
 from nemo_aligner.report.samples import Row, SampleSet, columns_of, file_name
 from nemo_aligner.report.scalars import whole_lines
 
@@ -228,8 +228,8 @@ class _Reader:
         if labeler.path.is_file() and labeler.config.get("processor") in ("rs", "rest"):
             kept = {(row.get(keys.input), row.get(keys.output)) for row in load_rows(labeler.path, required={})}
         for place, row in enumerate(rows):
-            judgement = {name: labeler.entries.get(place, {}).get(name) for name in ("reward", "rewards")}
-            own = {**row, **{name: value for name, value in judgement.items() if value is not None}}
+            judgement = labeler.entries.get(place, {"reward": None})
+            own = {**row, "reward": judgement["reward"], **part_fields(judgement.get("parts", {}))}
             if kept is not None:
                 own["kept"] = (row.get(keys.input), row.get(keys.output)) in kept
             yield own

@@ -108,11 +108,12 @@ def test_sft_stopped_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
             *more, check=check,
         ).returncode  # fmt: skip
 
+    background = "exp_manager.checkpoint_callback_params.async_save=True"
     sft("whole")
-    assert sft("parts", "exp_manager.max_time_per_run=0:0:0", check=False) == 75
+    assert sft("parts", "exp_manager.max_time_per_run=0:0:0", background, check=False) == 75
     [checkpoint] = (tmp_path / "parts/checkpoints").glob("*-last")
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 1
-    sft("parts")
+    sft("parts", background)
     a, b = ((tmp_path / name / "checkpoints/megatron_gpt_sft.nemo") for name in ("whole", "parts"))
     assert weights(a, tmp_path / "a") == weights(b, tmp_path / "b")
     kept = sorted(p.name for p in (tmp_path / "whole/checkpoints").glob("*/"))

@@ -36,7 +36,7 @@ def neither_faults_nor_requests(page: Page) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    cli.main([str(make_loop(folder))])
+    cli.run([str(make_loop(folder))])
     return folder / "report.html"
 
 
@@ -116,7 +116,7 @@ def test_a_prompt_unfolds_to_two_policies_side_by_side_with_what_differs_marked(
 
 
 def test_each_reward_function_has_its_column_and_its_curve(page: Page, tmp_path: Path) -> None:
-    cli.main([str(make_reinforce(tmp_path))])
+    cli.run([str(make_reinforce(tmp_path))])
     page.open(tmp_path / "report.html", "samples")
     names = page.do("[...document.querySelectorAll('#head button')].map(own => own.textContent)")
     assert names[-3:] == ["exact", "short", "n"]
@@ -134,7 +134,7 @@ def test_each_reward_function_has_its_column_and_its_curve(page: Page, tmp_path:
 
 def test_two_runs_are_compared_on_the_same_prompts(page: Page, loop: Path, tmp_path: Path) -> None:
     make_loop(tmp_path, iterations=2)
-    cli.main([str(loop.parent), str(tmp_path), "-o", str(tmp_path / "both.html")])
+    cli.run([str(loop.parent), str(tmp_path), "-o", str(tmp_path / "both.html")])
     page.open(tmp_path / "both.html", "samples")
     changes = page.do("[...document.querySelectorAll('.cell.down')].map(own => own.textContent)")
     assert changes == ["-0.500"] * 5  # from policy 3 of the first to policy 2 of the second
@@ -145,9 +145,9 @@ def test_two_runs_are_compared_on_the_same_prompts(page: Page, loop: Path, tmp_p
 
 
 def test_what_a_sample_holds_is_shown_as_text_and_runs_nothing(page: Page, tmp_path: Path) -> None:
-    rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, "rewards": {NASTY: 1.0}} for row in samples(1, 2)]
+    rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, f"reward_{NASTY}": 1.0} for row in samples(1, 2)]
     write_rows(tmp_path / "iterations" / "0.jsonl", rows)
-    cli.main([str(tmp_path)])
+    cli.run([str(tmp_path)])
     page.open(tmp_path / "report.html", "samples")
     page.click(".entry .line")
     page.wait("document.querySelector('.details')")
@@ -181,7 +181,7 @@ def test_the_colours_are_those_that_the_reader_prefers(page: Page, loop: Path) -
 
 def test_a_hundred_thousand_samples_are_sorted_searched_and_scrolled_at_once(page: Page, tmp_path: Path) -> None:
     write_rows(tmp_path / "iterations" / "0.jsonl", samples(25_000, 4))
-    cli.main([str(tmp_path)])
+    cli.run([str(tmp_path)])
     begin = time.monotonic()
     page.open(tmp_path / "report.html", "samples")
     opened = time.monotonic() - begin

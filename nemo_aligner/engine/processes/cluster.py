@@ -58,12 +58,15 @@ class MegatronCluster:
 
     def gather(self, value: T) -> list[T]:
         """`value` of each data-parallel rank in order (of the rank that speaks for its replica)."""
+        told = self.gather_ranks((self.dp_rank, self._speaks, value))
+        return [value for _, speaks, value in sorted(told, key=lambda one: one[0]) if speaks]
+
+    def gather_ranks(self, value: T) -> list[T]:
         if self.world_size == 1:
             return [value]
-        boxes: list[tuple[int, bool, T] | None] = [None] * self.world_size
-        dist.all_gather_object(boxes, (self.dp_rank, self._speaks, value), group=self._objects)
-        spoken = [cast("tuple[int, bool, T]", box) for box in boxes]
-        return [value for _, speaks, value in sorted(spoken, key=lambda box: box[0]) if speaks]
+        boxes: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(boxes, value, group=self._objects)
+        return cast("list[T]", boxes)
 
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:

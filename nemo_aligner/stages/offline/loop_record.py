@@ -44,10 +44,12 @@ def samples_of(generated: Path, labeled: Path) -> list[Row]:
     """The iteration's samples in their order, with `reward` and `kept`."""
     required = {"input": "data.input_key", "output": "data.output_key"}
     rewards = rewards_of(labeled)
-    kept = {(row["input"], row["output"]) for row in load_rows(labeled, required=required)}
+    samples, trained_on = (load_rows(path, required=required) for path in (generated, labeled))
+    kept = {(row["input"], row["output"]) for row in trained_on}
+    every = len(trained_on) == len(samples)  # also of dt, which writes other prompts
     return [
-        {**row, "reward": rewards.get(index), "kept": (row["input"], row["output"]) in kept}
-        for index, row in enumerate(load_rows(generated, required=required))
+        {**row, "reward": rewards.get(index), "kept": every or (row["input"], row["output"]) in kept}
+        for index, row in enumerate(samples)
     ]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner.commands.plan import main, shape_of
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.config import PlanConfig
 from nemo_aligner.planning.plan import make_plan
-from scripts.plan_layout import main, shape_of
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = str(ROOT / "conf/model/llama3_8b.yaml")

@@ -43,7 +43,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_is_one_file_that_holds_all_samples_and_names_no_address(tmp_path: Path) -> None:
-    cli.main([str(make_loop(tmp_path))])
+    cli.run([str(make_loop(tmp_path))])
     text = (tmp_path / "report.html").read_text()
     found = Elements(text)
     head = found.unpacked("head")
@@ -54,10 +54,10 @@ def test_the_page_is_one_file_that_holds_all_samples_and_names_no_address(tmp_pa
 
 def test_nothing_that_a_sample_or_a_name_holds_becomes_markup(tmp_path: Path) -> None:
     folder = tmp_path / "<script>alert(1)<"
-    rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, "rewards": {NASTY: 1.0}} for row in samples(1, 2)]
+    rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, f"reward_{NASTY}": 1.0} for row in samples(1, 2)]
     write_rows(folder / "iterations" / "0.jsonl", rows)
-    cli.main([str(folder), "-o", str(tmp_path / "nasty.html")])
-    cli.main([str(make_loop(tmp_path / "plain")), "-o", str(tmp_path / "plain.html")])
+    cli.run([str(folder), "-o", str(tmp_path / "nasty.html")])
+    cli.run([str(make_loop(tmp_path / "plain")), "-o", str(tmp_path / "plain.html")])
     nasty, plain = (Elements((tmp_path / name).read_text()) for name in ("nasty.html", "plain.html"))
 
     def drawn(elements: Elements) -> list[str]:
@@ -71,7 +71,7 @@ def test_several_runs_are_one_page_here_and_are_told_apart(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     make_reinforce(tmp_path / "a" / "run")
     make_loop(tmp_path / "b" / "run")
-    cli.main(["a/run", "b/run", "a/run"])
+    cli.run(["a/run", "b/run", "a/run"])
     head = Elements((tmp_path / "report.html").read_text()).unpacked("head")
     assert [run["name"] for run in head["runs"]] == ["a/run", "b/run"]
     assert {own["run"] for own in head["sets"]} == {0, 1}
@@ -93,7 +93,7 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(seen) < 9, "it does not end"
 
     monkeypatch.setattr(cli.time, "sleep", meanwhile)
-    cli.main([str(tmp_path), "--watch", "3"])
+    cli.run([str(tmp_path), "--watch", "3"])
     assert seen == [(3, 1, 3.0), (3, 1, 3.0), (5, 1, 3.0), (5, 1, 3.0)]
     assert Elements((tmp_path / "report.html").read_text()).unpacked("head")["every_s"] is None
 
@@ -101,11 +101,11 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("given", [["--samples", "0"], ["--watch", "0.5"], ["--watch", "nan"]])
 def test_a_number_that_makes_no_sense_is_refused(tmp_path: Path, given: list[str]) -> None:
     with pytest.raises(ConfigError, match=given[0]):
-        cli.main([str(make_loop(tmp_path)), *given])
+        cli.run([str(make_loop(tmp_path)), *given])
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_without_results_leaves_no_page(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no results"):
-        cli.main([str(tmp_path)])
+        cli.run([str(tmp_path)])
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,7 @@ def offline(folder: Path) -> list[dict]:
     rows = [{name: row[name] for name in ("input", "output")} for row in samples(2, 2)]
     write_rows(folder / "generated.jsonl", rows)
     write_json(folder / "generated.jsonl.meta.json", {"config": {"data": {"n": 2}}})
-    entries = [{"index": i, "row": {"reward": float(i), "rewards": {"f": 2.0 * i}}} for i in range(3)]
+    entries = [{"index": i, "row": {"reward": float(i), "parts": {"f": 2.0 * i}}} for i in range(3)]
     write_rows(folder / "filtered.jsonl_temp" / "rank_0.json", entries)
     return rows
 
