@@ -93,7 +93,9 @@ def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
 
 def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
     """Complete `partial` with its state file, make it durable, and give it its name."""
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     (partial / STATE).write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
     write_sums(partial)
     fsync_tree(partial)
