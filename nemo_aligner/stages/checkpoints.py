@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
-from nemo_aligner.engine.checkpoints.checkpoint_folder import PARTIAL, STATE, first_whole, latest_whole, read_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    PARTIAL,
+    STATE,
+    first_whole,
+    latest_whole,
+    read_state,
+    remove,
+    remove_unfinished,
+)
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.files import writing
 from nemo_aligner.stages.checkpoint_names import checkpoint_name, log_dir
 from nemo_aligner.stages.run_checks import check_monitor
 
@@ -79,9 +87,18 @@ class Checkpoints:
             self.root.mkdir(parents=True, exist_ok=True)
         self._cluster.barrier()
         model.save_training_state(self.root / f"{label}{_LAST}", {**state, "monitored": value, "run": self._name})
-        if self._cluster.is_main:
-            self._prune(keep=f"{label}{_LAST}")
+        self.drop_others(self.root / f"{label}{_LAST}")
         self._cluster.barrier()
+
+    def drop_others(self, newest: Path) -> None:
+        """Remove the checkpoints that need not be kept beside `newest`.
+
+        A run that goes on from `newest` does so too: a kill may have kept the one before from it.
+        """
+        if self._cluster.is_main:
+            with writing(self.root):
+                remove_unfinished(self.root)
+                self._prune(keep=newest.name)
 
     def restore_best(self, model: TrainableModel) -> None:
         """With `save_best_model`: the weights of the best checkpoint take the place of the newest. Collective.
@@ -102,7 +119,7 @@ class Checkpoints:
         kept = best if self._top_k < 0 else best[: self._top_k]
         for path in others:
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
             elif path.name.endswith(_LAST):
                 path.rename(path.with_name(path.name.removesuffix(_LAST)))
 

@@ -29,7 +29,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.checksums import write_sums
-from nemo_aligner.engine.checkpoints.checkpoint_folder import FORMAT, PARTIAL, STATE, check_sizes, read_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    check_sizes,
+    read_state,
+    remove_unfinished,
+)
 from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
 from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state, without_frozen
 from nemo_aligner.engine.interfaces import Cluster
@@ -61,8 +68,7 @@ def save(
     try:
         with _on_every_rank(folder, cluster):
             if cluster.is_main:
-                for leftover in folder.parent.glob(f"*{PARTIAL}/"):
-                    shutil.rmtree(leftover)
+                remove_unfinished(folder.parent)
                 (partial / "shards").mkdir(parents=True)
         save_sharded(_sharded(model, optimizer, loading=False), partial / "shards")
         with _on_every_rank(folder, cluster):
