@@ -9,8 +9,9 @@
 #   --tiny       a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
 #   --seed N     base seed of training, sampling and data (default 1234)
 #
-# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce or _math and _tiny behind it): summary.json,
-# reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
+# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce or _math and _tiny behind it): report.html to look at,
+# summary.json, reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove
+# the folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -216,5 +217,6 @@ if $math; then arithmetic; elif $reinforce; then online; else offline; fi
 
 step "report"
 echo $((begin + SECONDS)) >"$clock"
+"$PYTHON" -m nemo_aligner.report "$out"
 "$PYTHON" scripts/quickstart/report.py --folder "$out" --seconds "$((begin + SECONDS))" $($reinforce && echo --reinforce || true) \
   $($math && echo --math || true)

@@ -34,9 +34,14 @@ class Result:
             "reward_after": last["reward_mean"],
             "reward_std_before": first["reward_std"],
             "kl_after": last["kl"],
-            "gain_in_std": (last["reward_mean"] - first["reward_mean"]) / first["reward_std"],
+            "gain_in_std": spreads(last["reward_mean"] - first["reward_mean"], first["reward_std"]),
             "iterations": self.rows,
         }
+
+
+def spreads(gain: float, spread: float) -> float | None:
+    """A gain in standard deviations; None where there is no spread."""
+    return gain / spread if spread else None
 
 
 def offline_result(folder: Path) -> Result:
@@ -184,9 +189,12 @@ def main() -> None:
     print(table(result))
     if args.math:
         before, after = (f"{100 * row['reward_mean']:.1f} %" for row in (result.rows[0], result.rows[-1]))
-        print(f"\n{before} of held-out sums right before, {after} after, in {args.seconds} s; see {args.folder}")
-        return
-    print(f"\nreward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s; see {args.folder}")
+        gain = f"{before} of held-out sums right before, {after} after"
+    elif summary["gain_in_std"] is None:
+        gain = f"reward {summary['reward_before']:.3g} before, without a spread, {summary['reward_after']:.3g} after"
+    else:
+        gain = f"reward {summary['gain_in_std']:+.2f} standard deviations"
+    print(f"\n{gain}, in {args.seconds} s; look at {args.folder / 'report.html'}")
 
 
 if __name__ == "__main__":
