@@ -43,8 +43,15 @@ def start_for_archive(
     """
     sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
     launch_local_ranks(trainer)
-    experts = {"expert": expert, "expert_tensor": expert_tensor}
-    with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, **experts, seed=seed) as cluster:
+    with start_cluster(
+        trainer,
+        tensor=sizes[0],
+        pipeline=sizes[1],
+        context=context,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        seed=seed,
+    ) as cluster:
         yield cluster
 
 
