@@ -310,6 +310,7 @@ class Actor:
             return 0, checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
+        checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
         step = int(state["step"])
         tell_resumed(newest, step, int(state["steps"]), self.steps)
