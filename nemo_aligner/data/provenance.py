@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,16 +25,16 @@ def _version(package: str) -> str | None:
 
 
 def write_provenance(
-    output_file: str | Path, *, config: Any, archive: str, inputs: Sequence[str], counts: Mapping[str, Any]
+    output_file: str | Path, *, config: Any, archive: str, inputs: Iterable[tuple[str, str]], counts: Mapping[str, Any]
 ) -> None:
-    """Write `<output_file>.meta.json`: archive hash, full config, seed, versions, hashes of the inputs, counts."""
+    """Write `<output_file>.meta.json`: archive hash, full config, seed, versions, `inputs` (path, hash), counts."""
     settings = dataclasses.asdict(config)
     meta = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "archive_sha256": archive,
         "seed": settings.get("seed"),
         "config": settings,
-        "inputs_sha256": {path: file_sum(path) for path in inputs},
+        "inputs_sha256": dict(inputs),
         "output_sha256": file_sum(output_file),
         "counts": dict(counts),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},

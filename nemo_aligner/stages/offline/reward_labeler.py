@@ -121,8 +121,7 @@ def finish(
 ) -> None:
     """Rewards → standardised → processed → output file, rows in the order of the input."""
     keys = keys_of(cfg)
-    rewards = [math.nan if row["reward"] is None else float(row["reward"]) for _, row in journal.merged()]
-    assert len(rewards) == len(chunk), "every row is scored once"
+    rewards = [math.nan if row["reward"] is None else float(row["reward"]) for _, row in journal.merged(len(chunk))]
     for position, reward in zip(chunk, rewards, strict=True):
         if math.isnan(reward):
             path, line = rows.where(position % len(rows))
@@ -148,7 +147,7 @@ def finish(
     export = cfg.export_reward or cfg.processor is None
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
     counts = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
-    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
