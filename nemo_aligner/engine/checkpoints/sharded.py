@@ -5,22 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import queue
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.errors import CheckpointError, OutputError
 
 _METADATA = ".metadata"
@@ -88,20 +88,36 @@ def without_frozen(state: ShardedStateDict, model: nn.Module, prefix: str) -> Sh
     return {name: value for name, value in state.items() if name not in frozen}
 
 
-def save_sharded(state: ShardedStateDict, folder: Path, strategy: SaveShardedStrategy | None = None) -> None:
-    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no.
+def save_sharded(state: ShardedStateDict, folder: Path, strategy: Streamed | None = None) -> None:
+    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no."""
+    planned = plan_save(state, folder, strategy or Streamed())
+    planned.async_fn()
+    end_save(planned, folder)
 
-    `strategy` writes the tensors; None = Megatron's own.
-    """
-    # Megatron would spawn a manager process (which imports torch again, seconds) to pass results between processes
-    # of an asynchronous save; ours is synchronous, so a queue inside this process serves
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+
+def plan_save(state: ShardedStateDict, folder: Path, strategy: Streamed) -> AsyncRequest:
+    """Begin to save; collective. What comes next is to call `async_fn` of it, then `end_save`. Raises OutputError."""
+    with _disk_faults(folder):
+        return dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True)
+
+
+def end_save(planned: AsyncRequest, folder: Path) -> None:
+    """Complete what every rank has written; collective. Raises OutputError on every rank where one could not write."""
+    with _disk_faults(folder):
+        for finalize in planned.finalize_fns:
+            finalize()
         if torch.distributed.get_rank() == 0:
             _forget_where_and_when(folder)
-    except CheckpointException as found:  # of torch's writer, with what failed on each rank
-        fault = next(iter(found.failures.values()))[0]
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Raises OutputError for whatever torch and Megatron make of a disk that says no."""
+    try:
+        yield
+    except CheckpointException as found:  # of the ranks that wrote, with what failed on each; only rank 0 is told
+        faults = [fault for fault, _ in found.failures.values()]
+        fault = faults[0] if faults else OSError("another rank could not")
         said = _refusal(folder, fault)
         raise fault if said is None else OutputError(f"cannot write {folder}: {said}") from found
     except (OSError, RuntimeError) as fault:
