@@ -24,6 +24,7 @@ COMMANDS = {
     "reinforce": "nemo_aligner.commands.reinforce",
     "eval": "nemo_aligner.commands.evaluate",
     "generate": "nemo_aligner.commands.generate",
+    "report": "nemo_aligner.report.cli",
     "verify": "nemo_aligner.commands.verify",
     "plan": "nemo_aligner.commands.plan",
 }

@@ -178,7 +178,9 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
 
 @pytest.mark.parametrize("method", [[], ["--reinforce"]])
 def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> None:
-    run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
+    done = run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
+    assert done.stdout.splitlines()[-1].endswith(f"look at {tmp_path}/report.html")
+    assert (tmp_path / "report.html").read_text().endswith("</html>\n")
     summary = json.loads((tmp_path / "summary.json").read_text())
     keys = {"reward_before", "reward_after", "reward_std_before", "kl_after", "seconds", "iterations"}
     assert keys <= summary.keys()

@@ -15,7 +15,8 @@
 #   PYTHON                                            the interpreter of the stages
 #
 # Relative paths are those of the folder it is started in. Each iteration leaves a line in $RESULT_PATH/iterations.jsonl
-# (rewards, best of n, share kept, lengths, seconds), the same in $RESULT_PATH/tensorboard.
+# (rewards, best of n, share kept, lengths, seconds), the same in $RESULT_PATH/tensorboard, and how it was made in
+# $RESULT_PATH/iterations/<i>; `aligner report $RESULT_PATH` makes a page of them.
 #
 # A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
 # after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is

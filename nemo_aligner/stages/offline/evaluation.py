@@ -19,6 +19,8 @@ from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import without_nan, write_jsonl
+from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
@@ -117,6 +119,10 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, funct
         )  # fmt: skip
     if cluster.is_main:
         write_atomically(cfg.output_file, [json.dumps(without_nan(figures), indent=1), "\n"])
+        archives = (*cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
+        hashes = {path: archive_hash(path) for path in archives if path is not None}
+        counts = {"prompts": len(rows), "samples": cfg.data.n * len(rows)}
+        write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=cfg.data.file_names, counts=counts)
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
