@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nemo_aligner.errors import OutputError
@@ -15,18 +15,26 @@ def write_atomically(path: str | Path, pieces: Iterable[str]) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-        fsync(path.parent)
-    except OSError as fault:
-        raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.writelines(pieces)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+            fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written has nothing to remove either
             partial.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Faults of the disk in the block are OutputErrors that name `path`."""
+    try:
+        yield
+    except OSError as fault:
+        raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault
 
 
 def fsync(path: Path) -> None:

@@ -54,6 +54,9 @@ class OneProcess:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def first(self, value: Any) -> Any:
+        return value
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -87,6 +90,9 @@ class RankOfSeveral:
 
     def broadcast(self, value: Any) -> Any:
         return self.gather(value)[0]
+
+    def first(self, value: Any) -> Any:
+        return next((value for value in self.gather(value) if value is not None), None)
 
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))

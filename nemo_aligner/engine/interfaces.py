@@ -47,6 +47,9 @@ class Cluster(Protocol):
     def gather(self, value: T) -> list[T]:
         """`value` of each data-parallel rank in order, the same list on every rank."""
 
+    def first(self, value: T | None) -> T | None:
+        """`value` of the first rank that has one, on every rank."""
+
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on at least one."""
 

@@ -15,7 +15,8 @@ from nemo_aligner.engine.checkpoints.hf_tensors import dequantised, load_tensors
 from nemo_aligner.engine.checkpoints.hf_weights import to_hf
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import writing
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights at most, unless a tensor alone is larger; as transformers has it."""
@@ -57,7 +58,7 @@ def write_hf_folder(
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts |= _write_weights(folder, to_hf(arch, megatron).parts, shard_bytes)
         for name, content in texts.items():
@@ -66,8 +67,6 @@ def write_hf_folder(
             (folder / name).write_bytes(data)
         if tokenizer.chat_template is not None:
             (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    except OSError as fault:
-        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
 
 
 def _write_weights(folder: Path, parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, object]]:

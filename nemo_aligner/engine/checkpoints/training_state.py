@@ -17,8 +17,6 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,8 @@ from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, 
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import CheckpointError, OutputError
-from nemo_aligner.files import fsync, fsync_tree
+from nemo_aligner.files import fsync, fsync_tree, writing
+from nemo_aligner.ranks import together
 
 log = logging.getLogger(__name__)
 
@@ -59,36 +58,24 @@ def save(
     """
     partial = folder.with_name(folder.name + PARTIAL)
     try:
-        with _on_every_rank(folder, cluster):
+        with together(cluster), writing(folder):
             if cluster.is_main:
                 for leftover in folder.parent.glob(f"*{PARTIAL}/"):
                     shutil.rmtree(leftover)
                 (partial / "shards").mkdir(parents=True)
         save_sharded(_sharded(model, optimizer, loading=False), partial / "shards")
-        with _on_every_rank(folder, cluster):
+        with together(cluster), writing(folder):
             # torch writing to a file says "unexpected pos" of a full disk; a plain write says what it is
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
             (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
-        with _on_every_rank(folder, cluster):
+        with together(cluster), writing(folder):
             if cluster.is_main:
                 _publish(partial, folder, state)
     except OutputError:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
-    """The block succeeds on all ranks, or every rank raises OutputError."""
-    fault: str | None = None
-    try:
-        yield
-    except OSError as error:
-        fault = f"cannot write {folder}: {error.strerror or error}"
-    if cluster.any(fault is not None):
-        raise OutputError(fault or f"cannot write {folder}: another rank could not")
 
 
 def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:

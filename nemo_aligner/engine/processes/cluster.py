@@ -65,6 +65,14 @@ class MegatronCluster:
         spoken = [cast("tuple[int, bool, T]", box) for box in boxes]
         return [value for _, speaks, value in sorted(spoken, key=lambda box: box[0]) if speaks]
 
+    def first(self, value: T | None) -> T | None:
+        """`value` of the first rank that has one, on every rank."""
+        if self.world_size == 1:
+            return value
+        found: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self._objects)
+        return next((value for value in found if value is not None), None)
+
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:
             return flag

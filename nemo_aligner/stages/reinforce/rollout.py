@@ -17,8 +17,8 @@ from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
-from nemo_aligner.errors import AlignerError, ServerError
 from nemo_aligner.metrics import Timers
+from nemo_aligner.ranks import together
 
 
 class Rewards(Protocol):
@@ -85,10 +85,8 @@ class RolloutWorker:
                 asked.add(rollout.prompt.text + rollout.text)
             asked.flush()
         kls = self._divergences(drawn)
-        with self._timers.phase("critic_wait"):
-            scores, fault = asked.answers()
-        if cluster.any(fault is not None):
-            raise ServerError(str(fault or "another rank got no rewards"))
+        with self._timers.phase("critic_wait"), together(cluster):
+            scores = asked.answers()
         own = [
             replace(rollout, reward=score, kl=kl) for rollout, score, kl in zip(drawn, scores, kls, strict=True)
         ]  # ranks that do not speak for their replica have no scores, and nothing to say
@@ -128,14 +126,11 @@ class _Asked:
             self._futures.append(self._rewards.submit(self._unsent))
         self._unsent = []
 
-    def answers(self) -> tuple[list[float], AlignerError | None]:
-        """Rewards in the order of the texts, or the fault that kept them away."""
+    def answers(self) -> list[float]:
+        """Rewards in the order of the texts. Raises the fault that kept them away."""
         if self._rewards is None:
-            return [0.0] * self._count, None
-        try:
-            return [score for future in self._futures for score in future.result()], None
-        except AlignerError as fault:
-            return [0.0] * self._count, fault
+            return [0.0] * self._count
+        return [score for future in self._futures for score in future.result()]
 
 
 def _rollout(prompt: PromptRow, response: Response) -> Rollout:
