@@ -273,9 +273,8 @@ class Hub:
         """Take in what a rank says (`known` is its number, once it has said it); False: there is no more to come."""
         messages = peer.receive()
         if messages is None:
-            if known and self._guests.pop(known[0], None) and all(known[0] != fault.rank for fault in self._faults):
-                said = how_sibling_ended(known[0]) or "is gone without a word; was it killed?"
-                self._faults.append(Fault(known[0], said))
+            if known:
+                self._lost(known[0])
             return False
         for message in messages:
             if not known:
@@ -290,6 +289,12 @@ class Hub:
             else:
                 self._faults.append(Fault(known[0], message["said"], message["follows"]))
         return True
+
+    def _lost(self, rank: int) -> None:
+        """A connection ended without a good-bye; a rank that has said why ends so too."""
+        del self._guests[rank]
+        if all(rank != fault.rank for fault in self._faults):
+            self._faults.append(Fault(rank, how_sibling_ended(rank) or "is gone without a word; was it killed?"))
 
     def _end(self, fault: Fault) -> None:
         for guest in list(self._guests.values()):
