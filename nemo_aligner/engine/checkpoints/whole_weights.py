@@ -58,7 +58,20 @@ def pieces(state: ShardedStateDict, prefix: str) -> Iterator[Piece]:
             )
             # a tensor of a layer is named by its own stage's count of layers, and its place says which it is of all
             own = re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else shard.key
-            yield Piece(shard, own.removeprefix(prefix), tuple(offsets))
+            yield Piece(shard, _unfused(own.removeprefix(prefix)), tuple(offsets))
+
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def _unfused(name: str) -> str:
+    """What a weight is called where norms are modules of their own, and not part of Transformer Engine's products."""
+    for fused, own in _FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    return name
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:
