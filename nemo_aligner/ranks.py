@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 from nemo_aligner.errors import AlignerError
-
-T = TypeVar("T")
 
 
 class _Ranks(Protocol):
     """The part of engine.interfaces.Cluster that this takes."""
 
-    def first(self, value: T | None) -> T | None: ...
+    def gather_ranks(self, value: Any) -> list[Any]: ...
 
 
 @contextmanager
@@ -28,6 +26,6 @@ def together(cluster: _Ranks) -> Iterator[None]:
         yield
     except AlignerError as found:
         fault = found
-    told = cluster.first(fault)
-    if told is not None:
-        raise told
+    for told in cluster.gather_ranks(fault):
+        if told is not None:
+            raise told

@@ -8,8 +8,9 @@
 #   --tiny       a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
 #   --seed N     base seed of training, sampling and data (default 1234)
 #
-# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce and _tiny behind it): summary.json,
-# reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
+# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce and _tiny behind it): report.html to look at,
+# summary.json, reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove
+# the folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +20,7 @@ while (($#)); do
     --tiny) tiny=true ;;
     --reinforce) reinforce=true ;;
     --seed) seed=${2:?--seed needs a number}; shift ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 1 ;;
   esac
   shift
@@ -156,4 +157,5 @@ if $reinforce; then online; else offline; fi
 
 step "report"
 echo $((begin + SECONDS)) >"$clock"
+"$PYTHON" -m nemo_aligner.report "$out"
 "$PYTHON" scripts/quickstart/report.py --folder "$out" --seconds "$((begin + SECONDS))" $($reinforce && echo --reinforce || true)

@@ -54,8 +54,7 @@ class OneProcess:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def first(self, value: Any) -> Any:
-        return value
+    gather_ranks = gather
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -88,11 +87,10 @@ class RankOfSeveral:
         self._meet.wait()
         return found
 
+    gather_ranks = gather
+
     def broadcast(self, value: Any) -> Any:
         return self.gather(value)[0]
-
-    def first(self, value: Any) -> Any:
-        return next((value for value in self.gather(value) if value is not None), None)
 
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
@@ -165,6 +166,7 @@ class CheckpointCallbackParams:
     save_nemo_on_train_end: bool = True
     filename: str | None = None  # of a checkpoint, with fields like {step} and {val_loss:.3f}; null: as the docs show
     save_best_model: bool = False  # the archive at the end is that of the best checkpoint, not of the last
+    async_save: bool = False  # write while training goes on, from a copy in memory of all that is saved
     model_parallel_size: Any = None  # null, or TP × PP of the run; a checkpoint is cut anew at every load
 
 
@@ -206,7 +208,7 @@ class ExpManagerConfig:
 
 
 @dataclass
-class ModelOverrides(LibraryKeys):
+class ModelOverrides(ExpertOverrides, LibraryKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -235,6 +237,7 @@ class ModelOverrides(LibraryKeys):
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
         self.peft.check()
+        self.check_experts()
         self.check_libraries()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")

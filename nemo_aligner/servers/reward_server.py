@@ -7,15 +7,14 @@ Requests of several clients are scored together; a request that is refused takes
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import queue
 import secrets
-import shutil
 import socket
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ import numpy as np
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
     ERROR,
@@ -43,7 +43,8 @@ from nemo_aligner.servers.wire import (
 
 log = logging.getLogger(__name__)
 
-_FOLDER = "nemo_aligner_server_"
+_FOLDER = "nemo_aligner_server_"  # and the number of the process
+_SHARED_MEMORY, _SEGMENT = Path("/dev/shm"), "pytrtion"  # so PyTriton spells what it begins names with, and the number
 
 Score = Callable[[list[list[int]]], list[float]]
 
@@ -124,10 +125,12 @@ def serve(
 
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    remove_leftovers(Path(tempfile.gettempdir()))
+    root = scratch_root()
+    _remove_leftovers(root)
     inner, access = _free_port(), secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}_") as folder:
-        own_log = Path(folder) / "triton.log"
+    folder = root / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
+    with scratch_folder(folder):
+        own_log = folder / "triton.log"
         triton = Triton(
             config=TritonConfig(
                 http_address="127.0.0.1",
@@ -137,7 +140,7 @@ def serve(
                 exit_timeout_secs=5,
                 log_file=own_log,
             ),
-            workspace=Path(folder) / "workspace",
+            workspace=folder / "workspace",
             # its own look at whether it is ready comes without the token
             security_config=TritonSecurityConfig(access, sorted(VALID_TRITON_ENDPOINTS - {"health"})),
         )
@@ -188,13 +191,13 @@ def serve(
             log.info("reward server stopped")
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove the temporary folders in `root` of servers that were killed and could not do it themselves."""
-    for folder in root.glob(f"{_FOLDER}*_*/"):
-        pid = folder.name.removeprefix(_FOLDER).partition("_")[0]
-        if pid.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-            log.info("removing %s, left by a server that was killed", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed servers left in `root`, and the shared memory of their Tritons."""
+    for name in remove_leftovers(root, _FOLDER):
+        pid = name.removeprefix(_FOLDER).partition("_")[0]
+        for segment in _SHARED_MEMORY.glob(f"{_SEGMENT}{pid}-*"):
+            with contextlib.suppress(OSError):  # another user's
+                segment.unlink()
 
 
 def check_port_is_free(ip: str, port: int) -> None:

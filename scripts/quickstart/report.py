@@ -167,7 +167,8 @@ def main() -> None:
     plot(result, args.folder / "reward.png")
     print(text)
     print(table(result))
-    print(f"\nreward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s; see {args.folder}")
+    gain = f"reward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s"
+    print(f"\n{gain}; look at {args.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

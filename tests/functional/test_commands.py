@@ -108,11 +108,12 @@ def test_sft_stopped_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
             *more, check=check,
         ).returncode  # fmt: skip
 
+    background = "exp_manager.checkpoint_callback_params.async_save=True"
     sft("whole")
-    assert sft("parts", "exp_manager.max_time_per_run=0:0:0", check=False) == 75
+    assert sft("parts", "exp_manager.max_time_per_run=0:0:0", background, check=False) == 75
     [checkpoint] = (tmp_path / "parts/checkpoints").glob("*-last")
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 1
-    sft("parts")
+    sft("parts", background)
     a, b = ((tmp_path / name / "checkpoints/megatron_gpt_sft.nemo") for name in ("whole", "parts"))
     assert weights(a, tmp_path / "a") == weights(b, tmp_path / "b")
     kept = sorted(p.name for p in (tmp_path / "whole/checkpoints").glob("*/"))
@@ -177,7 +178,9 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
 
 @pytest.mark.parametrize("method", [[], ["--reinforce"]])
 def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> None:
-    run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
+    done = run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
+    assert done.stdout.splitlines()[-1].endswith(f"look at {tmp_path}/report.html")
+    assert (tmp_path / "report.html").read_text().endswith("</html>\n")
     summary = json.loads((tmp_path / "summary.json").read_text())
     keys = {"reward_before", "reward_after", "reward_std_before", "kl_after", "seconds", "iterations"}
     assert keys <= summary.keys()

@@ -109,7 +109,11 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
     assert (first["reward_mean"], first["reward_std"]) == pytest.approx(mean_and_std(rewards), abs=1e-5)
     assert (first["samples"], first["policy"], second["policy"]) == (12, str(policy), str(again))
     assert first["kl"] == pytest.approx(0.0, abs=1e-4), "it is where it began"
-    assert (second.pop("gain"), second.pop("gain_standard_error"), second.pop("better_on")) == (0.0, 0.0, 0.0)
+    gain = {key: second.pop(key) for key in ("gain", "gain_standard_error", "better_on", "win_rate")}
+    assert gain == {"gain": 0.0, "gain_standard_error": 0.0, "better_on": 0.0, "win_rate": 0.5}
+    for key in ("win_rate_interval", "win_rate_length_controlled"):
+        second.pop(key)
+    assert first.pop("best_of") == pytest.approx(second.pop("best_of"))
     assert {**first, "policy": ""} == pytest.approx({**second, "policy": ""})
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "examples/nlp/gpt").rglob("*.py")
-    if "script(" in path.read_text()
+    if "nemo_aligner.commands" in path.read_text()
 )
 pytestmark = pytest.mark.processes
 SLOW = {"nemo", "lightning", "wandb", "mlflow"}

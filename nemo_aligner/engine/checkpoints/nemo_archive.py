@@ -12,6 +12,7 @@ base is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -30,6 +31,7 @@ from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, writing
 from nemo_aligner.ranks import together
+from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -46,6 +48,7 @@ WEIGHTS = "model_weights"
 PREFIX = "model."
 _ADAPTERS = f"{PREFIX}adapters."
 _MOST_TEXT = 16 << 20
+_OPENED = "nemo_aligner_archive_"
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
@@ -154,18 +157,16 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
     # the same name on every rank of a node, whoever makes it; another on every node, as two may share a machine
     token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
     node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
-    folder = Path(tempfile.gettempdir()) / f"nemo_{token}_{node}"
-    try:
+    folder = scratch_root() / f"{_OPENED}{token}_{node}"
+    with contextlib.ExitStack() as stack:
         with together(cluster):
             if extracts:
-                folder.mkdir(mode=0o700)
+                remove_leftovers(folder.parent, _OPENED)
+                stack.enter_context(scratch_folder(folder))
                 _extract(path, folder, key)
                 _check_sums(path, folder, key)
         yield folder
         cluster.barrier()  # nobody may still be reading when the folder goes
-    finally:
-        if extracts:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
@@ -332,16 +333,25 @@ def save_archive(
     finally:
         if cluster.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that takes nothing lets go of nothing either
+                partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 
 def _pack(folder: Path, target: Path) -> None:
+    """The same bytes whoever packs the same files, and whenever."""
+
+    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o755 if member.isdir() else 0o644
+        return member
+
     with target.open("wb") as stream:
         with tarfile.open(fileobj=stream, mode="w") as tar:
             for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
-                tar.add(folder / name, arcname=name)
+                tar.add(folder / name, arcname=name, filter=anonymous)
         stream.flush()
         os.fsync(stream.fileno())
 

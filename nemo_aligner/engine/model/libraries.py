@@ -167,6 +167,8 @@ def _check_fp8(machine: Machine, arch: Architecture, tp: int) -> None:
 def _no_fused_activation(arch: Architecture, activation: Any) -> str | None:
     """Why Megatron has no fused form of the activation (with what it is multiplied by); None where it has."""
     function, gated = activation["activation_func"], activation.get("gated_linear_unit", False)
-    if (function is F.silu and gated) or (function is F.gelu and (gated or arch.has_mlp_bias)):
+    dense = arch.num_moe_experts is None  # what experts compute is weighted in the same pass
+    if (function is F.silu and gated) or (dense and function is F.gelu and (gated or arch.has_mlp_bias)):
         return None
-    return f"there is no fused form of {arch.activation}{'' if arch.has_mlp_bias else ' without a bias'}"
+    where = "of experts" if not dense else "" if arch.has_mlp_bias else "without a bias"
+    return f"there is no fused form of {arch.activation} {where}".rstrip()

@@ -44,7 +44,7 @@ class _Cluster(Protocol):
 
     def broadcast(self, value: Any) -> Any: ...
 
-    def first(self, value: Any) -> Any: ...
+    def gather_ranks(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def watching(cluster: _Cluster) -> Iterator[None]:
 def _connected(cluster: _Cluster) -> Hub | Spoke:
     watch = Hub() if cluster.rank == 0 else Spoke(cluster.rank)
     invitation = cluster.broadcast(watch.invitation if isinstance(watch, Hub) else None)
-    alone = cluster.first(watch.connect(*invitation) if isinstance(watch, Spoke) else None)
-    if alone and cluster.rank == 0:
-        log.warning("%s: its death would be noticed only by who waits for it", alone)
+    for alone in cluster.gather_ranks(watch.connect(*invitation) if isinstance(watch, Spoke) else None):
+        if alone and cluster.rank == 0:
+            log.warning("%s: its death would be noticed only by who waits for it", alone)
     return watch
 
 

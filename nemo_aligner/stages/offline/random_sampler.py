@@ -53,11 +53,11 @@ def run(cfg: SamplerConfig) -> None:
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
-    check_archive(cfg)
+    check_archive(cfg, cfg.gpt_model_file)
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
+    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg, cfg.gpt_model_file) as cluster:
         from nemo_aligner.engine.policy import load_policy
 
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)

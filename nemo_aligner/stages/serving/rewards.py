@@ -14,6 +14,7 @@ from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import require_extra
 from nemo_aligner.stages.run_control import StopSignal
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _HEARTBEAT_S = 60.0
 
 def run(cfg: ServerConfig) -> None:
     """Serve `cfg.rm_model_file` until SIGTERM or SIGINT."""
+    require_extra("server", "a reward server")
     key, overrides = "rm_model_file", cfg.model
     sizes = {"tensor": overrides.tensor_model_parallel_size, "pipeline": overrides.pipeline_model_parallel_size}
     parallel_sizes(cfg.trainer, cfg.rm_model_file, key=key, **sizes)

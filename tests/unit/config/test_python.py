@@ -16,7 +16,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT)
     for folder in ("examples/nlp/gpt", "examples/nlp/gpt/offline", "scripts")
     for path in (ROOT / folder).glob("*.py")
-    if "nemo_aligner.config" in path.read_text()
+    if "nemo_aligner.commands" in path.read_text()
 )
 
 

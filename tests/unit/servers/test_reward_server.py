@@ -23,7 +23,6 @@ from nemo_aligner.servers.reward_server import (
     answer_requests,
     check_port_is_free,
     find_shared_python,
-    remove_leftovers,
     serve,
 )
 from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
@@ -153,20 +152,6 @@ def test_tritons_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             find_shared_python()
 
 
-def test_folders_of_servers_that_are_gone_are_removed_and_no_others(tmp_path: Path) -> None:
-    gone = 2**22 + 1  # above every process number of Linux
-    left = [
-        f"nemo_aligner_server_{gone}_ab",
-        f"nemo_aligner_server_{os.getpid()}_ab",
-        "nemo_aligner_server_x_ab",
-        "other_1_ab",
-    ]
-    for name in left:
-        (tmp_path / name / "workspace").mkdir(parents=True)
-    remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
-
-
 @pytest.fixture
 def at_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ServingConfig:
     """A server's config; its folders go below `tmp_path`."""
@@ -182,10 +167,17 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
     at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tritons, config = FakeTriton.put_in_place(monkeypatch), at_a_free_port
-    (tmp_path / f"nemo_aligner_server_{2**22 + 1}_ab").mkdir()
+    gone = 2**22 + 1  # above every process number of Linux
+    (tmp_path / f"nemo_aligner_server_{gone}_ab").mkdir()
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    for pid in (gone, gone + 1):
+        (memory / f"pytrtion{pid}-0123").touch()
+    monkeypatch.setattr(reward_server, "_SHARED_MEMORY", memory)
 
     def run() -> None:
-        [triton], [folder] = tritons, tmp_path.iterdir()  # the folder of a server that is gone went
+        [triton], [folder] = tritons, [path for path in tmp_path.iterdir() if path != memory]
+        assert [path.name for path in memory.iterdir()] == [f"pytrtion{gone + 1}-0123"], "of servers that are gone"
         assert triton.runs
         given = triton.config
         assert (given.http_address, given.exit_timeout_secs) == ("127.0.0.1", 5)
@@ -214,7 +206,7 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
 
     serve(config, READER, length, run)
     assert (tritons[0].runs, tritons[0].stopped) == (False, 1)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [memory]
     folder, own = os.environ["LD_LIBRARY_PATH"], sysconfig.get_config_var("INSTSONAME")
     assert (Path(folder) / own).exists(), "Triton's Python is this one"
 

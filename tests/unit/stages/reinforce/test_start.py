@@ -117,7 +117,7 @@ def test_a_run_updates_the_policy_as_plain_torch_would(
     start.run(cfg)
     assert [judge.did for judge in judges] == [["waited", "asked", "closed"]]
     assert judges[0].config is cfg.remote_critic_rm
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "seed": 77}
+    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.policy), "key": key, **own}]
     rates = [4e-3 * (1 - t / 4) for t in range(4)]
