@@ -192,6 +192,21 @@ def test_an_archive_is_a_plain_tar_that_begins_with_its_config(tmp_path: Path) -
     assert list(yaml.safe_load(config)) == list(ARCHIVED.to_nemo()), "in the order of the schema"
 
 
+def test_the_same_model_is_the_same_bytes_wherever_and_whenever_it_is_saved(tmp_path: Path) -> None:
+    model, tokenizer = build_model(ARCHIVED, RunOptions()), FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
+    for folder in ("first", "second"):
+        before = os.umask(0o022 if folder == "first" else 0o077)
+        try:
+            save_archive(tmp_path / folder / "m.nemo", model, ARCHIVED, tokenizer, Rank())
+        finally:
+            os.umask(before)
+    content = (tmp_path / "first" / "m.nemo").read_bytes()
+    assert content == (tmp_path / "second" / "m.nemo").read_bytes()
+    assert str(tmp_path).encode() not in content, "the name of no folder of the user's goes with it"
+    with tarfile.open(tmp_path / "first" / "m.nemo") as tar:
+        assert {(m.uid, m.gid, m.mtime, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
+
+
 def forged(path: Path, **fields: Any) -> Path:
     """An archive with one more member, whose header says what `fields` say."""
     packed(path, {"model_config.yaml": CONFIG, "model_weights/x": ""})
