@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
-from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
 from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
 
@@ -88,12 +89,12 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _recomputation(run: RunOptions) -> dict[str, Any]:
-    """`model.activations_checkpoint_*`: selective = attention only (method not used), full = whole layers."""
+    """`model.activations_checkpoint_*`: selective = all but products of matrices, full = whole layers."""
     granularity, method = run.activations_checkpoint_granularity, run.activations_checkpoint_method
     if granularity is None:
         return {}
     if granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
     if granularity != "full":
         raise ConfigError(
             f"{granularity!r} is not one of selective, full, null", "model.activations_checkpoint_granularity"
@@ -175,6 +176,16 @@ class _SelfAttention(StreamSelfAttention):
         super().__init__(config, *args, **kwargs)
 
 
+def _lean(submodules: MLPSubmodules) -> type[LeanMLP]:
+    """As a class of its own: of a specification Megatron would say that it does not know its module."""
+
+    class Lean(LeanMLP):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config, submodules)
+
+    return Lean
+
+
 def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
     """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
@@ -188,6 +199,8 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     )
     if config.use_te_activation_func:
         spec.submodules.mlp.submodules.activation_func = silu_gate
+    if config.recompute_granularity == "selective":
+        spec.submodules.mlp = _lean(spec.submodules.mlp.submodules)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
@@ -209,8 +222,8 @@ class StreamGPTModel(GPTModel):
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         if rotary is not None and packed_seq_params is not None:
             rotary = rotary[packed_seq_params.positions]
-        if self.adapters is not None and embedded is not None and self.config.recompute_granularity == "full":
-            # a recomputed layer has a gradient only where its input has one, and a frozen embedding has none
+        if self.adapters is not None and embedded is not None and self.config.recompute_granularity is not None:
+            # what is recomputed has a gradient only where its input has one, and a frozen embedding has none
             embedded.requires_grad_(torch.is_grad_enabled())
         return embedded, rotary, *more
 
