@@ -65,7 +65,12 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """The first `count` layers alone: a small backbone for a reward model out of a pretrained policy."""
     if not 1 <= count <= checkpoint.arch.num_layers:
         raise CheckpointError(f"--num-layers {count}: the model has {checkpoint.arch.num_layers} layers")
-    return replace(checkpoint, arch=replace(checkpoint.arch, num_layers=count))
+    arch = replace(checkpoint.arch, num_layers=count)
+    if isinstance(arch.moe_layer_freq, list):
+        arch.moe_layer_freq = arch.moe_layer_freq[:count]
+        if not any(arch.moe_layer_freq):
+            arch.num_moe_experts = None
+    return replace(checkpoint, arch=arch)
 
 
 def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
@@ -89,6 +94,8 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     arch = read_architecture(base, key="--base")
     if arch.peft is not None or arch.reward_model_type is not None:
         raise CheckpointError(f"--base {base}: an adapter, or a reward model; give a whole policy")
+    if arch.num_moe_experts is not None:
+        raise CheckpointError(f"--base {base}: it has experts, beside which no adapter is read")
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:

@@ -1,4 +1,4 @@
-"""`key=value` of scripts/plan_layout.py."""
+"""`key=value` of `aligner plan`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_aligner.planning.tasks import TASKS, sizes_of, task_of
 class PlanConfig:
     """null = chosen, or as the task has it."""
 
-    model: str = MISSING  # YAML of a shape, such as conf/model/llama3_8b.yaml; or an archive
+    model: str = MISSING  # a shape: llama3_8b, or a YAML of one; or an archive
     gpus: int | None = None  # in all; with `run` as there
     gpu_memory_gb: float = MISSING  # of one, as its maker counts: 80 for an H100
     gpus_per_node: int = 8

@@ -15,6 +15,7 @@ from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, token
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.extras import require_extra
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,6 +39,7 @@ _HARMLESS = frozenset({"vocab_size", "rope.scaling.original_context_length", "ro
 
 def read_gguf(path: Path) -> tuple[Architecture, LazyTensors, bytes]:
     """Shape, tensors under their Hugging Face names, and tokenizer.json of a GGUF file. Raises CheckpointError."""
+    require_extra("hf", f"--input {path}, a GGUF file,")
     import gguf
 
     try:

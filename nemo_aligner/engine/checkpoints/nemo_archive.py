@@ -12,6 +12,7 @@ base is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -27,8 +28,9 @@ from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, read_hf_architecture
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import AlignerError, CheckpointError, OutputError
 from nemo_aligner.files import fsync
+from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -45,6 +47,7 @@ WEIGHTS = "model_weights"
 PREFIX = "model."
 _ADAPTERS = f"{PREFIX}adapters."
 _MOST_TEXT = 16 << 20
+_OPENED = "nemo_aligner_archive_"
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
@@ -151,15 +154,16 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
     # the same name on every rank of a node, whoever makes it; another on every node, as two may share a machine
     token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
     node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
-    folder = Path(tempfile.gettempdir()) / f"nemo_{token}_{node}"
-    fault: CheckpointError | None = None
-    try:
+    folder = scratch_root() / f"{_OPENED}{token}_{node}"
+    fault: AlignerError | None = None
+    with contextlib.ExitStack() as stack:
         if extracts:
-            folder.mkdir(mode=0o700)
             try:
+                remove_leftovers(folder.parent, _OPENED)
+                stack.enter_context(scratch_folder(folder))
                 _extract(path, folder, key)
                 _check_sums(path, folder, key)
-            except CheckpointError as found:
+            except AlignerError as found:
                 fault = found
         failed = cluster.any(fault is not None)
         if fault is not None:
@@ -168,9 +172,6 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
             raise CheckpointError(f"{key}={path}: could not be extracted on another node")
         yield folder
         cluster.barrier()  # nobody may still be reading when the folder goes
-    finally:
-        if extracts:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
@@ -357,7 +358,8 @@ def save_archive(
     finally:
         if cluster.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that takes nothing lets go of nothing either
+                partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
@@ -371,10 +373,18 @@ def _raise_everywhere(fault: OutputError | None, path: Path, cluster: Cluster) -
 
 
 def _pack(folder: Path, target: Path) -> None:
+    """The same bytes whoever packs the same files, and whenever."""
+
+    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o755 if member.isdir() else 0o644
+        return member
+
     with target.open("wb") as stream:
         with tarfile.open(fileobj=stream, mode="w") as tar:
             for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
-                tar.add(folder / name, arcname=name)
+                tar.add(folder / name, arcname=name, filter=anonymous)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -32,7 +32,10 @@ from torch import Tensor
 
 Method = Callable[..., Any]
 
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+_RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,  # experts cut over ranks have an optimizer of their own, others none
+}
 
 
 def sharded_state(optimizer: MegatronOptimizer, weights: ShardedStateDict, *, loading: bool) -> dict[str, Any]:

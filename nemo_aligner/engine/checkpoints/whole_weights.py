@@ -29,7 +29,7 @@ class Piece:
 
     shard: ShardedTensor
     name: str
-    offsets: tuple[int, ...]  # without the axis of layers that Megatron puts in front
+    offsets: tuple[int, ...]  # without the axes of layers and experts that Megatron puts in front
 
     def of(self, whole: Tensor) -> Tensor:
         """This part of the whole tensor. Raises CheckpointError where it is of another shape than the model's."""
@@ -51,9 +51,20 @@ def pieces(state: ShardedStateDict, prefix: str) -> Iterator[Piece]:
                 shard.global_offset[: shard.prepend_axis_num],
                 shard.global_offset[shard.prepend_axis_num :],
             )
-            # a tensor of a layer is named by its own stage's count of layers, and its place says which it is of all
-            own = re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else shard.key
-            yield Piece(shard, own.removeprefix(prefix), tuple(offsets))
+            yield Piece(shard, _name(key, shard.key, list(front)).removeprefix(prefix), tuple(offsets))
+
+
+def _name(key: str, saved: str, front: list[int]) -> str:
+    """The whole tensor that `key` of this rank's state is a part of; `front`: where it is along the axes in front.
+
+    A layer's tensor is named by its own stage's count of layers, an expert's by its own rank's count of experts, and
+    its place says which it is of all. Layers that are not alike have no axis, and are not cut over stages.
+    """
+    if ".local_experts." in key:
+        key = re.sub(r"\.local_experts\.\d+\.", f".local_experts.{front.pop()}.", key)
+    elif not front and ".layers." not in key:
+        return saved
+    return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else key
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
+from nemo_aligner.engine.model.experts import RouterLosses, expert_settings, expert_spec
 from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
 from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
@@ -35,6 +36,8 @@ class RunOptions:
     tp: int = 1
     pp: int = 1
     context: int = 1
+    ep: int = 1
+    etp: int | None = None  # None: as tp
     sequence_parallel: bool = False
     activations_checkpoint_granularity: str | None = None
     activations_checkpoint_method: str | None = None
@@ -142,7 +145,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         sequence_parallel=run.sequence_parallel and run.tp > 1,
         use_cpu_initialization=on_cpu,
         variable_seq_lengths=True,  # micro-batches are padded to their own longest row only
-        moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron checks it against the line above
+        moe_token_dispatcher_type="alltoall",  # Megatron checks it against the line above, with or without experts
         calculate_per_token_loss=True,  # gradient = Σ loss / Σ count over the global batch
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -151,6 +154,7 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         apply_rope_fusion=False,
         persist_layer_norm=False,
         use_te_activation_func=_has_silu_gate(arch),  # that is, the one that the layer spec names
+        **expert_settings(arch, run.ep, run.etp or run.tp),
         **_activation(arch),
         **_recomputation(run),
     )
@@ -186,8 +190,11 @@ def _lean(submodules: MLPSubmodules) -> type[LeanMLP]:
     return Lean
 
 
-def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them."""
+def _block_spec(arch: Architecture, config: TransformerConfig, losses: RouterLosses) -> TransformerBlockSubmodules:
+    """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them.
+
+    `losses`: of the routers of layers with experts.
+    """
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = _Norm
     spec.submodules.pre_mlp_layernorm = _Norm
@@ -205,18 +212,25 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> TransformerBlo
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = _Norm
+    layers = [spec] * get_num_layers_to_build(config)
+    if arch.num_moe_experts is not None:  # which are not cut over stages, so these are all layers
+        experts = copy.deepcopy(spec)
+        experts.submodules.mlp = expert_spec(arch, losses, silu_gate if config.use_te_activation_func else None)
+        del experts.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # a part of no linear layer
+        layers = [experts if arch.has_experts(layer) else spec for layer in range(arch.num_layers)]
     # of a layer alone Megatron would make a block whose last norm refuses sequence parallelism
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=_Norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_Norm)
 
 
 class StreamGPTModel(GPTModel):
     """A GPTModel that takes a stream of rows (`StreamParams`), with rotary positions counted within the rows."""
 
     adapters: Adapters | None
+    router_losses: RouterLosses | None  # None: without experts
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.adapters = None
+        self.adapters = self.router_losses = None
 
     def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
@@ -290,10 +304,10 @@ def _built(arch: Architecture, run: RunOptions) -> GPTModel:
         )
     scaling = arch.rope_scaling
     kind = RewardGPTModel if is_reward_model else PolicyGPTModel
-    config = transformer_config(arch, run)
+    config, losses = transformer_config(arch, run), RouterLosses.of(arch)
     model = kind(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config),
+        transformer_layer_spec=_block_spec(arch, config, losses),
         vocab_size=padded_vocab_size(arch, run.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -305,6 +319,8 @@ def _built(arch: Architecture, run: RunOptions) -> GPTModel:
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
     )
+    if arch.num_moe_experts is not None:
+        model.router_losses = losses
     if run.context > 1 and arch.position_embedding_type == "rope":
         model.rotary_pos_emb.cp_group = None  # a table of all positions: the model takes those of its places
     if scaling is not None and scaling.rope_type == "llama3":

@@ -7,23 +7,21 @@ plain python, trainer.devices = N     this process becomes rank 0 and starts N -
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+from nemo_aligner.children import dying_with_parent
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.errors import LaunchError
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _siblings: list[subprocess.Popen[bytes]] = []
 
 
@@ -134,17 +132,11 @@ def _free_port() -> int:
 
 def _start_siblings(world: int) -> None:
     """Start ranks 1..world-1 of this node, tied to this process in life and death."""
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
+    tied = dying_with_parent()
     for rank in range(1, world):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         _siblings.append(
-            subprocess.Popen(
-                [sys.executable, *sys.orig_argv[1:]], env=env, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent
-            )
+            subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env, stdout=subprocess.DEVNULL, preexec_fn=tied)
         )
     threading.Thread(target=_watch, args=(_siblings,), daemon=True).start()
 

@@ -137,7 +137,7 @@ def test_one_rank_of_a_node_opens_the_archive_for_all_and_takes_it_away(
     path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, "model_weights/x": ""})
     first, second = Rank(), Rank()
     with open_archive(path, first) as opened:
-        assert opened == tmp_path / f"nemo_agreed_{name}"
+        assert opened == tmp_path / f"nemo_aligner_archive_agreed_{name}"
         assert opened.stat().st_mode & 0o777 == 0o700, "nobody else may put files there"
         assert (opened / "model_config.yaml").read_text() == CONFIG
         monkeypatch.setenv("LOCAL_RANK", "1")

@@ -24,7 +24,7 @@ from nemo_aligner.engine.model.forward import forward_outputs, run_objective
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import ranking_objective
-from tests.tiny import ARCH, trainable
+from tests.tiny import ARCH, EXPERTS, trainable
 
 SHAPES = {
     "grouped queries": ARCH,
@@ -35,6 +35,8 @@ SHAPES = {
     "tied embeddings": replace(ARCH, share_embeddings_and_output_weights=True),
     "learned positions": replace(ARCH, position_embedding_type="learned_absolute"),
     "half rotary": replace(ARCH, rotary_percentage=0.5),
+    "experts": EXPERTS,
+    "experts in every layer": replace(EXPERTS, moe_layer_freq=1, moe_router_pre_softmax=False),
 }
 
 

@@ -19,6 +19,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
 from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.stages.reinforce.drawing import sampling_params
 from nemo_aligner.stages.reinforce.loop import Actor
 from tests.fakes import EchoPolicy, OneProcess
@@ -80,13 +81,13 @@ class Judge:
     def __init__(self, dies_at: float = math.inf) -> None:
         self.left = dies_at
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        answer: Future[list[float]] = Future()
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        answer: Future[list[Judgement]] = Future()
         self.left -= 1
         if self.left < 0:
             answer.set_exception(ServerError("no answer"))
         else:
-            answer.set_result([reward_of(text) for text in texts])
+            answer.set_result([Judgement(reward_of(c.prompt + c.response)) for c in candidates])
         return answer
 
     def hurry(self) -> None:
