@@ -223,7 +223,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
     seed: int = 1234
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
-    activations_checkpoint_granularity: str | None = None  # selective (attention only) or full
+    activations_checkpoint_granularity: str | None = None  # selective (attention, norms, activation) or full
     activations_checkpoint_method: str | None = None  # uniform or block; with `full`
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
