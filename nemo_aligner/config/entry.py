@@ -11,10 +11,12 @@ from __future__ import annotations
 import nemo_aligner.config.requirements  # noqa: F401
 
 # isort: split
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -36,6 +38,9 @@ from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
 _RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+"""What a disk says of itself, whoever asked it: no fault of the program's."""
+
 
 class SharedConf(SearchPathPlugin):
     """Makes the groups of conf/shared (model, optim, trainer) reachable from any script, folder and --config-path."""
@@ -54,6 +59,11 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(EXIT_STOPPED_EARLY)
     except (AlignerError, HydraException, OmegaConfBaseException) as fault:
         _say(f"error: {_one_line(fault)}")
+        sys.exit(EXIT_FAILURE)
+    except OSError as fault:
+        if fault.errno not in _OF_THE_DISK:
+            raise
+        _say(f"error: {fault.filename or 'a file'}: {fault.strerror}")
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -88,44 +98,51 @@ def _with_overrides(arguments: list[str], more: list[str]) -> list[str]:
     return [*arguments[:first], *more, *arguments[first:]]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A command's main: composes `config_dir/config_name.yaml` with the command line's overrides, and calls `task`."""
+
+    task: Callable[[DictConfig], None]
+    config_name: str
+    config_dir: Path
+    aliases: Aliases
+    output: str | None
+
+    def __call__(self) -> None:
+        arguments, name, folder = sys.argv[1:], self.config_name, self.config_dir
+        answer = usage(arguments, self.task.__globals__.get("__doc__"), folder, name, SHARED_CONF)
+        if answer is not None:
+            sys.stdout.write(f"{answer}\n")
+            return
+
+        def checked(cfg: DictConfig) -> None:
+            with one_line_errors():
+                if is_job():
+                    run_job(cfg, self.output, arguments)
+                else:
+                    self.task(cfg)
+
+        Plugins.instance().register(SharedConf)
+        register_resolvers()
+        # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        if not {"-sc", "--shell-completion"} & set(arguments):
+            ours = [*_RUN_IN_PLACE, *sweep_overrides(name, arguments)]
+            sys.argv[1:] = _with_overrides(let_through(arguments, self.aliases), ours)
+        with one_line_errors():
+            try:
+                hydra.main(config_path=str(folder), config_name=name, version_base=None)(checked)()
+            except HydraException as fault:
+                said = explained(fault, folder / f"{name}.yaml")
+                raise fault if said is None else ConfigError(said) from None
+
+
 def script(
     config_name: str, config_dir: Path, aliases: Aliases | None = None, output: str | None = None
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorator of a command's main: composes `config_dir/config_name.yaml` with the command line's overrides.
+) -> Callable[[Callable[[DictConfig], None]], Entry]:
+    """Decorator that makes an `Entry` of a function.
 
     `aliases` are older names of keys, which load_config puts in their new places; `output` is the key of what the
     command writes, which a multirun gives each job a place of its own for.
     """
-
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        def main() -> None:
-            arguments = sys.argv[1:]
-            answer = usage(arguments, task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
-            if answer is not None:
-                sys.stdout.write(f"{answer}\n")
-                return
-
-            def checked(cfg: DictConfig) -> None:
-                with one_line_errors():
-                    if is_job():
-                        run_job(cfg, output, arguments)
-                    else:
-                        task(cfg)
-
-            Plugins.instance().register(SharedConf)
-            register_resolvers()
-            # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            if not {"-sc", "--shell-completion"} & set(arguments):
-                ours = [*_RUN_IN_PLACE, *sweep_overrides(config_name, arguments)]
-                sys.argv[1:] = _with_overrides(let_through(arguments, aliases or {}), ours)
-            with one_line_errors():
-                try:
-                    hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
-                except HydraException as fault:
-                    said = explained(fault, config_dir / f"{config_name}.yaml")
-                    raise fault if said is None else ConfigError(said) from None
-
-        return main
-
-    return decorate
+    return lambda task: Entry(task, config_name, config_dir, aliases or {}, output)

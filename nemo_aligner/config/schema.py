@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.config.peft import PeftConfig
@@ -206,7 +207,7 @@ class ExpManagerConfig:
 
 
 @dataclass
-class ModelOverrides:
+class ModelOverrides(ExpertOverrides):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -235,6 +236,7 @@ class ModelOverrides:
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
         self.peft.check()
+        self.check_experts()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
@@ -31,6 +32,8 @@ def start_for_archive(
     tensor: int = -1,
     pipeline: int = -1,
     context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
     seed: int = 1234,
 ) -> Iterator[MegatronCluster]:
     """The processes of this run, cut as the archive at `path` or the caller asks (-1: as stored).
@@ -40,7 +43,15 @@ def start_for_archive(
     """
     sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
     launch_local_ranks(trainer)
-    with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
+    with start_cluster(
+        trainer,
+        tensor=sizes[0],
+        pipeline=sizes[1],
+        context=context,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        seed=seed,
+    ) as cluster:
         yield cluster
 
 
@@ -63,6 +74,8 @@ def start_for_training(
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
         context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        expert_tensor=model.expert_tensor_parallel_size,
         seed=model.seed,
     )
 
@@ -108,6 +121,8 @@ def load_for_training(
             tp=cluster.tp,
             pp=cluster.pp,
             context=cluster.cp,
+            ep=cluster.ep,
+            etp=cluster.etp,
             sequence_parallel=model.sequence_parallel,
             activations_checkpoint_granularity=model.activations_checkpoint_granularity,
             activations_checkpoint_method=model.activations_checkpoint_method,
@@ -120,6 +135,7 @@ def load_for_training(
         key=key,
         encoder_seq_length=model.encoder_seq_length,
         new_head=new_head,
+        experts=model,
     )
     if model.peft.restore_from_path is not None:
         _begin_adapter(loaded, model.peft.restore_from_path, cluster)
@@ -144,8 +160,11 @@ def _load(
     encoder_seq_length: int | None = None,
     new_head: str | None = None,
     merge: bool = True,
+    experts: ExpertOverrides | None = None,
 ) -> LoadedModel:
     arch = nemo_archive.read_architecture(path, key=key)
+    if experts is not None:
+        arch = experts.with_router_settings(arch)
     source, base = Path(path), path
     adapter = arch.peft
     if adapter is not None:

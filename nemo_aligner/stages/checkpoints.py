@@ -11,16 +11,24 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
-from nemo_aligner.engine.checkpoints.checkpoint_folder import PARTIAL, STATE, first_whole, latest_whole, read_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    PARTIAL,
+    STATE,
+    first_whole,
+    latest_whole,
+    read_state,
+    remove,
+    remove_unfinished,
+)
 from nemo_aligner.engine.interfaces import Cluster, Saving, TrainableModel
 from nemo_aligner.errors import CheckpointError, ConfigError, ServerError, StoppedEarly, TrainingError
+from nemo_aligner.files import writing
 from nemo_aligner.stages.checkpoint_names import checkpoint_name, log_dir
 from nemo_aligner.stages.run_checks import check_monitor
 
@@ -90,7 +98,7 @@ class Checkpoints:
             self._saving = model.save_in_background(self.root / name, full), name
         else:
             model.save_training_state(self.root / name, full)
-            self._prune(keep=name)
+            self.drop_others(self.root / name)
 
     def settle(self, *, wait: bool = True) -> None:
         """Let the checkpoint that is being written appear, now if it is written, or else if `wait`. Collective.
@@ -101,7 +109,7 @@ class Checkpoints:
             return
         (saving, name), self._saving = self._saving, None
         saving.finish()
-        self._prune(keep=name)
+        self.drop_others(self.root / name)
 
     def __enter__(self) -> Checkpoints:
         """Around the steps of a run: a checkpoint that is being written when they end appears."""
@@ -112,6 +120,17 @@ class Checkpoints:
     ) -> None:
         if kind is None or issubclass(kind, _OF_ALL_RANKS):
             self.settle()
+
+    def drop_others(self, newest: Path) -> None:
+        """Remove the checkpoints that need not be kept beside `newest`.
+
+        A run that goes on from `newest` does so too: a kill may have kept the one before from it.
+        """
+        if self._cluster.is_main:
+            with writing(self.root):
+                remove_unfinished(self.root)
+                self._drop_all_but_the_best(newest.name)
+        self._cluster.barrier()
 
     def restore_best(self, model: TrainableModel) -> None:
         """With `save_best_model`: the weights of the best checkpoint take the place of the newest. Collective.
@@ -126,18 +145,13 @@ class Checkpoints:
         state = model.load_training_state(best)
         log.info("the archive is that of step %d, %s=%g", state["step"], self._monitor, state["monitored"])
 
-    def _prune(self, keep: str) -> None:
-        if self._cluster.is_main:
-            self._drop_all_but_the_best(keep)
-        self._cluster.barrier()
-
     def _drop_all_but_the_best(self, keep: str) -> None:
         others = [path for path in self._own() if path.name != keep]
         best = self._ranked([*others, self.root / keep])
         kept = best if self._top_k < 0 else best[: self._top_k]
         for path in others:
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
             elif path.name.endswith(_LAST):
                 path.rename(path.with_name(path.name.removesuffix(_LAST)))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.peft import PeftConfig
-from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, OptimConfig
 from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
@@ -64,6 +64,11 @@ def adapter_settings(peft: PeftConfig) -> dict[str, Any]:
         return {"model.peft": None}
     begun = None if peft.restore_from_path is None else _short(archive_hash(peft.restore_from_path))
     return {"model.peft": {**peft.lora.to_nemo(), "restore_from_path": begun}}
+
+
+def router_settings(model: ModelOverrides) -> dict[str, Any]:
+    """What decides the losses of routers."""
+    return {f"model.{name}": value for name, value in model.router_settings().items()}
 
 
 def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 #
 # Settings come from the environment:
 #   TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED            iterations, prompts per iteration, base seed
-#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo
+#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo (none where
+#                                                     LABELER_ARGS has a reward_function that needs none)
 #   RESULT_PATH                                       everything this script writes, unless said otherwise below
 #   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
 #   ITER_LOG_PATH                                     holds the number of finished iterations
@@ -30,7 +31,10 @@ if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$P
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
 : "${KEEP_SAMPLES:=256}"
 : "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
-: "${REWARD_MODEL_PATH:?the reward model, a .nemo file}" "${RESULT_PATH:?a folder for results}"
+: "${RESULT_PATH:?a folder for results}"
+if [[ ${LABELER_ARGS:-} != *reward_function=* ]]; then
+  : "${REWARD_MODEL_PATH:?the reward model, a .nemo file, or reward_function=... in LABELER_ARGS}"
+fi
 : "${GENERATE_SAMPLES_PATH:=$RESULT_PATH/generated_samples.jsonl}"
 : "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
 : "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
@@ -94,45 +98,64 @@ run_stage() {
   echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
 }
 
+# One training of an iteration, or several of the same samples with rising thresholds, each from the policy of the one before
+# (online_rest.sh). $LABELED_SAMPLES_PATH.step says whose rows lie there.
+read -ra thresholds <<<"${improve_thresholds:-}"
+((${#thresholds[@]})) || thresholds=("")
+
+improve() {
+  local step=$1 folder=$2 threshold=()
+  if [[ -n ${thresholds[step]} ]]; then threshold=(threshold="${thresholds[step]}"); fi
+  if ((step)) && [[ $(cat "$LABELED_SAMPLES_PATH.step" 2>/dev/null) != "$step" ]]; then
+    rm -f "$LABELED_SAMPLES_PATH"
+    echo "$step" >"$LABELED_SAMPLES_PATH.step"
+  fi
+  if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
+    run_stage label -m nemo_aligner label \
+      ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
+      data.file_names="[$GENERATE_SAMPLES_PATH]" \
+      data.concat_sampling_probabilities=[1] \
+      processor="$PROCESSOR" \
+      output_file="$LABELED_SAMPLES_PATH" \
+      "${threshold[@]}" "${labeler_args[@]}"
+  fi
+  run_stage train -m nemo_aligner sft \
+    model.restore_from_path="$POLICY_MODEL_PATH" \
+    model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
+    ++trainer.sft.skip_validation=True \
+    model.answer_only_loss=True \
+    model.seed="$((SEED + iter))" \
+    exp_manager.explicit_log_dir="$folder" \
+    exp_manager.checkpoint_callback_params.monitor=global_step \
+    exp_manager.checkpoint_callback_params.mode=max \
+    ++exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True \
+    "${sft_args[@]}"
+}
+
 while ((iter < TRAINING_ITERS)); do
   later=()
   if ((iter > 0)); then POLICY_MODEL_PATH=$MODEL_OUTPUT_PATH later=("${later_args[@]}"); fi
   sft_dir=$RESULT_PATH/iter_$iter
-  trained=$sft_dir/checkpoints/megatron_gpt_sft.nemo
-
-  if [[ ! -f $trained ]]; then
-    if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
-      run_stage sample -m nemo_aligner sample \
-        gpt_model_file="$POLICY_MODEL_PATH" \
-        data.file_names="[$PROMPTS_PATH]" \
-        data.concat_sampling_probabilities=[1] \
-        data.sample_split_size="$ROLLOUT_BATCH_SIZE" \
-        data.sample_split_iter="$iter" \
-        seed="$((SEED + iter))" \
-        output_file="$GENERATE_SAMPLES_PATH" \
-        "${sampler_args[@]}" "${later[@]}"
+  archive=checkpoints/megatron_gpt_sft.nemo trained=
+  for step in "${!thresholds[@]}"; do
+    folder=$sft_dir
+    if ((step)); then folder=$sft_dir/improve_$step; fi
+    if [[ ! -f $folder/$archive ]]; then
+      if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
+        run_stage sample -m nemo_aligner sample \
+          gpt_model_file="$POLICY_MODEL_PATH" \
+          data.file_names="[$PROMPTS_PATH]" \
+          data.concat_sampling_probabilities=[1] \
+          data.sample_split_size="$ROLLOUT_BATCH_SIZE" \
+          data.sample_split_iter="$iter" \
+          seed="$((SEED + iter))" \
+          output_file="$GENERATE_SAMPLES_PATH" \
+          "${sampler_args[@]}" "${later[@]}"
+      fi
+      improve "$step" "$folder"
     fi
-    if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
-      run_stage label -m nemo_aligner label \
-        gpt_model_file="$REWARD_MODEL_PATH" \
-        data.file_names="[$GENERATE_SAMPLES_PATH]" \
-        data.concat_sampling_probabilities=[1] \
-        processor="$PROCESSOR" \
-        output_file="$LABELED_SAMPLES_PATH" \
-        "${labeler_args[@]}"
-    fi
-    run_stage train -m nemo_aligner sft \
-      model.restore_from_path="$POLICY_MODEL_PATH" \
-      model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
-      ++trainer.sft.skip_validation=True \
-      model.answer_only_loss=True \
-      model.seed="$((SEED + iter))" \
-      exp_manager.explicit_log_dir="$sft_dir" \
-      exp_manager.checkpoint_callback_params.monitor=global_step \
-      exp_manager.checkpoint_callback_params.mode=max \
-      ++exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True \
-      "${sft_args[@]}"
-  fi
+    POLICY_MODEL_PATH=$folder/$archive trained=$folder/$archive
+  done
 
   # The new policy takes the old one's place in one rename; until the count below is written, $trained says that this
   # iteration's work is done, so a kill anywhere here repeats only these lines.

@@ -358,7 +358,8 @@ def save_archive(
     finally:
         if cluster.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that takes nothing lets go of nothing either
+                partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
@@ -372,10 +373,18 @@ def _raise_everywhere(fault: OutputError | None, path: Path, cluster: Cluster) -
 
 
 def _pack(folder: Path, target: Path) -> None:
+    """The same bytes whoever packs the same files, and whenever."""
+
+    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o755 if member.isdir() else 0o644
+        return member
+
     with target.open("wb") as stream:
         with tarfile.open(fileobj=stream, mode="w") as tar:
             for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
-                tar.add(folder / name, arcname=name)
+                tar.add(folder / name, arcname=name, filter=anonymous)
         stream.flush()
         os.fsync(stream.fileno())
 

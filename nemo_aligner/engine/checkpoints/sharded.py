@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.errors import CheckpointError, OutputError
 
+_METADATA = ".metadata"
+_OF_TORCHS_FILE = re.compile("iostream error|PytorchStreamWriter failed writing|unexpected pos")
+"""What torch's writer in C++ says when the system refuses: that it did, and not why."""
 _SAFE_MODULES = ("torch.distributed.checkpoint.", "collections", "pathlib")
 _SAFE_GLOBALS = {
     ("torch", "Size"),
@@ -44,14 +51,30 @@ class _AllowList(pickle.Unpickler):
 
 def check_metadata(folder: Path) -> None:
     """Refuse a `.metadata` pickle that could run code, before torch reads it. Raises CheckpointError."""
-    path = folder / ".metadata"
+    path = folder / _METADATA
     if not path.is_file():
-        raise CheckpointError(f"{folder}: not a torch_dist checkpoint (.metadata is missing)")
+        raise CheckpointError(f"{folder}: not a torch_dist checkpoint ({_METADATA} is missing)")
     try:
         with path.open("rb") as stream:
             _AllowList(stream).load()
     except Exception as fault:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path}: not accepted as checkpoint metadata: {fault}") from None
+
+
+def _forget_where_and_when(folder: Path) -> None:
+    """Take the folder's path and torch's random number of a save out of the metadata, which no reader asks for.
+
+    So the same state is the same bytes, wherever and however often it is saved.
+    """
+    path = folder / _METADATA
+    with path.open("rb") as stream:
+        metadata = _AllowList(stream).load()
+    metadata.storage_meta = None
+    for parts in (metadata.state_dict_metadata, metadata.storage_data):  # several threads wrote them, in any order
+        ordered = sorted(parts.items(), key=lambda part: str(part[0]))
+        parts.clear()
+        parts.update(ordered)
+    path.write_bytes(pickle.dumps(metadata))
 
 
 def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
@@ -83,6 +106,8 @@ def end_save(planned: AsyncRequest, folder: Path) -> None:
     with _disk_faults(folder):
         for finalize in planned.finalize_fns:
             finalize()
+        if torch.distributed.get_rank() == 0:
+            _forget_where_and_when(folder)
 
 
 @contextmanager
@@ -92,18 +117,38 @@ def _disk_faults(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as found:  # of the ranks that wrote, with what failed on each; only rank 0 is told
         faults = [fault for fault, _ in found.failures.values()]
-        raise _said(faults[0] if faults else OSError("another rank could not"), folder) from found
+        fault = faults[0] if faults else OSError("another rank could not")
+        said = _refusal(folder, fault)
+        raise fault if said is None else OutputError(f"cannot write {folder}: {said}") from found
     except (OSError, RuntimeError) as fault:
-        said = _said(fault, folder)
-        raise said from (None if said is fault else fault)
+        said = _refusal(folder, fault)
+        if said is None:
+            raise
+        raise OutputError(f"cannot write {folder}: {said}") from fault
 
 
-def _said(fault: BaseException, folder: Path) -> BaseException:
+def _refusal(folder: Path, fault: BaseException) -> str | None:
+    """What the disk said, where it is behind a fault of Megatron's or torch's writers; None for any other fault."""
     if isinstance(fault, OSError):
-        return OutputError(f"cannot write {folder}: {fault.strerror or fault}")
+        return fault.strerror or str(fault)
+    number = re.search(r"\[Errno (\d+)\]", str(fault))  # in the words of a writer's own thread
+    if number is not None:
+        return os.strerror(int(number[1]))
     if "No space left" in str(fault):
-        return OutputError(f"cannot write {folder}: no space left on device")
-    return fault
+        return os.strerror(errno.ENOSPC)
+    return _asked_again(folder) or str(fault) if _OF_TORCHS_FILE.search(str(fault)) else None
+
+
+def _asked_again(folder: Path) -> str | None:
+    """Why the disk takes no file in `folder`; None where it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(1 << 20))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as fault:
+        return fault.strerror
+    return None
 
 
 def load_sharded(state: ShardedStateDict, folder: Path, *, may_stay: Sequence[str] | None = None) -> dict[str, Any]:

@@ -32,7 +32,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.checksums import sums_of, write_sums
-from nemo_aligner.engine.checkpoints.checkpoint_folder import FORMAT, PARTIAL, STATE, check_sizes, read_state
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    check_sizes,
+    read_state,
+    remove_unfinished,
+)
 from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
 from nemo_aligner.engine.checkpoints.sharded import (
     end_save,
@@ -90,8 +97,7 @@ def _begin(
     with _nothing_left(partial, cluster):
         with _on_every_rank(folder, cluster):
             if cluster.is_main:
-                for leftover in folder.parent.glob(f"*{PARTIAL}/"):
-                    shutil.rmtree(leftover)
+                remove_unfinished(folder.parent)
                 (partial / "shards").mkdir(parents=True)
         shards = _sharded(model, optimizer, loading=False)
         planned = plan_save(shards, partial / "shards", Streamed(copies=background))
@@ -174,7 +180,9 @@ def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
 
 def _publish(partial: Path, folder: Path, state: dict[str, Any], known: Mapping[str, str]) -> None:
     """Complete `partial` with its state file, make it durable, and give it its name; some sums are `known`."""
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     (partial / STATE).write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
     write_sums(partial, known)
     fsync_tree(partial)

@@ -65,20 +65,23 @@ def _is_whole(mlp: Any) -> bool:
 @torch.no_grad()
 def _gathered(mlp: Any, own: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """All experts, each cut over this rank's tensor-parallel group."""
-    size, rank = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
     halves = 2 if mlp.config.gated_linear_unit else 1
     first, second = (torch.stack([pair[i].detach() for pair in own]) for i in range(2))  # [E/ep, ...]
-    first = first.unflatten(1, (halves, -1))
-    if mlp.experts.tp_group.size() != size:
-        first, second = (torch.cat(_all(part, mlp.experts.tp_group), dim=2) for part in (first, second))
-        first, second = (part.chunk(size, dim=2)[rank] for part in (first, second))
+    first = first.unflatten(1, (halves, -1))  # now F is the third axis of both
+    group, anew = mlp.experts.tp_group, mlp.experts.tp_group.size() != size
+    if anew:
+        first, second = (torch.cat(_all(part, group), dim=2) for part in (first, second))
     for fc1s, fc2s in zip(_all(first, mlp.ep_group), _all(second, mlp.ep_group), strict=True):
         for fc1, fc2 in zip(fc1s, fc2s, strict=True):
-            parts = fc1.flatten(0, 1).clone(), fc2.clone()
-            yield tuple(nn.Parameter(part, requires_grad=False) for part in parts)  # type: ignore[misc]
+            if anew:  # what other ranks of the group hold is theirs to compute
+                fc1, fc2 = (part.chunk(size, dim=1)[rank] for part in (fc1, fc2))
+            yield _weight(fc1.flatten(0, 1)), _weight(fc2)
+
+
+def _weight(part: Tensor) -> nn.Parameter:
+    return nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=False)
 
 
 def _all(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

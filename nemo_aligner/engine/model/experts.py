@@ -150,8 +150,8 @@ class _Router(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         probs, chosen = super().routing(logits, padding_mask)
-        losses = logits.view(-1, self.num_experts), probs, chosen, self.tp_group
-        return (self.losses.join(self.layer_number, *losses) if self.training else probs), chosen
+        logits = logits.view(-1, self.num_experts)
+        return self.losses.join(self.layer_number, logits, probs, chosen, self.tp_group), chosen
 
 
 def expert_spec(arch: Architecture, losses: RouterLosses, activation: Any) -> ModuleSpec:

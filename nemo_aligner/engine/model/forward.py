@@ -100,7 +100,8 @@ def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
     losses = unwrap_model(model).router_losses
-    members = _members(rows, params.layout, model) if model.training and losses is not None and losses.asked else None
+    adds = losses is not None and losses.asked and model.training and torch.is_grad_enabled()
+    members = _members(rows, params.layout, model) if adds else None
     return _Stream(rows, params, wanted.to(device), places, targets, ends, members)
 
 

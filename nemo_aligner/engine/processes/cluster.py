@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 class MegatronCluster:
-    """Implements interfaces.Cluster over Megatron's process groups; `tp`, `pp`, `cp`: how many ranks share a model."""
+    """Implements interfaces.Cluster over Megatron's process groups.
+
+    How many ranks share a model: `tp`, `pp`, `cp`; the experts of a layer: `ep`, and each of these: `etp`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         from megatron.core import parallel_state as state
@@ -30,6 +33,8 @@ class MegatronCluster:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tp, self.pp = state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
         self.cp = state.get_context_parallel_world_size()
+        self.ep = state.get_expert_model_parallel_world_size()
+        self.etp = state.get_expert_tensor_parallel_world_size()
         # context-parallel ranks have the same weights: each has work of its own, which the engine does with the others'
         self.dp_rank = state.get_data_parallel_rank(with_context_parallel=True)
         self.dp_size = state.get_data_parallel_world_size(with_context_parallel=True)
@@ -104,9 +109,19 @@ def _start_process_group(device: torch.device) -> None:
 
 @contextmanager
 def start_cluster(
-    trainer: TrainerConfig, *, tensor: int, pipeline: int, context: int = 1, seed: int = 1234
+    trainer: TrainerConfig,
+    *,
+    tensor: int,
+    pipeline: int,
+    context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    seed: int = 1234,
 ) -> Iterator[MegatronCluster]:
-    """Process group, model-parallel groups and seeds; all torn down at the end, so it may be entered again."""
+    """Process group, model-parallel groups and seeds; all torn down at the end, so it may be entered again.
+
+    `expert` ranks share experts, `expert_tensor` each of them (None: as many as `tensor`).
+    """
     device = _pick_device(trainer)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -125,7 +140,11 @@ def start_cluster(
     _start_process_group(device)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
         )
         if device.type == "cpu":
             tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)

@@ -36,10 +36,11 @@ def enable_cpu() -> None:
     _replace(torch.cuda, "set_device", lambda device: None)  # one CPU, always current
     _replace(torch.cuda, "empty_cache", lambda: None)
     # what a dispatcher of experts counts is copied on a stream of its own
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     stream = _Stream()
-    _replace(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", stream)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _counts)
+    _replace(token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", stream)
     _replace(torch.cuda, "current_stream", lambda device=None: stream)
     _replace(torch.cuda, "stream", lambda stream: nullcontext())
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
@@ -63,6 +64,11 @@ class _Stream:
 
     def synchronize(self) -> None:
         pass
+
+
+def _counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """On a CPU it is there already; collectives take its numbers from an array."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

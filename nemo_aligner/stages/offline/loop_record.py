@@ -22,7 +22,8 @@ from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
 from nemo_aligner.data.provenance import META, RUN_RECORD
-from nemo_aligner.files import write_atomically
+from nemo_aligner.event_file import EventFile
+from nemo_aligner.files import write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +117,14 @@ def keep_records(result: Path, iteration: int, generated: Path, labeled: Path) -
 
 
 def to_tensorboard(folder: Path, rows: list[Row]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
+    """In place of what is there. Raises OutputError."""
     shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
+    with writing(folder):
+        folder.mkdir()
+        events = EventFile(folder)
         for row in rows:
-            for name, value in row.items():
-                if name != "iteration" and value is not None:
-                    writer.add_scalar(name, value, row["iteration"])
+            events.add(row["iteration"], {k: v for k, v in row.items() if k != "iteration" and v is not None})
+        events.close()
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from nemo_aligner.stages.run_identity import (
     archive_of,
     check_same_run,
     optimizer_settings,
+    router_settings,
     tell_end_of_data,
     tell_resumed,
     tokens_hash,
@@ -66,6 +67,7 @@ def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
         **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
         **optimizer_settings(model.optim, loop.gradient_clip_val),
         **adapter_settings(model.peft),
+        **router_settings(model),
         "model.seed": model.seed,
         "model.data.shuffle": model.data.shuffle,
         "model.ppo.num_rollout_samples": ppo.num_rollout_samples,
@@ -232,7 +234,7 @@ class Actor:
             metrics = self.policy.train_step(batch, reinforce_objective)
             self.updates += 1
             if self.logger is not None:
-                found = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
+                found = {**metrics.terms, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
                 self.logger.log(self.updates, "train_optim", found)
 
     def validate(self, step: int, worker: RolloutWorker) -> None:
@@ -308,6 +310,7 @@ class Actor:
             return 0, checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
+        checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
         step = int(state["step"])
         tell_resumed(newest, step, int(state["steps"]), self.steps)

@@ -178,6 +178,7 @@ def resume(
         return 0, checkpoints.logged_before_any
     state = model.load_training_state(newest)
     check_same_run(newest, state["fingerprint"], made_with)
+    checkpoints.drop_others(newest)
     step = int(state["step"])
     tell_resumed(newest, step, int(state["steps"]), task.steps)
     return step, state.get("metrics_bytes")

@@ -53,6 +53,13 @@ def test_help_names_every_command_and_what_it_does(
         assert re.search(rf"^  {name} +{re.escape(cli.summary(module))}$", text, re.M)
 
 
+def test_the_version_is_that_of_the_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "version", {"nemo-aligner": "1.2"}.__getitem__)
+    assert said(monkeypatch, capsys, "--version") == "nemo-aligner 1.2\n"
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

@@ -105,6 +105,12 @@ def test_a_shape_with_dropout_is_refused_for_training_alone() -> None:
     make_plan(replace(config, task="labeler"), arch)
 
 
+def test_experts_are_not_counted_and_so_refused() -> None:
+    config = PlanConfig(model=MODEL, gpus=8, gpu_memory_gb=80, seq_length=2048)
+    with pytest.raises(ConfigError, match="model: it has 8 experts"):
+        make_plan(config, replace(shape_of(MODEL), num_moe_experts=8))
+
+
 def test_work_is_done_twice_only_where_it_has_to_be() -> None:
     arch, config = shape_of(MODEL), PlanConfig(MODEL, 8, 80, seq_length=4096, micro_batch_size=4)
     roomy, _ = make_plan(config, arch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig, OptimConfig
+from nemo_aligner.engine.checkpoints.checkpoint_folder import read_state
 from nemo_aligner.errors import ConfigError, StoppedEarly, TrainingError
 from nemo_aligner.stages.checkpoint_names import log_dir
 from nemo_aligner.stages.checkpoints import Checkpoints
@@ -40,7 +42,7 @@ class Saver:
     """A model that saves nothing but its state."""
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
 
     def save_in_background(self, folder: Path, state: dict[str, Any]) -> Written:
@@ -133,6 +135,38 @@ def test_damaged_checkpoints_go_first_and_those_of_others_are_left_alone(tmp_pat
     save(made, [4.0], first=2)
     assert not (made.root / "m--damaged").exists()
     assert steps(made) == [1, 2, 9]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_what_a_kill_kept_a_save_from_dropping_is_dropped_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    made = checkpoints(tmp_path, mode="min", save_top_k=0)
+    for step in (1, 2):
+        Saver().save_training_state(made.root / f"m--{step}", {"step": step, "run": "m", "monitored": 0.0})
+        (made.root / f"m--{step}" / "shards").mkdir()
+    changes = 0
+
+    def killed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal changes
+            changes += 1
+            if changes == at:
+                raise SystemExit(137)
+            return change(*arguments, **named)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink", "rmdir"):
+            patch.setattr(os, name, killed(getattr(os, name)))
+        with pytest.raises(SystemExit):
+            save(made, [3.0], first=3)
+    newest = made.newest()
+    assert newest is not None
+    assert read_state(newest)["step"] == 3
+    made.drop_others(newest)
+    assert list(made.root.iterdir()) == [newest]
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "loss"])

@@ -133,9 +133,12 @@ def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
 
     monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", fails)
     fault = "[enforce fail at inline_container.cc:626] . write failed: No space left on device"
-    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: no space left on device$"):
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: No space left on device$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
     assert list(tmp_path.iterdir()) == []
+    fault = f"Worker failure: [Errno 122] Disk quota exceeded: '{tmp_path}/full.partial/shards/__0_0.distcp'"
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: Disk quota exceeded$"):
+        model.save_training_state(tmp_path / "full", {"step": 1})
     fault = "a fault of the program"
     with pytest.raises(RuntimeError, match=r"^a fault of the program$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
