@@ -28,6 +28,13 @@ PAGES = {
 """Files beside docs/, and what each is called in the site."""
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    named = str(config.nav)
+    [guides] = [section["Guides"] for section in config.nav or [] if "Guides" in section]
+    guides += [path.name for path in sorted(Path(config.docs_dir).glob("*.md")) if f"'{path.name}'" not in named]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
