@@ -11,6 +11,7 @@ from __future__ import annotations
 import nemo_aligner.config.requirements  # noqa: F401
 
 # isort: split
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,9 @@ from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
 _RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+"""What a disk says of itself, whoever asked it: no fault of the program's."""
+
 
 class SharedConf(SearchPathPlugin):
     """Makes the groups of conf/shared (model, optim, trainer) reachable from any script, folder and --config-path."""
@@ -55,6 +59,11 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(EXIT_STOPPED_EARLY)
     except (AlignerError, HydraException, OmegaConfBaseException) as fault:
         _say(f"error: {_one_line(fault)}")
+        sys.exit(EXIT_FAILURE)
+    except OSError as fault:
+        if fault.errno not in _OF_THE_DISK:
+            raise
+        _say(f"error: {fault.filename or 'a file'}: {fault.strerror}")
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")

@@ -58,7 +58,7 @@ class Journal:
 
     def __init__(self, output_file: str | Path, fingerprint: Mapping[str, Any], cluster: _Cluster) -> None:
         self.folder = _folder(output_file)
-        self._cluster = cluster
+        self.made_with, self._cluster = fingerprint, cluster
         self._own = self.folder / f"rank_{cluster.dp_rank}.json"
         self._buffer: list[str] = []
         _on_main(cluster, lambda: self._prepare(fingerprint))
@@ -94,9 +94,19 @@ class Journal:
             raise OutputError(f"cannot write {self._own}: {fault.strerror or fault}") from fault
         self._buffer.clear()
 
-    def merged(self) -> Iterator[tuple[int, Row]]:
-        """Every (index, row) once, in the order of the indices; rows are read one at a time."""
+    def merged(self, count: int) -> Iterator[tuple[int, Row]]:
+        """Each (index, row) of `count` once, in the order of the indices; rows are read one at a time.
+
+        Raises OutputError, before the first one, where some are not there any more.
+        """
         places = {index: (path, offset) for index, path, offset in _entries(self.folder)}
+        gone = count - len(places.keys() & range(count))
+        if gone:
+            raise OutputError(
+                f"{self.folder}: {gone} of {count} rows are not there any more, somebody removed them during the run; "
+                "run the same command again to make them"
+            )
+        assert len(places) == count, "no other index was given"
         streams = {path: path.open("rb") for path, _ in places.values()}
         try:
             for index in sorted(places):

@@ -69,7 +69,7 @@ class Functions:
             for name, function in self.functions.items()
         }
 
-    def check_fields(self, fields: Mapping[str, Any], path: str, line: int) -> None:
+    def check_fields(self, fields: Mapping[str, Any], path: str | None = None, line: int | None = None) -> None:
         """A row must have what the functions need. Raises DataError."""
         for name, function in self.functions.items():
             about = self._descriptions[name]
