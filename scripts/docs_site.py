@@ -70,7 +70,7 @@ def keys_page() -> Iterator[str]:
         yield f"\n## aligner {command}\n\n{summary(COMMANDS[command])}. YAML: `{entry.config_name}`.\n"
         yield from _table(keys_of(entry.config_dir, entry.config_name))
     yield f"\n## aligner plan\n\n{summary(COMMANDS['plan'])}.\n"
-    yield from _table(plan.keys())
+    yield from _table(plan.plan_keys())
 
 
 def _table(keys: Iterable[Key]) -> Iterator[str]:

@@ -53,7 +53,7 @@ def _mapping(path: str, key: str) -> dict[str, object]:
     return content
 
 
-def keys() -> list[Key]:
+def plan_keys() -> list[Key]:
     """Keys of the command with default and meaning, as the fields of PlanConfig have them."""
     fields = re.findall(r"^    (\w+): [^=\n]+ = (\S+)  # (.+)$", inspect.getsource(PlanConfig), re.MULTILINE)
     written = {"MISSING": "???", "None": "null"}
@@ -63,9 +63,8 @@ def keys() -> list[Key]:
 @one_line_errors()
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(
-            "\n".join([(__doc__ or "").rstrip(), "", *explained(keys(), shutil.get_terminal_size((120, 24)).columns)])
-        )
+        width = shutil.get_terminal_size((120, 24)).columns
+        print("\n".join([(__doc__ or "").rstrip(), "", *explained(plan_keys(), width)]))
         return
     words = [word for word in sys.argv[1:] if "=" not in word]
     if words:

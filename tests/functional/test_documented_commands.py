@@ -33,17 +33,29 @@ SCRIPTS = {
 NAMES = {module.rpartition(".")[2]: name for name, module in COMMANDS.items()}
 
 
+def words_of(block: str) -> Iterator[list[str]]:
+    """The words of each command of ours in a block; quotes may hold several lines."""
+    text = ""
+    for line in block.replace("\\\n", " ").splitlines():
+        text = f"{text}\n{line}" if text else line
+        if not re.match(r"(aligner|python) ", text):
+            text = ""
+            continue
+        try:
+            yield shlex.split(text.rstrip("|& "), comments=True)
+        except ValueError:  # a quote is open
+            continue
+        text = ""
+
+
 def printed() -> Iterator[tuple[str, list[str]]]:
     """Where a command of ours is printed, and its words: the name that `aligner` knows it by, then its arguments."""
     for guide in GUIDES:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = (
-                    shlex.split(line.rstrip("|& "), comments=True) if re.match(r"\s*(aligner|python) ", line) else []
-                )
-                if words[:1] == ["python"] and words[1] in SCRIPTS:
+            for words in words_of(block):
+                if words[0] == "python" and words[1] in SCRIPTS:
                     words = ["aligner", NAMES[SCRIPTS[words[1]]], *words[2:]]
-                if words[:1] == ["aligner"] and words[1] in COMMANDS and "|" not in words:
+                if words[0] == "aligner" and words[1] in COMMANDS and "|" not in words:
                     yield guide.name, words[1:]
 
 

@@ -35,7 +35,7 @@ def test_every_module_of_the_folder_is_a_command() -> None:
 
 
 def test_the_planner_explains_each_of_its_keys_with_its_default() -> None:
-    found = {key.name: key for key in plan.keys()}
+    found = {key.name: key for key in plan.plan_keys()}
     assert [*found] == [field.name for field in dataclasses.fields(PlanConfig)]
     assert (found["gpus_per_node"].default, found["gpus"].default, found["model"].default) == ("8", "null", "???")
     assert all(key.comment for key in found.values())
