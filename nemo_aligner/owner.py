@@ -42,6 +42,8 @@ def sole_owner(lock: Path) -> Iterator[None]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(lock)
+    except (FileExistsError, NotADirectoryError) as fault:
+        raise OutputError(f"cannot write {lock}: a folder is needed where {fault.filename} is a file") from fault
     except OSError as fault:
         raise OutputError(f"cannot write {lock}: {fault.strerror or fault}") from fault
     try:

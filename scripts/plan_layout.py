@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.load import load_config
+from nemo_aligner.config.yaml_file import read_mapping
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.planning.plan import make_plan
@@ -34,19 +35,7 @@ def shape_of(model: str) -> Architecture:
         if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
             raise ConfigError(f"{model} does not say its vocab_size; give a YAML of its shape", "model")
         return arch
-    return Architecture.from_nemo(_mapping(model, "model"))
-
-
-def _mapping(path: str, key: str) -> dict[str, object]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as fault:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(fault).split())}", key) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a YAML mapping", key)
-    return content
+    return Architecture.from_nemo(read_mapping(model, "model"), f"model={model}")
 
 
 def main() -> None:
@@ -64,7 +53,7 @@ def main() -> None:
     config = load_config(given, PlanConfig)
     arch = shape_of(config.model)
     if config.run is not None:
-        run = OmegaConf.create(_mapping(config.run, "run"))
+        run = OmegaConf.create(read_mapping(config.run, "run"))
         config = of_run(config, run, arch)
     config, plan = make_plan(config, arch)
     print(report(config, plan))

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.aliases import Aliases, let_through
-from nemo_aligner.config.overrides import explained
+from nemo_aligner.config.overrides import explained, group_fault
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, ConfigError, StoppedEarly
@@ -55,6 +55,10 @@ def one_line_errors() -> Iterator[None]:
     except (AlignerError, HydraException, OmegaConfBaseException) as fault:
         _say(f"error: {_one_line(fault)}")
         sys.exit(EXIT_FAILURE)
+    except MemoryError as fault:
+        what = f" ({_one_line(fault)})" if str(fault) else ""
+        _say(f"error: out of memory{what}; use smaller batches or shorter rows, or a machine with more")
+        sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")
         sys.exit(130)
@@ -68,8 +72,8 @@ def _say(line: str) -> None:
 
 def _one_line(fault: Exception) -> str:
     """Hydra and OmegaConf spread a message over lines, hints and causes; keep what names the key."""
-    text = str(fault)
-    if isinstance(fault, AlignerError):
+    text = str(fault).partition("\nConfig search path:")[0]
+    if not isinstance(fault, HydraException | OmegaConfBaseException):
         return " ".join(text.split())
     cause = fault.__cause__
     if isinstance(cause, Exception) and isinstance(cause, OmegaConfBaseException | HydraException):
@@ -100,11 +104,17 @@ def script(
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        began = False
+
         def checked(cfg: DictConfig) -> None:
+            nonlocal began
+            began = True
             with one_line_errors():
                 task(cfg)
 
         def main() -> None:
+            nonlocal began
+            began = False
             answer = usage(sys.argv[1:], task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
             if answer is not None:
                 sys.stdout.write(f"{answer}\n")
@@ -120,6 +130,10 @@ def script(
                 except HydraException as fault:
                     ours = explained(fault, config_dir / f"{config_name}.yaml")
                     raise fault if ours is None else ConfigError(ours) from None
+                except ValueError as fault:
+                    if began:
+                        raise
+                    raise ConfigError(group_fault(sys.argv[1:], SHARED_CONF) or str(fault)) from None
 
         return main
 

@@ -27,6 +27,7 @@ from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
 from nemo_aligner.servers.wire import (
     ADD_EOS,
+    ARCHIVE,
     ERROR,
     EXCEEDED,
     LENGTHS,
@@ -97,11 +98,15 @@ def answer_requests(
     try:
         rewards = iter(score(rows) if rows else [])
     except Exception:
-        return [refusal(SERVER_FAILED, request) for request in requests]
+        return [refusal(SERVER_FAILED, request, reader.archive) for request in requests]
+
+    def own(found: Texts) -> list[float]:
+        return list(itertools.islice(rewards, sum(map(bool, found.rows))))
+
     return [
-        refusal(found, request)
+        refusal(found, request, reader.archive)
         if isinstance(found, str)
-        else answer(list(itertools.islice(rewards, sum(map(bool, found.rows)))), found.exceeded, found.errors)
+        else answer(own(found), found.exceeded, found.errors, reader.archive)
         for request, found in zip(requests, texts, strict=True)
     ]
 
@@ -154,6 +159,7 @@ def serve(
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
                 Tensor(name=ERROR, dtype=bytes, shape=(1,)),
+                Tensor(name=ARCHIVE, dtype=bytes, shape=(1,)),
             ],
             config=ModelConfig(
                 max_batch_size=config.max_batch_size,
@@ -166,6 +172,7 @@ def serve(
             "inference.port",
             token=token,
             max_bytes=config.max_request_bytes,
+            max_requests=config.max_concurrent_requests,
             host_key="inference.ip",
             model=config.model_name,
         )

@@ -7,6 +7,7 @@ inputs    sentences         bytes  [B, 1]   UTF-8 texts, prompt and response tog
 outputs   rewards           float32 [B, 1]  NaN where there is an error
           exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut; -1: error
           error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
+          archive           bytes   [B, 1]  sha256 of the reward model's archive: whose rewards these are
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nemo_aligner.engine.interfaces import Tokenizer
 from nemo_aligner.errors import AlignerError
 
 SENTENCES, TOKENS, LENGTHS, ADD_EOS = "sentences", "tokens", "sequence_lengths", "add_EOS"
-REWARDS, EXCEEDED, ERROR = "rewards", "exceeded", "error"
+REWARDS, EXCEEDED, ERROR, ARCHIVE = "rewards", "exceeded", "error", "archive"
 
 SERVER_FAILED = "the server failed; its log says why"
 """The error of every row of a request that may be asked again, of this server or one started in its place."""
@@ -48,7 +49,8 @@ class Texts:
 class RequestReader:
     """Checks requests and turns them into token rows.
 
-    `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS.
+    `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS,
+    `archive` the sha256 of its archive.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +58,7 @@ class RequestReader:
     vocab_size: int
     append_eod: bool
     max_text_bytes: int
+    archive: str = ""
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
         """Raises RequestError, naming the input, for what is wrong with the request as a whole."""
@@ -133,7 +136,9 @@ def _column(values: np.ndarray, name: str) -> list:
     return values[:, 0].tolist()
 
 
-def answer(rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[str]) -> dict[str, np.ndarray]:
+def answer(
+    rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[str], archive: str
+) -> dict[str, np.ndarray]:
     """The outputs of one request; `rewards` of the rows without an error, `exceeded` and `errors` of all."""
     left = iter(rewards)
     every = [math.nan if error else next(left) for error in errors]
@@ -142,10 +147,11 @@ def answer(rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[
         REWARDS: np.array(every, dtype=np.float32).reshape(-1, 1),
         EXCEEDED: np.array(flags, dtype=np.int32).reshape(-1, 1),
         ERROR: np.array([error.encode() for error in errors], dtype=object).reshape(-1, 1),
+        ARCHIVE: np.array([archive.encode()] * len(errors), dtype=object).reshape(-1, 1),
     }
 
 
-def refusal(error: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def refusal(error: str, inputs: Mapping[str, np.ndarray], archive: str) -> dict[str, np.ndarray]:
     """The outputs of a request of which no row could be scored."""
     count = len(next(iter(inputs.values()), np.empty(1)))
-    return answer([], [False] * count, [error] * count)
+    return answer([], [False] * count, [error] * count, archive)

@@ -68,7 +68,12 @@ def talk_to_clients(
 
     serving = cfg.inference
     reader = RequestReader(
-        model.tokenizer, model.max_sequence_length, model.vocab_size, model.append_eod, serving.max_text_bytes
+        model.tokenizer,
+        model.max_sequence_length,
+        model.vocab_size,
+        model.append_eod,
+        serving.max_text_bytes,
+        model.archive_hash(),
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
     serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token)
