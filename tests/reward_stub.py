@@ -1,56 +1,45 @@
-"""A reward server without Triton that speaks as much KServe v2 as the actor's client asks for."""
+"""A reward server without Triton: the example's, with rewards that tell texts apart, and the hash of an archive."""
 
 from __future__ import annotations
 
-import json
-import struct
+import importlib.util
 import threading
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-MODEL = "/v2/models/reward_model"
-_TENSORS = (("rewards", "FP32"), ("exceeded", "INT32"), ("error", "BYTES"), ("archive", "BYTES"))
+_EXAMPLE = Path(__file__).resolve().parents[1] / "examples/nlp/gpt/reward_server_of_your_own.py"
 
 
-def reward(text: bytes) -> float:
+def reward(text: str) -> float:
     """Of a text alone, and exact in float32."""
-    return (zlib.crc32(text) % 4096) / 64
+    return (zlib.crc32(text.encode()) % 4096) / 64
+
+
+def _example() -> Any:
+    spec = importlib.util.spec_from_file_location("reward_server_of_your_own", _EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.reward = reward  # type: ignore[attr-defined]
+    return module
 
 
 class RewardStub:
-    """Serves on `port`, 0: a free one, until it is closed; every answer says `archive`."""
+    """Serves on a free port until it is closed; every answer says `archive`."""
 
-    def __init__(self, port: int, archive: str) -> None:
-        self.asked = 0
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
+    def __init__(self, archive: str) -> None:
+        class Handler(_example().Handler):  # type: ignore[misc]
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
-                self.say(_about(self.path))
+            def answer(self, content: dict[str, Any]) -> None:
+                super().answer(_with_archive(content, archive))
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                stub.asked += 1
-                head = int(self.headers.get("Inference-Header-Content-Length", len(body)))
-                self.say(_answer(_texts(body[head:]), archive))
-
-            def say(self, content: Any) -> None:
-                text = b"" if content is None else json.dumps(content).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.port = self._server.server_port
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 
@@ -60,49 +49,14 @@ class RewardStub:
         self._server.server_close()
 
 
-def _about(path: str) -> Any:
-    outputs = [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in _TENSORS]
-    return {
-        MODEL: {
-            "name": "reward_model",
-            "versions": ["1"],
-            "platform": "python",
-            "inputs": [{"name": "sentences", "datatype": "BYTES", "shape": [-1, 1]}],
-            "outputs": outputs,
-        },
-        f"{MODEL}/config": {
-            "name": "reward_model",
-            "backend": "python",
-            "max_batch_size": 64,
-            "input": [{"name": "sentences", "data_type": "TYPE_STRING", "dims": [-1]}],
-            "output": [
-                {"name": name, "data_type": f"TYPE_{'STRING' if kind == 'BYTES' else kind}", "dims": [1]}
-                for name, kind in _TENSORS
-            ],
-            "instance_group": [],
-            "parameters": {},
-        },
-    }.get(path)
-
-
-def _texts(binary: bytes) -> list[bytes]:
-    """Of the binary form: four bytes that say how long, and a text, one after another."""
-    found = []
-    while binary:
-        (size,) = struct.unpack_from("<I", binary)
-        found.append(binary[4 : 4 + size])
-        binary = binary[4 + size :]
-    return found
-
-
-def _answer(texts: list[bytes], archive: str) -> Any:
-    columns = {
-        "rewards": [reward(text) for text in texts],
-        "exceeded": [0] * len(texts),
-        "error": [""] * len(texts),
-        "archive": [archive] * len(texts),
-    }
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [len(texts), 1], "data": columns[name]} for name, kind in _TENSORS
-    ]
-    return {"model_name": "reward_model", "model_version": "1", "outputs": outputs}
+def _with_archive(content: dict[str, Any], archive: str) -> dict[str, Any]:
+    """The model's metadata, its config, or an answer, with one output more."""
+    if "output" in content:
+        return {**content, "output": [*content["output"], {"name": "archive", "data_type": "TYPE_STRING", "dims": [1]}]}
+    if "outputs" not in content:
+        return content
+    first = content["outputs"][0]
+    more = {**first, "name": "archive", "datatype": "BYTES"}
+    if "data" in first:
+        more["data"] = [archive] * len(first["data"])
+    return {**content, "outputs": [*content["outputs"], more]}

@@ -24,6 +24,7 @@ LEAST_TEMPERATURE = 1e-5
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
+ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
 OPTIMIZERS = ("distributed_fused_adam", "mcore_distributed_optim", "fused_adam", "adamw", "adam")  # all are AdamW
 
 
@@ -55,6 +56,8 @@ class TrainerConfig:
 
     def validate(self) -> None:
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__devices=self.devices)
+        if self.accelerator not in ACCELERATORS:
+            raise ConfigError(f"{self.accelerator!r} is not one of {', '.join(ACCELERATORS)}", "trainer.accelerator")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"{self.precision!r} is not one of {', '.join(PRECISIONS)}", "trainer.precision")
         check_fixed(self, TRAINER, "trainer")

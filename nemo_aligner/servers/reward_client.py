@@ -51,7 +51,7 @@ class RewardClient:
         self._hurried = False
         self._without_since: float | None = None  # the server is ready, and has no such model
         self._lock = threading.Lock()
-        self._archive: str | None = None  # of the model that gave the first reward
+        self.archive: str | None = None  # sha256: of the model that gave the first reward of the run
 
     def wait_until_ready(self) -> None:
         """Return once the model is served.
@@ -213,7 +213,7 @@ class RewardClient:
     def _check_same(self, archive: str) -> None:
         """Raises ServerError where the rewards are of another archive than the first ones."""
         with self._lock:
-            first = self._archive = self._archive or archive
+            first = self.archive = self.archive or archive
         if archive != first:
             raise ServerError(
                 f"the reward server at {self._url} has another reward model than when the run began: the archive with "

@@ -56,13 +56,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     for name, content in case.get("files", {}).items():
         made.put(here / name, content)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(tempfile, "tempdir", case.get("temporary", str(here / "temporary")))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HYDRA_FULL_ERROR": "1", **case.get("environment", {})}.items():
         monkeypatch.setenv(name, value)
     before = state_of(here)
-    status, said = found(case, monkeypatch, capfd)
+    with monkeypatch.context() as patched:  # no longer: pytest has files of its own there
+        patched.setattr(tempfile, "tempdir", case.get("temporary", str(here / "temporary")))
+        status, said = found(case, monkeypatch, capfd)
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
     wanted = case["line"].replace("{here}", str(here)).replace("{python}", sys.executable)
     assert said == f"{rank}error: {wanted}\n"

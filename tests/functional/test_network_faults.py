@@ -24,7 +24,7 @@ from tests.fuzz.targets import ROUTES, app, asked
 from tests.reward_stub import RewardStub, reward
 
 TEXTS = [[f"text {batch}.{row} é" for row in range(batch % 4 + 1)] for batch in range(8)]
-EXPECTED = [[reward(text.encode()) for text in texts] for texts in TEXTS]
+EXPECTED = [[reward(text) for text in texts] for texts in TEXTS]
 ARCHIVE, OTHER = "a" * 64, "b" * 64
 TOKEN = "s3cr3t" * 6
 pytestmark = pytest.mark.filterwarnings("ignore:Client network")  # of PyTriton: a second is short
@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stub() -> Iterator[RewardStub]:
-    made = RewardStub(0, ARCHIVE)
+    made = RewardStub(ARCHIVE)
     yield made
     made.close()
 
@@ -141,11 +141,11 @@ def test_a_reward_model_that_changed_during_a_run_is_noticed(proxied: Proxied, q
     proxy = proxied(lambda path: None)
     client = client_of(proxy)
     assert client.submit(TEXTS[0]).result(60) == EXPECTED[0]
-    again = RewardStub(0, ARCHIVE)
+    again = RewardStub(ARCHIVE)
     proxy.down()
     proxy.target = again.port  # restarted with the same
     proxy.up()
-    other = RewardStub(0, OTHER)
+    other = RewardStub(OTHER)
     try:
         assert client.submit(TEXTS[1]).result(60) == EXPECTED[1]
         proxy.target = other.port

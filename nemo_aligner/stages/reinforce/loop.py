@@ -107,6 +107,7 @@ class Actor:
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
+        self.rewards = rewards
         step, logged = self.resume(checkpoints)
         self.announce()
         kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
@@ -279,6 +280,7 @@ class Actor:
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
             "fingerprint": self.made_with,
+            "reward_model": self.rewards.archive,
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -300,6 +302,7 @@ class Actor:
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
         self.updates, self.values = state["updates"], state["values"]
+        self.rewards.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])
         tell_resumed(newest, step, int(state["steps"]), self.steps)
         return step, state["metrics_bytes"]

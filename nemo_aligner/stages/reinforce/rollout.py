@@ -22,7 +22,13 @@ from nemo_aligner.metrics import Timers
 
 
 class Rewards(Protocol):
-    """Whoever gives rewards, such as servers.reward_client.RewardClient."""
+    """Whoever gives rewards, such as servers.reward_client.RewardClient.
+
+    `archive` is the sha256 of the reward model's archive, as far as it is known; once it is, rewards of another are
+    refused.
+    """
+
+    archive: str | None
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]: ...
 
