@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -175,7 +174,6 @@ def rewards(**inputs: list[Any]) -> None:
         return np.array(rows, dtype=np.bool_ if name == "add_EOS" else np.int64)
 
     reader = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=20)
-    logging.getLogger("nemo_aligner.servers.reward_server").disabled = True
     [found] = answer_requests([{name: array(name, rows) for name, rows in inputs.items()}], reader, _never)
     raise AlignerError(next(error.decode() for error in found["error"][:, 0] if error))
 
