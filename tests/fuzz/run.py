@@ -3,9 +3,9 @@
     pip install atheris
     python tests/fuzz/run.py jsonl --seconds 600 --keep /tmp/found       (or: archive, importers, requests)
 
-Each fault of another kind, or from another line, is printed once, and its input left in the folder of `--keep`; one that
-takes over a minute, or 4 GB, ends the run and is left there too. What is found belongs into tests/bad_input, once mended.
-Exit status 0: nothing was found.
+Each fault of another kind, or from another line, is printed once, and its input left in the folder of `--keep`; an
+input that takes over a minute, or 4 GB, ends the run and is left there too. What is found belongs into tests/bad_input,
+once mended. Exit status 0: nothing was found.
 """
 
 from __future__ import annotations
