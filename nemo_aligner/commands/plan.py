@@ -5,19 +5,24 @@
     aligner sft +recipes=llama3_8b_sft --cfg job |
         aligner plan model=llama3_8b gpu_memory_gb=80 run=/dev/stdin
 
-The arithmetic, and when to trust it, is in docs/scaling.md. Exit status 1, and one line, where nothing fits. Keys:
+The arithmetic, and when to trust it, is in docs/scaling.md. Exit status 1, and one line, where nothing fits.
+Keys (???: required; null: chosen, or as the task has it):
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
 import sys
 from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.folders import model_shapes, shape_file
+from nemo_aligner.config.keys import Key
 from nemo_aligner.config.load import load_config
+from nemo_aligner.config.usage import explained
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.planning.plan import make_plan
@@ -48,11 +53,18 @@ def _mapping(path: str, key: str) -> dict[str, object]:
     return content
 
 
+def plan_keys() -> list[Key]:
+    """Keys of the command with default and meaning, as the fields of PlanConfig have them."""
+    fields = re.findall(r"^    (\w+): [^=\n]+ = (\S+)  # (.+)$", inspect.getsource(PlanConfig), re.MULTILINE)
+    written = {"MISSING": "???", "None": "null"}
+    return [Key(name, written.get(default, default.strip('"')), comment) for name, default, comment in fields]
+
+
 @one_line_errors()
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        fields = inspect.getsource(PlanConfig).partition('"""\n\n')[2].partition("\n\n    def")[0]
-        print(f"{(__doc__ or '').rstrip()}\n\n{fields}")
+        width = shutil.get_terminal_size((120, 24)).columns
+        print("\n".join([(__doc__ or "").rstrip(), "", *explained(plan_keys(), width)]))
         return
     words = [word for word in sys.argv[1:] if "=" not in word]
     if words:

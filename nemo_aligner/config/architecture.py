@@ -69,7 +69,10 @@ def _check_experts(values: dict[str, Any]) -> None:
     topk, freq = values.get("moe_router_topk", 2), values.get("moe_layer_freq", 1)
     balancing = values.get("moe_router_load_balancing_type", "aux_loss")
     listed = isinstance(freq, list) and len(freq) == layers and set(freq) <= {0, 1} and 1 in freq
+    coefficients = [values.get(name) or 0.0 for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")]
     for fault, name, wanted in (
+        (not isinstance(coefficients[0], int | float), "moe_aux_loss_coeff", "one number"),
+        (not isinstance(coefficients[1], int | float), "moe_z_loss_coeff", "one number"),
         (not 1 <= topk <= experts, "moe_router_topk", f"from 1 to num_moe_experts={experts}"),
         # the weight of a single expert would be 1 whatever the router says, and Megatron does not take it
         (topk == 1 and not values.get("moe_router_pre_softmax"), "moe_router_topk", "above 1 without pre_softmax"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
+from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
@@ -207,7 +208,7 @@ class ExpManagerConfig:
 
 
 @dataclass
-class ModelOverrides(ExpertOverrides):
+class ModelOverrides(ExpertOverrides, LibraryKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -222,7 +223,7 @@ class ModelOverrides(ExpertOverrides):
     seed: int = 1234
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
-    activations_checkpoint_granularity: str | None = None  # selective (attention only) or full
+    activations_checkpoint_granularity: str | None = None  # selective (attention, norms, activation) or full
     activations_checkpoint_method: str | None = None  # uniform or block; with `full`
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
@@ -237,6 +238,7 @@ class ModelOverrides(ExpertOverrides):
         self.optim.check()
         self.peft.check()
         self.check_experts()
+        self.check_libraries()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -47,7 +47,7 @@ def page(runs: Sequence[Run], *, every_s: float | None = None) -> Iterator[str]:
 def _sets(runs: Sequence[Run]) -> dict[str, Any]:
     """Figures of all sets, by their number in the page; the histograms of a series share their bins."""
     own = [(number, sample_set) for number, run in enumerate(runs) for sample_set in run.sets]
-    bins = {}
+    bins: dict[int, list[Any]] = {}
     for series in {sample_set.series for _, sample_set in own}:
         members = [sample_set for _, sample_set in own if sample_set.series == series]
         found = histograms([member.columns.reward for member in members])

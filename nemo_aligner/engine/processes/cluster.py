@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, multiplies_bf16
+from nemo_aligner.engine.processes.watch import watching
 from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,9 @@ def start_cluster(
             torch.manual_seed(seed)
         else:
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield MegatronCluster(device)
+        cluster = MegatronCluster(device)
+        with watching(cluster):
+            yield cluster
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
