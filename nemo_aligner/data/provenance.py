@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,10 +34,10 @@ def write_provenance(
     *,
     config: Any,
     archive: str | Mapping[str, str] | None,
-    inputs: Sequence[str],
+    inputs: Iterable[tuple[str, str]],
     counts: Mapping[str, Any],
 ) -> None:
-    """Write `<output_file>.meta.json`: config, seed, versions, input hashes, counts, and the hash of the archive.
+    """Write `<output_file>.meta.json`: config, seed, versions, `inputs` (path, hash), counts, hash of the archive.
 
     `archive` is null where there was no model, hashes by path where there were several.
     """
@@ -47,7 +47,7 @@ def write_provenance(
         "archive_sha256": archive,
         "seed": settings.get("seed"),
         "config": settings,
-        "inputs_sha256": {path: file_sum(path) for path in inputs},
+        "inputs_sha256": dict(inputs),
         "output_sha256": file_sum(output_file),
         "counts": dict(counts),
         "versions": _versions(),

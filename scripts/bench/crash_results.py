@@ -107,7 +107,7 @@ def _read(path: Path) -> Iterator[tuple[str, Iterable[str]]]:
         yield path.name, (_without(json.loads(line), "timers/") for line in path.read_text().splitlines())
     elif path.name == "iterations.jsonl":
         yield path.name, (_without(json.loads(line), "seconds/") for line in path.read_text().splitlines())
-    elif path.name.endswith(".meta.json"):
+    elif path.name.endswith(".meta.json") or path.name == "run.json":
         yield path.name, [_provenance(json.loads(path.read_text()))]
     elif path.name == "seconds.log":  # a stage that was begun twice took the time of both
         yield path.name, []
@@ -121,8 +121,8 @@ def _without(row: dict[str, Any], prefix: str) -> str:
 
 
 def _provenance(meta: dict[str, Any]) -> str:
-    del meta["created"], meta["config"]["trainer"]["devices"]
-    return json.dumps(meta)
+    del meta["config"]["trainer"]["devices"]
+    return json.dumps({name: value for name, value in meta.items() if name not in ("created", "started")})
 
 
 def _events(path: Path) -> Iterator[str]:

@@ -32,6 +32,7 @@ from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
     check_template,
+    data_fingerprint,
     open_rows,
     start_cluster,
     tell_empty,
@@ -122,7 +123,8 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, funct
         archives = (*cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
         hashes = {path: archive_hash(path) for path in archives if path is not None}
         counts = {"prompts": len(rows), "samples": cfg.data.n * len(rows)}
-        write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=cfg.data.file_names, counts=counts)
+        inputs = data_fingerprint(cfg.data)["data"]
+        write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=inputs, counts=counts)
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:

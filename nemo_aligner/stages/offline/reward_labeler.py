@@ -176,9 +176,8 @@ def finish(
 ) -> None:
     """Rewards → standardised → processed → output file, rows in the order of the input."""
     keys, plan = keys_of(cfg), cfg.reward_plan
-    judgements = [judgement_of(row, plan.weights) for _, row in journal.merged()]
+    judgements = [judgement_of(row, plan.weights) for _, row in journal.merged(len(chunk))]
     rewards = [math.nan if judgement.reward is None else judgement.reward for judgement in judgements]
-    assert len(rewards) == len(chunk), "every row is scored once"
     if not plan.functions:
         for position, reward in zip(chunk, rewards, strict=True):
             if math.isnan(reward):
@@ -210,7 +209,7 @@ def finish(
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
-    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )

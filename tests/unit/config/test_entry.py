@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ class Script:
         out, self.said = self._capsys.readouterr()
         assert "Traceback" not in out + self.said
         return status, (given or [None])[0]
+
+
+def test_what_the_disk_says_of_itself_is_one_line_and_other_faults_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/some/file")
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        raise fault
+    assert leaving.value.code == 1
+    assert capsys.readouterr().err == "error: /tmp/some/file: No space left on device\n"
+    with pytest.raises(ConnectionRefusedError), one_line_errors():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
 
 @pytest.fixture

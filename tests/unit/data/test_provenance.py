@@ -17,7 +17,7 @@ def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: 
     output.write_text("Ünicode")
     cfg = SamplerConfig(gpt_model_file="m.nemo", output_file=str(output), seed=7)
     cfg.data.file_names, cfg.data.prompt_template = [str(prompts)], "é{input}"
-    write_provenance(output, config=cfg, archive="abc", inputs=[str(prompts)], counts={"rows": 3})
+    write_provenance(output, config=cfg, archive="abc", inputs=[(str(prompts), file_sum(prompts))], counts={"rows": 3})
     text = (tmp_path / "out.jsonl.meta.json").read_text()
     found = json.loads(text)
     assert found["archive_sha256"] == "abc"

@@ -18,6 +18,7 @@ from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_folder import write_hf_folder
 from nemo_aligner.engine.checkpoints.nemo_archive import save_archive
 from nemo_aligner.engine.checkpoints.tokenizer import FastTokenizer, byte_tokenizer
+from nemo_aligner.engine.interfaces import Response
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
@@ -49,11 +50,11 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def sampled(inputs: Path, out: Path) -> None:
+def sampled(inputs: Path, out: Path, policy: EchoPolicy | None = None) -> None:
     cfg = test_random_sampler.config(inputs)
     cfg.output_file, cfg.checkpoint_interval = str(out / "out.jsonl"), 1
     with sole_owner(lock_of(cfg.output_file)):
-        sample(cfg, open_rows(cfg.data, {"input": "data.input_key"}), EchoPolicy(), OneProcess())  # type: ignore[arg-type]
+        sample(cfg, open_rows(cfg.data, {"input": "data.input_key"}), policy or EchoPolicy(), OneProcess())  # type: ignore[arg-type]
 
 
 def labeled(inputs: Path, out: Path) -> None:
@@ -196,6 +197,47 @@ def test_a_disk_that_refuses_any_change_is_one_line_and_the_next_run_has_the_sam
         write(out)
         assert files(out) == wanted, f"after the disk refused change {at}"
     assert at > 3, "it changes more than that"
+
+
+class Removing(EchoPolicy):
+    """Somebody removes `path` after the first three responses are flushed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def generate(self, *arguments: Any) -> Iterator[Response]:
+        for number, response in enumerate(super().generate(*arguments), 1):
+            if number == 5:
+                shutil.rmtree(self._path) if self._path.is_dir() else self._path.unlink()
+            yield response
+
+
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        ("inputs/prompts.jsonl", None),
+        ("out/out.jsonl_temp", "cannot write {out}/out.jsonl_temp/rank_0.json: No such file or directory"),
+        ("out/out.jsonl_temp/rank_0.json", "{out}/out.jsonl_temp: 3 of 15 rows are not there any more"),
+        ("out/out.jsonl_temp/fingerprint.json", None),
+    ],
+)
+def test_what_somebody_removes_during_a_run_is_not_missed_or_named_and_the_next_run_has_the_same_result(
+    tmp_path: Path, removed: str, says: str | None
+) -> None:
+    for name in ("inputs", "whole", "out"):
+        (tmp_path / name).mkdir()
+    sampled(tmp_path / "inputs", tmp_path / "whole")
+    out, policy = tmp_path / "out", Removing(tmp_path / removed)
+    if says is None:
+        sampled(tmp_path / "inputs", out, policy)
+    else:
+        with pytest.raises(OutputError) as fault:
+            sampled(tmp_path / "inputs", out, policy)
+        assert str(fault.value).startswith(says.format(out=out))
+        assert not (out / "out.jsonl").exists()
+        sampled(tmp_path / "inputs", out)
+    assert (out / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.checksums import write_sums
+from nemo_aligner.checksums import file_sum, write_sums
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
@@ -38,7 +38,11 @@ def results(tmp_path: Path, archives: Archives) -> Path:
     write_jsonl(folder / "out.jsonl", rows)
     counts = {"rows": 3}
     write_provenance(
-        folder / "out.jsonl", config=LabelerConfig(), archive="", inputs=[f"{folder}/in.jsonl"], counts=counts
+        folder / "out.jsonl",
+        config=LabelerConfig(),
+        archive="",
+        inputs=[(f"{folder}/in.jsonl", file_sum(folder / "in.jsonl"))],
+        counts=counts,
     )
     journal = Journal(folder / "out.jsonl", {"seed": 1}, OneProcess())
     for index in range(3):
@@ -90,7 +94,7 @@ DAMAGE = [
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", flipped, "shards/x: not as it was saved, by SHA256SUMS"),
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", doubled, "shards/x: not as it was saved: it has 14 bytes"),
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", Path.unlink, "shards/x: not as it was saved: it is missing"),
-    ("checkpoints/step=3/state.json", "checkpoints/step=3", opened_only, "not a complete checkpoint"),
+    ("checkpoints/step=3/state.json", "checkpoints/step=3", opened_only, "state.json: cannot be read"),
     ("extracted/tokenizer.json", "extracted", flipped, "tokenizer.json: not as it was saved, by SHA256SUMS"),
     ("in.jsonl", "in.jsonl", lambda path: path.write_text('{"input": 1'), "in.jsonl:1: not valid JSON"),
     ("out.jsonl", "out.jsonl", lambda path: path.write_text("{}\n"), "not what out.jsonl.meta.json says was written"),
