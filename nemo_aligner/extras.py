@@ -10,6 +10,8 @@ EXTRAS = {
     "server": ("pytriton", "aiohttp", "fastapi", "uvicorn"),
     "trackers": ("mlflow", "wandb"),
     "hf": ("gguf", "huggingface_hub"),
+    "json": ("jsonschema",),
+    "math": ("math_verify",),
 }
 """Modules of each extra that has modules of its own here."""
 

@@ -31,6 +31,10 @@ def find_browser() -> str:
     return found
 
 
+class NavigatedError(Exception):
+    """The page that a command was for has gone."""
+
+
 class Page:
     """One tab."""
 
@@ -54,6 +58,8 @@ class Page:
         while True:
             answer = self._read()
             if answer.get("id") == self._count:
+                if "error" in answer and "navigated" in answer["error"]["message"]:
+                    raise NavigatedError(method)
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
@@ -99,7 +105,10 @@ class Page:
 
     def wait(self, condition: str, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
-        while not self.do(f"Boolean({condition})"):
+        while True:
+            with contextlib.suppress(NavigatedError):  # the next page is asked
+                if self.do(f"Boolean({condition})"):
+                    return
             assert time.monotonic() < end, f"not so after {seconds} s: {condition}; {self.faults}"
             time.sleep(0.02)
 

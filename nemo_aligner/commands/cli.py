@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 COMMANDS = {
@@ -50,7 +50,7 @@ def main() -> None:
         lines = (f"  {command:{width}}  {summary(module)}" for command, module in COMMANDS.items())
         print(_USAGE.format(commands="\n".join(lines)))
     elif name == "--version":
-        print(f"nemo-aligner {version('nemo-aligner')}")
+        print(f"nemo-aligner {_version()}")
     elif name in _COMPLETION:
         _complete(rest)
     elif name in COMMANDS:
@@ -69,6 +69,13 @@ def summary(module: str) -> str:
     assert spec.origin is not None
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0].rstrip(".")
+
+
+def _version() -> str:
+    try:
+        return version("nemo-aligner")
+    except PackageNotFoundError:
+        return "of a checkout, not installed"
 
 
 def _start(command: str, program: str, arguments: Sequence[str]) -> None:

@@ -101,8 +101,8 @@ def prompt_text(row: Row, keys: Keys) -> str | None:
 def columns_of(rows: Iterable[Row], keys: Keys, limit: int = ROWS) -> tuple[Columns, int]:
     """The columns of `rows`, and how many samples there were; rows that are no samples do not count.
 
-    Fields that no row has a value for are left out. Rewards of several sources are the fields `<reward key>_<name>`
-    (see `records.part_name`).
+    Fields that no row has a value for are left out. Rewards of several sources are the fields `<reward key>_<name>`, as
+    `records.part_name` has them.
     """
     found = Columns()
     places: dict[str, int] = {}

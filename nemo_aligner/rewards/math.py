@@ -6,10 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_aligner.extras import install
+
 try:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 except ImportError as fault:
-    raise ImportError(f"{fault}; it comes with the extra [math]: pip install nemo-aligner[math]") from None
+    raise ImportError(f"{fault}; {install('math')}") from None
 
 # it warns of having no limits of its own: those of the process are for the whole of a response
 logging.getLogger("math_verify").setLevel(logging.ERROR)

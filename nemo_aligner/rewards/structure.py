@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_aligner.extras import install
+
 try:
     from jsonschema.validators import validator_for
     from referencing import Registry
 except ImportError as fault:
-    raise ImportError(f"{fault}; it comes with the extra [json]: pip install nemo-aligner[json]") from None
+    raise ImportError(f"{fault}; {install('json')}") from None
 
 _FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import queue
 import secrets
@@ -24,12 +25,18 @@ import numpy as np
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
+    ARCHIVE,
     ERROR,
     EXCEEDED,
+    FIELDS,
     LENGTHS,
+    PARTS,
+    PROMPTS,
+    RESPONSES,
     REWARDS,
     SENTENCES,
     SERVER_FAILED,
@@ -40,6 +47,7 @@ from nemo_aligner.servers.wire import (
     answer,
     refusal,
 )
+from nemo_aligner.servers.wire import told as told_of
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +55,8 @@ _FOLDER = "nemo_aligner_server_"  # and the number of the process
 _SHARED_MEMORY, _SEGMENT = Path("/dev/shm"), "pytrtion"  # so PyTriton spells what it begins names with, and the number
 
 Score = Callable[[list[list[int]]], list[float]]
+Judge = Callable[[list[Candidate], list[list[int]]], list[Judgement]]
+"""What several sources say of candidates, whose tokens are the rows."""
 
 
 class MainThread:
@@ -78,12 +88,12 @@ class MainThread:
 
 
 def answer_requests(
-    requests: Sequence[Mapping[str, np.ndarray]], reader: RequestReader, score: Score
+    requests: Sequence[Mapping[str, np.ndarray]], reader: RequestReader, score: Score, judge: Judge | None = None
 ) -> list[dict[str, np.ndarray]]:
     """The answers to requests that Triton put into one batch, all scored together.
 
     What cannot be scored costs nothing else in the batch its reward: it has none, and says why. A fault in scoring is
-    for the server's own log; clients hear that there was one.
+    for the server's own log; clients hear that there was one. With `judge`, answers tell what each source says too.
     """
     texts: list[Texts | str] = []
     for request in requests:
@@ -95,20 +105,42 @@ def answer_requests(
     if told:
         log.warning("%d texts or requests refused: %s", len(told), told[0])
     rows = [row for found in texts if isinstance(found, Texts) for row in found.rows if row]
+    judgements: list[Judgement] = []
     try:
-        rewards = iter(score(rows) if rows else [])
-    except Exception:
-        return [refusal(SERVER_FAILED, request) for request in requests]
-    return [
-        refusal(found, request)
+        if judge is None:
+            rewards = iter(score(rows) if rows else [])
+        else:
+            read = [found for found in texts if isinstance(found, Texts)]
+            judgements = judge([c for t in read for c, row in zip(t.candidates, t.rows, strict=True) if row], rows)
+            rewards = iter([math.nan if j.reward is None else j.reward for j in judgements])
+    except Exception as fault:
+        log.error("scoring failed: %s", fault)
+        return [refusal(SERVER_FAILED, request, reader.archive) for request in requests]
+
+    def own(found: Texts) -> list[float]:
+        return list(itertools.islice(rewards, sum(map(bool, found.rows))))
+
+    answers = [
+        refusal(found, request, reader.archive)
         if isinstance(found, str)
-        else answer(list(itertools.islice(rewards, sum(map(bool, found.rows)))), found.exceeded, found.errors)
+        else answer(own(found), found.exceeded, found.errors, reader.archive)
         for request, found in zip(requests, texts, strict=True)
     ]
+    if judge is not None:
+        left = iter(judgements)
+        for outputs in answers:
+            parts = [b"" if error else told_of(next(left)) for error in outputs[ERROR][:, 0]]
+            outputs[PARTS] = np.array(parts, dtype=object).reshape(-1, 1)
+    return answers
 
 
 def serve(
-    config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None], token: str | None = None
+    config: ServingConfig,
+    reader: RequestReader,
+    score: Score,
+    run: Callable[[], None],
+    token: str | None = None,
+    judge: Judge | None = None,
 ) -> None:
     """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError."""
     find_shared_python()
@@ -121,8 +153,9 @@ def serve(
     from nemo_aligner.servers.gate import Gate, roomy_stacks
 
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
-        return answer_requests([request.data for request in requests], reader, score)
+        return answer_requests([request.data for request in requests], reader, score, judge)
 
+    more_inputs, more_outputs = ((), ()) if judge is None else ((PROMPTS, RESPONSES, FIELDS), (PARTS,))
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     root = scratch_root()
@@ -152,11 +185,14 @@ def serve(
                 Tensor(name=TOKENS, dtype=np.int64, shape=(-1,), optional=True),
                 Tensor(name=LENGTHS, dtype=np.int64, shape=(-1,), optional=True),
                 Tensor(name=ADD_EOS, dtype=np.bool_, shape=(-1,), optional=True),
+                *(Tensor(name=name, dtype=bytes, shape=(-1,), optional=True) for name in more_inputs),
             ],
             outputs=[
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
                 Tensor(name=ERROR, dtype=bytes, shape=(1,)),
+                Tensor(name=ARCHIVE, dtype=bytes, shape=(1,)),
+                *(Tensor(name=name, dtype=bytes, shape=(1,)) for name in more_outputs),
             ],
             config=ModelConfig(
                 max_batch_size=config.max_batch_size,
@@ -169,6 +205,7 @@ def serve(
             "inference.port",
             token=token,
             max_bytes=config.max_request_bytes,
+            max_requests=config.max_concurrent_requests,
             host_key="inference.ip",
             model=config.model_name,
         )

@@ -67,7 +67,15 @@ def all_but(*own: str) -> Callable[[Row], Row]:
     return lambda row: {name: value for name, value in row.items() if name not in own}
 
 
-class ModelSource:
+class _AtOnce:
+    """A source that answers while it is asked."""
+
+    def hurry(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ModelSource(_AtOnce):
     """Implements interfaces.Source: a reward model of this process, asked by all ranks of a replica together."""
 
     def __init__(self, model: RewardModel, data: OfflineDataConfig) -> None:
@@ -86,32 +94,26 @@ class ModelSource:
         """Say what was cut."""
         self._encoder.report()
 
-    def hurry(self) -> None: ...
 
-    def close(self) -> None: ...
+class RowsSource(_AtOnce):
+    """Implements interfaces.Source: a reward model that is asked for the rewards of `rows`, the candidates' tokens."""
 
+    def __init__(self, score: Callable[[list[list[int]]], list[float]], rows: list[list[int]]) -> None:
+        self._score, self._rows = score, rows
 
-def _outcome(score: float) -> Outcome:
-    return Outcome(None, "the reward model gave NaN") if math.isnan(score) else Outcome(score)
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
+        assert len(candidates) == len(self._rows), "a row each"
+        return _known([_outcome(score) for score in self._score(self._rows)] if self._rows else [])
 
 
 class ServedSource:
-    """Implements interfaces.Source: a reward server. It is not closed here, as it is waited for before."""
+    """Implements interfaces.Source: a reward server, which has been waited for."""
 
     def __init__(self, client: RewardClient) -> None:
         self._client = client
 
     def submit(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
-        answer: Future[list[Outcome]] = Future()
-
-        def arrived(scores: Future[list[float]]) -> None:
-            try:
-                answer.set_result([Outcome(score) for score in scores.result()])
-            except BaseException as fault:  # CancelledError too
-                answer.set_exception(fault)
-
-        self._client.submit([c.prompt + c.response for c in candidates]).add_done_callback(arrived)
-        return answer
+        return self._client.judge(candidates)
 
     def hurry(self) -> None:
         self._client.hurry()
@@ -120,15 +122,15 @@ class ServedSource:
         self._client.close()
 
 
-class Silent:
+class Silent(_AtOnce):
     """Implements interfaces.Source for ranks whose rewards nobody asks for."""
 
     def submit(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         return _known([Outcome(None) for _ in candidates])
 
-    def hurry(self) -> None: ...
 
-    def close(self) -> None: ...
+def _outcome(score: float) -> Outcome:
+    return Outcome(None, "the reward model gave NaN") if math.isnan(score) else Outcome(score)
 
 
 def _known(outcomes: list[Outcome]) -> Future[list[Any]]:

@@ -161,7 +161,7 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
     assert list((tmp_path / "whole/tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("method", [[], ["--reinforce"]])
+@pytest.mark.parametrize("method", [[], ["--reinforce"], ["--math"]])
 def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> None:
     done = run("bash", "scripts/quickstart.sh", "--tiny", *method, QUICKSTART_DIR=str(tmp_path))
     assert done.stdout.splitlines()[-1].endswith(f"look at {tmp_path}/report.html")
@@ -171,7 +171,7 @@ def test_the_tiny_quickstart_runs_through(tmp_path: Path, method: list[str]) -> 
     assert keys <= summary.keys()
     assert summary["kl_after"] > 0
     assert summary["iterations"][0]["kl"] == pytest.approx(0.0, abs=1e-3)
-    assert len(summary["iterations"]) == (3 if method else 4)
+    assert len(summary["iterations"]) == {"": 4, "--reinforce": 3, "--math": 2}["".join(method)]
     assert (tmp_path / "reward.png").stat().st_size > 5000
     assert "- after" in (tmp_path / "samples.md").read_text()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_aligner.checksums import file_sum
 from tests.functional.conftest import Workshop, run
 from tests.functional.test_commands import LABELER, SAMPLER, SFT
 
@@ -101,6 +102,8 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
         "inference.tokens_to_generate=6", "data.hf_dataset=False", f"output_file={tmp_path}/figures.json",
     )  # fmt: skip
     first, second = json.loads((tmp_path / "figures.json").read_text())
+    hashes = json.loads((tmp_path / "figures.json.meta.json").read_text())["archive_sha256"]
+    assert hashes[str(policy)] == hashes[str(again)] == file_sum(policy)
     samples = lines(tmp_path / "figures.json.sft_model.jsonl")
     judged = tmp_path / "judged.jsonl"
     judged.write_text("".join(json.dumps({"input": r["input"], "output": r["output"]}) + "\n" for r in samples))

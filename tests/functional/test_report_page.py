@@ -144,6 +144,21 @@ def test_two_runs_are_compared_on_the_same_prompts(page: Page, loop: Path, tmp_p
     assert page.do("document.querySelectorAll('#setup-tables tbody tr:not(.differs)').length") == 0
 
 
+def test_a_page_of_a_run_that_goes_on_loads_itself_again_and_stays_as_it_was(page: Page, tmp_path: Path) -> None:
+    make_loop(tmp_path)
+    cli.write([tmp_path], tmp_path / "page.html", samples=1000, every_s=5)
+    page.open(tmp_path / "page.html", "samples")
+    page.click("[data-key=mean][data-down=yes]")
+    page.click(".entry .line")
+    unfolded = page.on(".entry.open .prompt", "own => own.textContent")
+    page.do("document.activeElement.blur()")
+    page.do("window.wasHere = true")
+    page.wait("window.wasHere === undefined && document.documentElement?.dataset.ready === 'yes'")
+    assert page.on(".entry.open .prompt", "own => own.textContent") == unfolded
+    assert page.on("[data-key=mean][data-down=yes]", "own => own.getAttribute('aria-pressed')") == "true"
+    assert not page.do("document.querySelector('#samples').hidden")
+
+
 def test_what_a_sample_holds_is_shown_as_text_and_runs_nothing(page: Page, tmp_path: Path) -> None:
     rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, f"reward_{NASTY}": 1.0} for row in samples(1, 2)]
     write_rows(tmp_path / "iterations" / "0.jsonl", rows)

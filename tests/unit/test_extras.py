@@ -12,7 +12,11 @@ from nemo_aligner import extras
 from nemo_aligner.errors import MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = {"pytriton": "nvidia-pytriton", "mlflow": "mlflow-skinny"}
+PACKAGE = {
+    "pytriton": "nvidia-pytriton",
+    "mlflow": "mlflow-skinny",
+    "math_verify": "math-verify[antlr4_9_3]",
+}
 
 
 def test_every_module_comes_with_its_extra() -> None:

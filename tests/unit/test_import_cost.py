@@ -99,6 +99,13 @@ FAULTS = [
     (SAMPLER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "processor=best", "processor: 'best'"),
+    (
+        LABELER,
+        "reward_function=a:b",
+        "gpt_model_file: {judge} would give no reward",
+    ),
+    (ACTOR, "reward_function=no_such:f", "no_such:f cannot be used: ModuleNotFoundError"),
+    (ACTOR, "reward_function=nemo_aligner.rewards.text:exact_match", "{rows}:1: no field 'answer', which reward"),
     (EVALUATION, "data.file_names=[{folder}/absent]", ABSENT),
     (EVALUATION, "policy_files=[{policy},{folder}/absent]", "policy_files=" + ABSENT),
     (EVALUATION, "initial_policy_file={folder}/absent", "initial_policy_file=" + ABSENT),

@@ -3,7 +3,8 @@
 #
 # Settings come from the environment:
 #   TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED            iterations, prompts per iteration, base seed
-#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo
+#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo (none where
+#                                                     LABELER_ARGS has a reward_function that needs none)
 #   RESULT_PATH                                       everything this script writes, unless said otherwise below
 #   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
 #   ITER_LOG_PATH                                     holds the number of finished iterations
@@ -30,7 +31,10 @@ if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$P
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
 : "${KEEP_SAMPLES:=256}"
 : "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
-: "${REWARD_MODEL_PATH:?the reward model, a .nemo file}" "${RESULT_PATH:?a folder for results}"
+: "${RESULT_PATH:?a folder for results}"
+if [[ ${LABELER_ARGS:-} != *reward_function=* ]]; then
+  : "${REWARD_MODEL_PATH:?the reward model, a .nemo file, or reward_function=... in LABELER_ARGS}"
+fi
 : "${GENERATE_SAMPLES_PATH:=$RESULT_PATH/generated_samples.jsonl}"
 : "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
 : "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
@@ -108,7 +112,7 @@ improve() {
   fi
   if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
     run_stage label -m nemo_aligner label \
-      gpt_model_file="$REWARD_MODEL_PATH" \
+      ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
       data.file_names="[$GENERATE_SAMPLES_PATH]" \
       data.concat_sampling_probabilities=[1] \
       processor="$PROCESSOR" \

@@ -105,6 +105,13 @@ def test_a_number_that_makes_no_sense_is_refused(tmp_path: Path, given: list[str
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_fault_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path / "absent")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: no such folder\n"
+
+
 def test_a_folder_without_results_leaves_no_page(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no results"):
         cli.run([str(tmp_path)])

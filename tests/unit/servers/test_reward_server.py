@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sysconfig
@@ -16,6 +17,7 @@ import pytest
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.servers import reward_server
 from nemo_aligner.servers.reward_server import (
     Heartbeat,
@@ -64,6 +66,30 @@ def test_what_is_refused_costs_nothing_else_its_reward_and_says_why() -> None:
     assert found[1]["error"].tolist() == [[b""], [b"sentences: row 1 is empty"]]
     assert np.isnan(found[2]["rewards"]).all()
     assert found[2]["error"].tolist() == [[b"sentences: shape [2, 2] is not [B, 1]"]] * 2
+
+
+def test_with_functions_each_answer_tells_what_each_source_says_of_its_own_row() -> None:
+    reader = RequestReader(ByteTokenizer(), 8, 258, False, 100, lambda fields: None)
+
+    def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
+        assert [list((c.prompt + c.response).encode()) for c in candidates] == rows
+        known = [None if c.response == "?" else float(c.fields["n"]) for c in candidates]
+        return [Judgement(reward, {"n": reward}) for reward in known]
+
+    def request(*rows: tuple[bytes, bytes, bytes]) -> dict[str, np.ndarray]:
+        names = ("prompts", "responses", "fields")
+        return {name: np.array([[row[i]] for row in rows], dtype=object) for i, name in enumerate(names)}
+
+    first = request((b"p", b"a", b'{"n": 1}'), (b"p", b"?", b""), (b"", b"", b""))
+    found = answer_requests([first, request((b"q", b"b", b'{"n": 2}'))], reader, length, judge)
+    assert [json.loads(raw or b"null") for raw in found[0]["parts"][:, 0]] == [
+        {"reward": 1.0, "parts": {"n": 1.0}, "failed": []},
+        {"reward": None, "parts": {"n": None}, "failed": []},
+        None,
+    ]
+    assert found[0]["error"][:, 0].tolist() == [b"", b"", b"responses: row 2 is empty"]
+    assert (found[0]["rewards"][0, 0], found[1]["rewards"].tolist()) == (1.0, [[2.0]])
+    assert np.isnan(found[0]["rewards"][1:]).all()
 
 
 def test_of_a_fault_in_scoring_clients_hear_that_there_was_one_and_nothing_of_its_insides() -> None:
@@ -200,6 +226,7 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
             ("rewards", np.float32, (1,), False),
             ("exceeded", np.int32, (1,), False),
             ("error", bytes, (1,), False),
+            ("archive", bytes, (1,), False),
         ]
         found = triton.ask(sentences(b"abc"), sentences(b"a"))
         assert [answer["rewards"].tolist() for answer in found] == [[[3.0]], [[1.0]]]
