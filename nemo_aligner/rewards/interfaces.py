@@ -61,3 +61,12 @@ class Rewarder(Protocol):
     def hurry(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class ServedModel(Protocol):
+    """A reward model behind a server, such as servers.reward_client.RewardClient.
+
+    `archive` is the sha256 of its archive, as far as it is known; once it is, rewards of another are refused.
+    """
+
+    archive: str | None

@@ -12,8 +12,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from generation import ROOT, make_models
@@ -50,23 +52,35 @@ def one_round(policy: MegatronPolicy, step: Callable[[], object], folder: Path, 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=["llama_24m", "smollm2"], default="llama_24m")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
 
+
+@contextmanager
+def with_policy(args: argparse.Namespace, **sizes: Any) -> Iterator[MegatronPolicy]:
+    """The model of the arguments, ready to be trained; `sizes` are keys of `model`."""
     torch.set_num_threads(args.threads)
     folder = ROOT / "results" / "bench" / args.model
     folder.mkdir(parents=True, exist_ok=True)
     make_models(args.model, folder)
     path, precision = str(folder / "model.nemo"), DTYPES[args.dtype]
     trainer = TrainerConfig(accelerator="cpu", precision=precision)
-    with start_for_archive(trainer, path, key="--model", seed=1) as cluster, tempfile.TemporaryDirectory() as place:
-        policy = load_policy_for_training(ModelOverrides(restore_from_path=path, precision=precision), trainer, cluster)
+    overrides = ModelOverrides(restore_from_path=path, precision=precision, **sizes)
+    with start_for_archive(trainer, path, key="--model", seed=1) as cluster:
+        policy = load_policy_for_training(overrides, trainer, cluster)
         policy.add_optimizer(OptimConfig(), clip_grad=1.0, max_steps=1000)
+        yield policy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+
+    with with_policy(args) as policy, tempfile.TemporaryDirectory() as place:
         examples = [Example((list(range(100, 228)),), ([0] + [1] * 127,)) for _ in range(4)]
         batch = microbatches(examples, range(4), size=4, dp_rank=0, dp_size=1, pad_id=0)
 

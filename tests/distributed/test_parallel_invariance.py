@@ -56,7 +56,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "TP 2, sequence parallel": {"sequence_parallel": True},
     "PP 2, recomputed": RECOMPUTED,
     "TP 2, PP 2": {"sequence_parallel": True},
-    "TP 2, DP 2": {"sequence_parallel": True},
+    "TP 2, DP 2": {"sequence_parallel": True, "activations_checkpoint_granularity": "selective"},
     "CP 2, TP 2": {"sequence_parallel": True},
     "CP 2, PP 2": RECOMPUTED,
 }

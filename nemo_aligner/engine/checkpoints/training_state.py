@@ -149,7 +149,8 @@ class Saving:
             sums: dict[str, str] = {}
             with together(self._cluster), writing(self._folder):
                 sums = self._sums.result()
-            end_save(self._planned, self._partial / "shards")
+            with together(self._cluster), writing(self._folder):
+                end_save(self._planned, self._partial / "shards")
             known = {name: each for part in self._cluster.gather_ranks(sums) for name, each in part.items()}
             with together(self._cluster), writing(self._folder):
                 if self._cluster.is_main:

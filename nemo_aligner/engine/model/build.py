@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +25,7 @@ from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.engine.model.experts import RouterLosses, expert_settings, expert_spec
-from nemo_aligner.engine.model.fused import FusedRMSNorm, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
 from nemo_aligner.engine.model.libraries import Libraries
 from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
@@ -96,12 +97,12 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _recomputation(run: RunOptions) -> dict[str, Any]:
-    """`model.activations_checkpoint_*`: selective = attention only (method not used), full = whole layers."""
+    """`model.activations_checkpoint_*`: selective = all but products of matrices, full = whole layers."""
     granularity, method = run.activations_checkpoint_granularity, run.activations_checkpoint_method
     if granularity is None:
         return {}
     if granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
     if granularity != "full":
         raise ConfigError(
             f"{granularity!r} is not one of selective, full, null", "model.activations_checkpoint_granularity"
@@ -186,6 +187,16 @@ class _SelfAttention(StreamSelfAttention):
         super().__init__(config, *args, **kwargs)
 
 
+def _lean(submodules: MLPSubmodules) -> type[LeanMLP]:
+    """As a class of its own: of a specification Megatron would say that it does not know its module."""
+
+    class Lean(LeanMLP):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config, submodules)
+
+    return Lean
+
+
 def _block_spec(
     arch: Architecture, config: TransformerConfig, losses: RouterLosses, libraries: Libraries
 ) -> TransformerBlockSubmodules:
@@ -217,6 +228,8 @@ def _block_spec(
     )
     if config.use_te_activation_func:
         spec.submodules.mlp.submodules.activation_func = silu_gate
+    if config.recompute_granularity == "selective" and not libraries.transformer_engine:
+        spec.submodules.mlp = _lean(spec.submodules.mlp.submodules)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
@@ -246,8 +259,8 @@ class StreamGPTModel(GPTModel):
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
         if rotary is not None and packed_seq_params is not None:
             rotary = rotary[packed_seq_params.positions]
-        if self.adapters is not None and embedded is not None and self.config.recompute_granularity == "full":
-            # a recomputed layer has a gradient only where its input has one, and a frozen embedding has none
+        if self.adapters is not None and embedded is not None and self.config.recompute_granularity is not None:
+            # what is recomputed has a gradient only where its input has one, and a frozen embedding has none
             embedded.requires_grad_(torch.is_grad_enabled())
         return embedded, rotary, *more
 

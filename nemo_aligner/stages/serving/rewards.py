@@ -74,7 +74,7 @@ def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) 
     from nemo_aligner.servers.wire import RequestReader
 
     largest = cfg.inference.max_text_bytes
-    reader = RequestReader(Bytes(), largest + 1, 256, False, largest, functions.check_fields)
+    reader = RequestReader(Bytes(), largest + 1, 256, False, largest, check_fields=functions.check_fields)
 
     def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
         return functions_alone.submit(candidates).result()
@@ -140,6 +140,7 @@ def talk_to_clients(
         model.vocab_size,
         model.append_eod,
         serving.max_text_bytes,
+        model.archive_hash(),
         None if functions is None else functions.check_fields,
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)

@@ -187,8 +187,12 @@ def test_nobody_waits_for_a_function_once_told_to_stop(rude: Path, opened: list[
     functions.hurry()
     with pytest.raises(RewardError, match="told to stop"):
         answer.result(timeout=20)
+    quick = started(opened, rude)
+    quick.hurry()
+    assert judged(quick, "good", "a") == [Outcome(4.0), Outcome(1.0)], "those that come at once are waited for"
     functions.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
+    quick.close()
     assert not [child for child in psutil.Process(os.getpid()).children() if "rewards.worker" in str(child.cmdline())]
 
 

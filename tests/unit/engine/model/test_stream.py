@@ -126,15 +126,17 @@ def test_rewards_and_gradients_of_a_reward_model_are_those_of_plain_rows(shape: 
     check(model, batch, ranking_objective, plain_rewards, arch)
 
 
+@pytest.mark.parametrize("shape", ["grouped queries", "biases"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_gives_the_same_gradients(recompute: str) -> None:
-    batch = microbatch(0)
+def test_recomputation_gives_the_same_gradients(recompute: str, shape: str) -> None:
+    batch, arch = microbatch(0), SHAPES[shape]
 
     def found(**more: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = build_model(ARCH, RunOptions(**more))
-        run_objective(model, [batch], reinforce_objective, ARCH.vocab_size, forward_only=False)
-        return gradients(model)
+        model = build_model(arch, RunOptions(**more))
+        run_objective(model, [batch], reinforce_objective, arch.vocab_size, forward_only=False)
+        [outputs] = forward_outputs(model, [batch], arch.vocab_size)
+        return {**gradients(model), "outputs without a gradient": outputs}
 
     assert_same(found(activations_checkpoint_granularity=recompute, activations_checkpoint_method="uniform"), found())
 
