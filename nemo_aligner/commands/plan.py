@@ -15,7 +15,6 @@ import inspect
 import re
 import shutil
 import sys
-from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.entry import one_line_errors
@@ -23,6 +22,7 @@ from nemo_aligner.config.folders import model_shapes, shape_file
 from nemo_aligner.config.keys import Key
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.usage import explained
+from nemo_aligner.config.yaml_file import read_mapping
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.planning.plan import make_plan
@@ -32,25 +32,13 @@ from nemo_aligner.planning.report import report
 def shape_of(model: str) -> Architecture:
     """Of a shape, by its name or the path of its YAML, or of an archive. Raises ConfigError, CheckpointError."""
     if model.endswith((".yaml", ".yml")) or model in model_shapes():
-        return Architecture.from_nemo(_mapping(str(shape_file(model, "model")), "model"))
+        return Architecture.from_nemo(read_mapping(str(shape_file(model, "model")), "model"), f"model={model}")
     from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 
     arch = read_architecture(model, key="model")
     if not arch.vocab_size:  # archives of NeMo leave it to the tokenizer
         raise ConfigError(f"{model} does not say its vocab_size; give a YAML of its shape", "model")
     return arch
-
-
-def _mapping(path: str, key: str) -> dict[str, object]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as fault:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(fault).split())}", key) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a YAML mapping", key)
-    return content
 
 
 def plan_keys() -> list[Key]:
@@ -76,7 +64,7 @@ def main() -> None:
     config = load_config(given, PlanConfig)
     arch = shape_of(config.model)
     if config.run is not None:
-        run = OmegaConf.create(_mapping(config.run, "run"))
+        run = OmegaConf.create(read_mapping(config.run, "run"))
         config = of_run(config, run, arch)
     config, plan = make_plan(config, arch)
     print(report(config, plan))

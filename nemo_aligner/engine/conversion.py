@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.config.yaml_file import read_mapping
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import SHARD_BYTES, read_hf_folder, write_hf_folder
@@ -25,6 +24,7 @@ from nemo_aligner.engine.checkpoints.nemo_archive import (
     save_archive,
 )
 from nemo_aligner.engine.checkpoints.peft_folder import read_peft_folder, write_peft_folder
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
 from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
@@ -56,8 +56,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def random_checkpoint(shape: Path) -> Checkpoint:
-    """Random weights in the shape of a YAML such as those of conf/model, with the byte tokenizer."""
-    arch = Architecture.from_nemo({**yaml.safe_load(shape.read_text()), "tokenizer": BYTE_TOKENIZER})
+    """Random weights in the shape of a YAML such as those of conf/model, with the byte tokenizer.
+
+    Raises ConfigError, CheckpointError.
+    """
+    given = read_mapping(shape, "--random-init")
+    arch = Architecture.from_nemo({**given, "tokenizer": BYTE_TOKENIZER}, f"--random-init {shape}")
     return Checkpoint(arch, None, byte_tokenizer())
 
 
@@ -124,7 +128,7 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
-        with open_archive(base, cluster, key="--base") as opened:
+        with open_archive(base, cluster, key="--base") as opened, placed(f"--base {base}"):
             tokenizer = load_tokenizer(opened, arch)
         arch = replace(arch, vocab_size=arch.vocab_size or tokenizer.vocab_size)
         model = build_model(arch, RunOptions(dtype=parse_precision(precision), lora=lora))

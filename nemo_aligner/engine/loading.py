@@ -15,7 +15,9 @@ from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints.hf_settings import named
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.engine.model.build import RunOptions, activation_of, build_model, parse_precision
@@ -212,12 +214,13 @@ def _with_vocabulary(
     path: str | Path, folder: Path, arch: Architecture, key: str
 ) -> tuple[Architecture, ArchiveTokenizer]:
     """The shape with its vocabulary, which archives of NeMo leave to the tokenizer, and this tokenizer."""
-    tokenizer = load_tokenizer(folder, arch)
+    with placed(named(key, path)):
+        tokenizer = load_tokenizer(folder, arch)
     if not arch.vocab_size:
         arch = replace(arch, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > arch.vocab_size:
         raise CheckpointError(
-            f"{key}={path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
+            f"{named(key, path)}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
         )
     return arch, tokenizer
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
-from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, read_hf_architecture
+from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, writing
 from nemo_aligner.ranks import together
@@ -63,7 +63,8 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
         config = path / CONFIG
         if not config.is_file():
             raise CheckpointError(
-                f"{key}={path}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder (config.json)"
+                f"{named(key, path)}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder "
+                "(config.json)"
             )
         text = config.read_bytes()
     else:
@@ -74,13 +75,15 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as fault:
-        raise CheckpointError(f"{key}={path}: {CONFIG} is not valid YAML: {' '.join(str(fault).split())}") from None
+        raise CheckpointError(
+            f"{named(key, path)}: {CONFIG} is not valid YAML: {' '.join(str(fault).split())}"
+        ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{key}={path}: {CONFIG} is not a mapping")
+        raise CheckpointError(f"{named(key, path)}: {CONFIG} is not a mapping")
     try:
         return Architecture.from_nemo(content)
     except (CheckpointError, TypeError) as fault:
-        raise CheckpointError(f"{key}={path}: {fault}") from None
+        raise CheckpointError(f"{named(key, path)}: {fault}") from None
 
 
 def adapter_entry(lora: LoraTuning, base: Path, digest: str) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def base_of(path: str | Path, arch: Architecture, *, key: str) -> Path:
         if place.exists():
             return place
     raise CheckpointError(
-        f"{key}={path} is an adapter, and its base is not there: {stored} (put it beside the adapter, if it has moved)"
+        f"{named(key, path)} is an adapter, and its base is not there: {stored} (put it beside the adapter, if it has "
+        "moved)"
     )
 
 
@@ -109,20 +113,20 @@ def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluste
     assert arch.peft is not None, "a whole model has no base"
     with together(cluster):
         if cluster.is_main and archive_hash(base) != arch.peft["base"]["sha256"]:
-            raise CheckpointError(f"{key}={path} is an adapter of another archive than {base} as it is now")
+            raise CheckpointError(f"{named(key, path)} is an adapter of another archive than {base} as it is now")
 
 
 @contextmanager
 def open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
     if not path.exists():
-        raise CheckpointError(f"{key}={path}: no such file")
+        raise CheckpointError(f"{named(key, path)}: no such file")
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
     except (tarfile.TarError, EOFError) as fault:
-        raise CheckpointError(f"{key}={path}: not a .nemo archive, or truncated or corrupt ({fault})") from None
+        raise CheckpointError(f"{named(key, path)}: not a .nemo archive, or truncated or corrupt ({fault})") from None
     except PermissionError:
-        raise CheckpointError(f"{key}={path}: no permission to read it") from None
+        raise CheckpointError(f"{named(key, path)}: no permission to read it") from None
 
 
 def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
@@ -132,11 +136,13 @@ def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
         except KeyError:
             continue
         if member.size > _MOST_TEXT:
-            raise CheckpointError(f"{key}={path}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}")
+            raise CheckpointError(
+                f"{named(key, path)}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}"
+            )
         stream = tar.extractfile(member) if member.isfile() else None
         if stream is not None:
             return stream.read()
-    raise CheckpointError(f"{key}={path}: the archive has no {name}, so it is not a .nemo archive")
+    raise CheckpointError(f"{named(key, path)}: the archive has no {name}, so it is not a .nemo archive")
 
 
 @contextmanager
@@ -175,14 +181,16 @@ def _extract(path: Path, folder: Path, key: str) -> None:
             try:
                 tar.extract(member, folder, filter="data")
             except tarfile.FilterError as fault:
-                raise CheckpointError(f"{key}={path}: refused, {fault}") from None
+                raise CheckpointError(f"{named(key, path)}: refused, {fault}") from None
             except OSError as fault:
                 if isinstance(fault, tarfile.ReadError):
                     raise
-                raise CheckpointError(f"{key}={path}: cannot be extracted to {folder}: {fault}") from None
+                raise CheckpointError(f"{named(key, path)}: cannot be extracted to {folder}: {fault}") from None
     if not (folder / WEIGHTS).is_dir():
         found = "model_weights.ckpt" if (folder / "model_weights.ckpt").exists() else "nothing"
-        raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
+        raise CheckpointError(
+            f"{named(key, path)}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}"
+        )
 
 
 def checked_members(
@@ -207,7 +215,7 @@ def checked_members(
         elif name in names:
             fault = "is there twice"
         if fault is not None:
-            raise CheckpointError(f"{key}={path}: member {member.name!r} {fault}")
+            raise CheckpointError(f"{named(key, path)}: member {member.name!r} {fault}")
         names.add(name)
         if room is not None:
             room -= member.size
@@ -218,7 +226,7 @@ def _check_sums(path: Path, folder: Path, key: str) -> None:
     try:
         check_sums(folder)
     except CheckpointError as fault:
-        raise CheckpointError(f"{key}={path}: {fault}") from None
+        raise CheckpointError(f"{named(key, path)}: {fault}") from None
 
 
 def load_weights(
@@ -274,7 +282,7 @@ def _fill_from_hf(state: ShardedStateDict, folder: Path, tp: int, key: str) -> N
     try:
         fill(state, to_megatron(arch, tensors, padded_vocab_size(arch, tp)), PREFIX)
     except CheckpointError as fault:
-        raise CheckpointError(f"{key}={folder}: {fault}") from None
+        raise CheckpointError(f"{named(key, folder)}: {fault}") from None
 
 
 def whole_tensors(model: MegatronModule, folder: Path) -> LazyTensors:

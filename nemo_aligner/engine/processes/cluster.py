@@ -90,8 +90,6 @@ class MegatronCluster:
 
 
 def _pick_device(trainer: TrainerConfig) -> torch.device:
-    if trainer.accelerator not in ("auto", "gpu", "cuda", "cpu"):
-        raise ConfigError(f"{trainer.accelerator!r} is not one of auto, gpu, cpu", "trainer.accelerator")
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("gpu was asked for, but torch sees no CUDA device; use auto or cpu", "trainer.accelerator")
     if trainer.accelerator == "cpu" or not torch.cuda.is_available():

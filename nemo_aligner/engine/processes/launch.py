@@ -44,7 +44,8 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
     """
     wanted = trainer.devices * trainer.num_nodes
     if _has_rank():
-        _check_world(int(os.environ["WORLD_SIZE"]), trainer, "torchrun")
+        numbers = {name: _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+        _check_world(numbers["WORLD_SIZE"], trainer, "torchrun")
         _check_meeting_place()
         return
     if _is_slurm_task(trainer):
@@ -67,6 +68,14 @@ def is_rank_zero(trainer: TrainerConfig) -> bool:
     return not _is_slurm_task(trainer) or os.environ["SLURM_PROCID"] == "0"
 
 
+def _number(name: str) -> int:
+    """Of the environment. Raises LaunchError."""
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise LaunchError(f"${name}={value!r} is not a whole number; torchrun and srun set it, and nobody else should")
+    return int(value)
+
+
 def _has_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -74,7 +83,7 @@ def _has_rank() -> bool:
 def _is_slurm_task(trainer: TrainerConfig) -> bool:
     """Whether srun started this process as one of several of a run."""
     # a batch script has SLURM_NTASKS and SLURM_PROCID too; only a task that srun started is one of several
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
+    several = "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" in os.environ and _number("SLURM_NTASKS") > 1
     return several and trainer.devices * trainer.num_nodes > 1
 
 
@@ -99,12 +108,12 @@ def _check_meeting_place() -> None:
 
 def _from_slurm(trainer: TrainerConfig) -> None:
     env = os.environ
-    world = int(env["SLURM_NTASKS"])
+    world = _number("SLURM_NTASKS")
     _check_world(world, trainer, "srun")
     one_node = env.get("SLURM_STEP_NUM_NODES", "") == "1"
     address = "127.0.0.1" if one_node else _first_address(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000  # the same on every task without talking
-    _be_rank(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), address, port)
+    _be_rank(_number("SLURM_PROCID"), world, _number("SLURM_LOCALID"), address, port)
 
 
 def _first_address(nodelist: str) -> str:
