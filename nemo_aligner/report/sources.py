@@ -155,7 +155,9 @@ class _Reader:
                     for journal in sorted(path.with_name(f"{name}{JOURNAL}").glob("rank_*.json"))
                     for line in whole_lines(journal)
                 }
-                found.append(_Output(path, meta if isinstance(meta, dict) else {}, entries))
+                output = _Output(path, meta if isinstance(meta, dict) else {}, entries)
+                if "policy_files" not in output.config:  # an evaluation's are figures
+                    found.append(output)
             except (OSError, ValueError, KeyError, TypeError) as fault:
                 self._fault(path, fault)
         return found
