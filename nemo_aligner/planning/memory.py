@@ -206,7 +206,7 @@ def _attending(arch: Architecture, layout: Layout, work: Work) -> int:
 def _recomputed_at_once(arch: Architecture, layout: Layout, work: Work) -> int:
     """Bytes a token of a layer's attention, or of its activation and a norm, which are there twice for a moment."""
     feed_forward = 2 * (arch.ffn_hidden_size // layout.tp + _wide(arch, layout)) * work.item
-    return max(_attending(arch, layout, work), feed_forward)
+    return feed_forward if _has_kernel(arch, work) else max(_attending(arch, layout, work), feed_forward)
 
 
 def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
@@ -222,10 +222,8 @@ def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
     heads = 0
     if arch.qk_layernorm:  # q and k before their norms: on a CPU copies, on a GPU views of q, k and v
         heads = (query + (kv // 2 if work.on_cpu else kv)) * item
-    if not selective:
+    if not selective or _has_kernel(arch, work):  # which is not computed again
         core = _attending(arch, layout, work)
-    elif _has_kernel(arch, work):
-        core = (query + kv) * item
     else:
         core = (query + kv) * item + (query + kv // 2) * item * (1 if rotary else 0)  # views, unless they were turned
         heads = max(0, heads - (query + kv) * item)

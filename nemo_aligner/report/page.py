@@ -32,9 +32,10 @@ def page(runs: Sequence[Run], *, every_s: float | None = None) -> Iterator[str]:
         "runs": [head_of(run) for run in runs],
         **_sets(runs),
     }
-    before, _, rest = _asset("page.html").replace("{{title}}", html.escape(title)).partition("{{style}}")
+    before, _, rest = _asset("page.html").partition("{{style}}")
     between, _, rest = rest.partition("{{data}}")
-    yield from (before, _asset("report.css"), between, _element("data-head", head))
+    titled = [piece.replace("{{title}}", html.escape(title)) for piece in (before, between)]
+    yield from (titled[0], _asset("report.css"), titled[1], _element("data-head", head))
     every = (sample_set for run in runs for sample_set in run.sets)
     for number, sample_set in enumerate(every):
         yield _element(f"data-{number}", vars(sample_set.columns))

@@ -8,6 +8,8 @@ A batch that fails is judged again one by one, so that the one that made it fail
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -205,7 +207,16 @@ class Functions:
             count = self._said[function.name, kind] = self._said.get((function.name, kind), 0) + 1
         told, remainder = divmod(count, _TOLD)
         if count <= _TOLD or (remainder == 0 and told.bit_count() == 1):
-            log.warning("%s: reward function %s %s", candidate.where, function.name, said)
+            _say(f"{candidate.where}: reward function {function.name} {said}")
+
+
+def _say(line: str) -> None:
+    """A warning, also of ranks whose log nobody sees."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        log.warning("%s", line)
+    else:
+        print(f"[rank {rank}] {line}", file=sys.stderr, flush=True)
 
 
 class FunctionSource:

@@ -20,10 +20,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one source says of a response: a reward, None for "cannot tell", or why it failed (and no reward)."""
+    """What one source says of a response: a reward, None for "cannot tell", or why it failed (and no reward).
+
+    `parts` are the rewards of the sources behind it, by their names, where it is a server that has several.
+    """
 
     reward: float | None
     failure: str | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

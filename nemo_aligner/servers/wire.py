@@ -207,7 +207,9 @@ def outcome_of(parts: bytes) -> Outcome:
     """What `told` says of the whole."""
     said = json.loads(parts)
     failed = ", ".join(said["failed"])
-    return Outcome(said["reward"], f"the server could not have the reward of {failed}" if failed else None)
+    return Outcome(
+        said["reward"], f"the server could not have the reward of {failed}" if failed else None, said["parts"]
+    )
 
 
 def answer(

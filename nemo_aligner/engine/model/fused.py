@@ -88,14 +88,10 @@ class StreamSelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         core = self.core_attention
         rotary = None if rotary_pos_emb is None else cos_and_signed_sin(rotary_pos_emb.flatten(1), mixed.dtype)
-
-        def attend(mixed: Tensor) -> Tensor:
-            heads = mixed.view(len(mixed), self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
-            return StreamAttention.apply(heads, rotary, params.spans, core.window, core.scale, kernels).unsqueeze(1)
-
-        recomputed = self.checkpoint_core_attention and self.training
-        context = tensor_parallel.checkpoint(attend, False, mixed) if recomputed else attend(mixed)
-        return self.linear_proj(context)
+        heads = mixed.view(len(mixed), self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+        # selective recomputation does without it: the kernel keeps nothing that the products around it do not
+        context = StreamAttention.apply(heads, rotary, params.spans, core.window, core.scale, kernels)
+        return self.linear_proj(context.unsqueeze(1))
 
     def _is_plain(self) -> bool:
         """Whether the kernel computes this attention."""

@@ -58,7 +58,7 @@ function drawCurves() {
       return chart(tag, () => scalarsChart(curves, "", weight(), isLog()), {height: 190, note: every > 1 ? `every ${every}th point` : ""});
     });
     count += charts.length;
-    place.append(make("details", {open: true, className: "group"}, make("summary", {}, part || report.title, make("span", {className: "hint"}, ` ${charts.length}`)), make("div", {className: "charts small"}, ...charts)));
+    place.append(make("details", {open: true, className: "group"}, make("summary", {}, part || report.title, make("span", {className: "hint"}, ` ${[charts.length, ...report.runs.map(run => run.seconds[part]).filter(Boolean).map(duration)].join(" · ")}`)), make("div", {className: "charts small"}, ...charts)));
   }
   at("curve-count").textContent = count ? `${count} curves` : everyCurve().length ? "no curve matches" : "no scalars were logged";
 }

@@ -60,10 +60,8 @@ def serve_model(cfg: ServerConfig, path: str, functions: Functions | None, token
         scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:
             if cluster.is_main:
-                try:
-                    talk_to_clients(cfg, model, scorer, stop, token, functions)
-                finally:
-                    scorer.release()
+                talk_to_clients(cfg, model, scorer, stop, token, functions)
+                scorer.release()  # after a fault the others may wait elsewhere, and are ended by their watch
             else:
                 scorer.follow()
 

@@ -153,9 +153,12 @@ def test_a_bad_request_to_functions_is_refused_by_the_name_of_its_input(
 @pytest.mark.parametrize(
     ("judgement", "outcome"),
     [
-        (Judgement(1.5, {"a": 1.5}), Outcome(1.5)),
-        (Judgement(None, {"a": None}), Outcome(None)),
-        (Judgement(None, {"a": 1.0, "b": None}, ("b",)), Outcome(None, "the server could not have the reward of b")),
+        (Judgement(1.5, {"a": 1.5}), Outcome(1.5, None, {"a": 1.5})),
+        (Judgement(None, {"a": None}), Outcome(None, None, {"a": None})),
+        (
+            Judgement(None, {"a": 1.0, "b": None}, ("b",)),
+            Outcome(None, "the server could not have the reward of b", {"a": 1.0, "b": None}),
+        ),
     ],
 )
 def test_a_judgement_arrives_as_it_was_sent(judgement: Judgement, outcome: Outcome) -> None:
