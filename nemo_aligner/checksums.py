@@ -18,12 +18,19 @@ SUMS = "SHA256SUMS"
 _THREADS = min(8, os.cpu_count() or 1)  # hashing lets other threads run
 
 
-def write_sums(folder: Path) -> None:
-    """Write the sums of every file below `folder` into it."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the sums of every file below `folder` into it; those that are `known` by `sums_of` are not read again."""
+    known = known or {}
+    files = [path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in known]
+    sums = {**known, **sums_of(folder, files)}
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def sums_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Name below `folder` → sum, of `files` there."""
+    names = [str(path.relative_to(folder)) for path in files]
     with ThreadPoolExecutor(_THREADS) as threads:
-        sums = threads.map(lambda name: file_sum(folder / name), names)
-        (folder / SUMS).write_text("".join(f"{found}  {name}\n" for found, name in zip(sums, names, strict=True)))
+        return dict(zip(names, threads.map(lambda name: file_sum(folder / name), names), strict=True))
 
 
 def file_sum(path: str | Path) -> str:

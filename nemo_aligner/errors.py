@@ -7,6 +7,8 @@
     ├── OutputError                 an output place is not writable, or holds the work of another run
     ├── LaunchError                 processes, devices or ports do not fit what was asked for
     ├── ServerError                 the reward server cannot start, is not there, or does not answer
+    ├── MissingExtraError           a package of an extra, such as [server], is not installed
+    ├── RewardError                 a reward function cannot be loaded, or fails on everything
     └── TrainingError               training cannot go on (loss not finite, nothing to train on)
 
     StoppedEarly                    not a fault: time limit or SIGTERM; state is saved, exit status 75
@@ -57,6 +59,14 @@ class LaunchError(AlignerError):
 
 class ServerError(AlignerError):
     """The reward server cannot be started or reached."""
+
+
+class MissingExtraError(AlignerError):
+    """A package that only some installations have is asked for."""
+
+
+class RewardError(AlignerError):
+    """A reward function is of no use: it cannot be loaded, or it fails again and again."""
 
 
 class TrainingError(AlignerError):

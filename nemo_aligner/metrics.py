@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Protocol
 
 from nemo_aligner.errors import OutputError
+from nemo_aligner.event_file import PATTERN, EventFile, shown_before
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class MetricsLogger:
         self, folder: Path, *, tensorboard: bool, sinks: Sequence[Sink] = (), resumed_at: int | None = None
     ) -> None:
         self._folder, self._sinks = folder, sinks
-        self._writer = None
+        self._events: EventFile | None = None
         self._logged_before: set[tuple[int, str]] = set()  # (step, first name) of what was cut off
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +95,22 @@ class MetricsLogger:
                 self._logged_before = set(_rows_after(path, resumed_at))
                 self._file.truncate(resumed_at)
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                self._events = self._opened_events(resumed_at is not None)
 
-                self._writer = SummaryWriter(str(folder))
+    def _opened_events(self, resumes: bool) -> EventFile:
+        """TensorBoard's file; of a run that resumes, one with what metrics.jsonl holds, in place of all others."""
+        if not resumes:
+            return EventFile(self._folder)
+        times, others = shown_before(self._folder), list(self._folder.glob(PATTERN))
+        events = EventFile(self._folder)
+        with (self._folder / "metrics.jsonl").open(encoding="utf-8") as stream:
+            for line in stream:
+                (_, step), *scalars = json.loads(line).items()
+                name = next((name for name, _ in scalars), "")
+                events.add(step, dict(scalars), times.get((step, name)))
+        for path in others:
+            path.unlink()
+        return events
 
     def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         """Write `prefix/name` for every value at `step`."""
@@ -104,9 +118,8 @@ class MetricsLogger:
         with _writing(self._folder):
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
-            if self._writer is not None:
-                for name, value in scalars.items():
-                    self._writer.add_scalar(name, value, step)
+            if self._events is not None:
+                self._events.add(step, scalars)
         for sink in self._sinks:
             if not (sink.continues and (step, next(iter(scalars), "")) in self._logged_before):
                 sink.log(step, scalars)
@@ -127,8 +140,8 @@ class MetricsLogger:
             sink.close(status)
         with _writing(self._folder):
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
+            if self._events is not None:
+                self._events.close()
 
 
 def _rows_after(path: Path, position: int) -> Iterator[tuple[int, str]]:

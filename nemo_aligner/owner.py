@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nemo_aligner.errors import AlignerError, OutputError
+from nemo_aligner.files import writing
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,12 @@ def lock_of(output: str | Path) -> Path:
 @contextlib.contextmanager
 def sole_owner(lock: Path) -> Iterator[None]:
     """Hold `lock` inside the block. Raises OutputError, naming the owner, where another process holds it."""
-    try:
+    with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(lock)
-    except (FileExistsError, NotADirectoryError) as fault:
-        raise OutputError(f"cannot write {lock}: a folder is needed where {fault.filename} is a file") from fault
-    except OSError as fault:
-        raise OutputError(f"cannot write {lock}: {fault.strerror or fault}") from fault
     try:
-        _sign(descriptor, os.getpid())
+        with writing(lock):
+            _sign(descriptor, os.getpid())
         yield
     finally:
         with contextlib.suppress(OSError):

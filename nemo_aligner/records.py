@@ -24,6 +24,16 @@ class Keys:
     reward: str = "reward"
 
 
+def part_fields(parts: Mapping[str, float | None], reward_key: str = "reward") -> dict[str, float | None]:
+    """The rewards of several sources as fields of a row; see `part_name`."""
+    return {part_name(name, reward_key): reward for name, reward in parts.items()}
+
+
+def part_name(name: str, reward_key: str = "reward") -> str:
+    """What the reward of a source is called in rows and logs: `reward_<name>`, and `reward_model` of the model."""
+    return f"{reward_key}_{name.removeprefix('reward_')}"
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt as read: ``Prompt("The film was", {"id": 7})``."""
@@ -47,16 +57,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredSample(Sample):
-    """A sample with its reward: ``ScoredSample("The film was", " a delight.", {}, reward=1.25)``."""
+    """A sample with its reward: ``ScoredSample("The film was", " a delight.", {}, reward=1.25)``.
+
+    `parts` are the rewards of several sources by their names, None where one could not tell; each gets a field.
+    """
 
     reward: float = float("nan")
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_row(self, keys: Keys, export_reward: bool = True) -> dict[str, Any]:
         """The JSONL object, with the reward unless `export_reward` is False."""
         row = super().to_row(keys)
-        return (
-            {**row, keys.reward: self.reward} if export_reward else {k: v for k, v in row.items() if k != keys.reward}
-        )
+        if not export_reward:
+            return {name: value for name, value in row.items() if name != keys.reward}
+        return {**row, keys.reward: self.reward, **part_fields(self.parts, keys.reward)}
 
     def with_reward(self, reward: float) -> ScoredSample:
         return replace(self, reward=reward)

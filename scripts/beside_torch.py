@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (2, 11)
-EXTRAS = ("quickstart",)
+EXTRAS = ("server", "hf", "quickstart")
 
 
 def name_of(requirement: str) -> str:

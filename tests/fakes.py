@@ -54,6 +54,8 @@ class OneProcess:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    gather_ranks = gather
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -84,6 +86,8 @@ class RankOfSeveral:
         found = list(self._board)
         self._meet.wait()
         return found
+
+    gather_ranks = gather
 
     def broadcast(self, value: Any) -> Any:
         return self.gather(value)[0]

@@ -28,6 +28,9 @@ ARCH = Architecture(
     max_position_embeddings=64,
     init_method_std=0.3,  # far from uniform predictions, so that greedy choices are not near ties
 )
+EXPERTS = replace(ARCH, num_moe_experts=4, moe_ffn_hidden_size=24, moe_layer_freq=[0, 1], moe_router_pre_softmax=True)
+"""With experts in the second layer, as Qwen3-MoE has them; of Mixtral's kind without the last two."""
+
 ARCHIVED = replace(ARCH, vocab_size=259, tokenizer=BYTE_TOKENIZER)
 """The same with the tokenizer that goes into an archive."""
 

@@ -38,7 +38,7 @@ def apply_processor(
     if name == "rest":
         return above_threshold(samples, threshold)
     if name == "dt":
-        return [with_reward_prompt(sample, reward_template, keys) for sample in samples]
+        return [with_reward_prompt(sample, reward_template, keys) for sample in with_rewards(samples)]
     return list(samples)
 
 
@@ -67,6 +67,16 @@ def above_threshold(samples: Sequence[ScoredSample], threshold: float) -> list[S
         rewards = [sample.reward for sample in samples if not math.isnan(sample.reward)]
         span = f"between {min(rewards):.4g} and {max(rewards):.4g}" if rewards else "all NaN"
         raise DataError(f"threshold={threshold:g} leaves no sample: the {len(samples)} rewards are {span}")
+    return kept
+
+
+def with_rewards(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
+    """Those whose reward is known. Raises DataError when there are none."""
+    kept = [sample for sample in samples if not math.isnan(sample.reward)]
+    if len(kept) < len(samples):
+        log.warning("dt: %d samples left out, their rewards are NaN", len(samples) - len(kept))
+    if not kept:
+        raise DataError("processor=dt leaves no sample: every reward is NaN")
     return kept
 
 

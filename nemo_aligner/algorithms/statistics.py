@@ -43,12 +43,3 @@ def standard_error(values: Sequence[float], clusters: Sequence[int]) -> float:
     if len(sums) < 2:
         return math.nan
     return math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(total**2 for total in sums.values())) / len(kept)
-
-
-def means_by_cluster(values: Sequence[float], clusters: Sequence[int]) -> dict[int, float]:
-    """Mean of the finite values of each cluster that has any."""
-    members: dict[int, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        if math.isfinite(value):
-            members.setdefault(cluster, []).append(value)
-    return {cluster: math.fsum(own) / len(own) for cluster, own in members.items()}

@@ -18,14 +18,31 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (None, 1.0),
     "headscale": (False,),
     "layernorm_zero_centered_gamma": (False,),
-    "moe_router_topk": (None, 1, 2),  # of experts, which the next line refuses
-    "num_moe_experts": (None, 0, 1),
+    "moe_apply_probs_on_input": (None, False),
+    "moe_expert_capacity_factor": (None,),
+    "moe_input_jitter_eps": (None, 0.0),
+    "moe_router_enable_expert_bias": (None, False),
+    "moe_router_group_topk": (None,),
+    "moe_router_num_groups": (None,),
+    "moe_router_score_function": (None, "softmax"),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_token_dropping": (None, False),
     "normalize_attention_scores": (True,),
     "rotary_interleaved": (False,),
     "seq_len_interpolation_factor": (None, 1, 1.0),
     "transformer_block_type": ("pre_ln",),
 }
 _NORMALIZATIONS = ("rmsnorm", "layernorm")
+
+BALANCING = ("aux_loss", "seq_aux_loss", "none")
+"""Known kinds of load balancing of experts (`moe_router_load_balancing_type`); see engine/model/experts.py."""
+
+EXPERT_KEYS = (
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_pre_softmax"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+)
+"""Settings that mean nothing without experts."""
 
 _FROM_1 = frozenset({
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "encoder_seq_length",
@@ -70,6 +87,34 @@ def _adapter(peft: Any, where: str) -> dict[str, Any] | None:
     return peft
 
 
+def _check_experts(values: dict[str, Any], where: str) -> None:
+    """What is said of experts, in place. Raises CheckpointError for what is not known."""
+    if values.get("num_moe_experts") in (None, 0, 1):  # one expert is none, as NeMo writes it
+        for name in [name for name in values if name in EXPERT_KEYS]:
+            del values[name]
+        return
+    experts, layers = values["num_moe_experts"], values["num_layers"]
+    for name in ("moe_router_topk", "moe_layer_freq", "moe_aux_loss_coeff", "moe_router_load_balancing_type"):
+        if name in values and values[name] is None:
+            del values[name]
+    topk, freq = values.get("moe_router_topk", 2), values.get("moe_layer_freq", 1)
+    balancing = values.get("moe_router_load_balancing_type", "aux_loss")
+    listed = isinstance(freq, list) and len(freq) == layers and set(freq) <= {0, 1} and 1 in freq
+    coefficients = [values.get(name) or 0.0 for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")]
+    for fault, name, wanted in (
+        (not isinstance(coefficients[0], int | float), "moe_aux_loss_coeff", "one number"),
+        (not isinstance(coefficients[1], int | float), "moe_z_loss_coeff", "one number"),
+        (not 1 <= topk <= experts, "moe_router_topk", f"from 1 to num_moe_experts={experts}"),
+        # the weight of a single expert would be 1 whatever the router says, and Megatron does not take it
+        (topk == 1 and not values.get("moe_router_pre_softmax"), "moe_router_topk", "above 1 without pre_softmax"),
+        (not (listed or (isinstance(freq, int) and freq >= 1)), "moe_layer_freq", f"a number, or {layers} of 0 and 1"),
+        (balancing not in BALANCING, "moe_router_load_balancing_type", f"one of {', '.join(BALANCING)}"),
+        (bool(values.get("bias")) or bool(values.get("mlp_bias")), "num_moe_experts", "to be had with biases"),
+    ):
+        if fault:
+            raise CheckpointError(f"{where}: {name}={values.get(name)} is not {wanted}")
+
+
 @dataclass
 class RopeScaling:
     """Llama-3 style frequency scaling (as in Hugging Face `rope_scaling`), or plain linear interpolation."""
@@ -83,7 +128,7 @@ class RopeScaling:
 
 @dataclass
 class Architecture:
-    """A decoder-only transformer of the Llama family."""
+    """A decoder-only transformer of the Llama family, with or without experts (Mixtral, Qwen3-MoE)."""
 
     num_layers: int
     hidden_size: int
@@ -111,6 +156,14 @@ class Architecture:
     window_layers: list[int] | None = None  # layers, from 0, that have the window; null = all
     share_embeddings_and_output_weights: bool = False
     make_vocab_size_divisible_by: int = 128
+    num_moe_experts: int | None = None  # null = no experts
+    moe_router_topk: int = 2  # experts of a token
+    moe_ffn_hidden_size: int | None = None  # of an expert; null = ffn_hidden_size
+    moe_layer_freq: int | list[int] = 1  # every n-th layer has experts, from the first; or 0 and 1 for each layer
+    moe_router_pre_softmax: bool = False  # weights of all experts' softmax, whose chosen ones do not add up to 1
+    moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss or none
+    moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float | None = None
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
@@ -151,6 +204,7 @@ class Architecture:
         if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
             wanted = " or ".join(_NORMALIZATIONS)
             raise CheckpointError(f"{where}: normalization={values['normalization']} is not {wanted}")
+        _check_experts(values, where)
         values["peft"] = _adapter(config.get("peft"), where)
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
         arch = cls(**values, other={k: v for k, v in config.items() if k not in known})
@@ -181,7 +235,8 @@ class Architecture:
 
     def to_nemo(self) -> dict[str, Any]:
         """The mapping to write as `model_config.yaml`."""
-        own = {k: v for k, v in asdict(self).items() if k != "other"}
+        unsaid = {"other"} if self.num_moe_experts is not None else {"other", *EXPERT_KEYS} - {"num_moe_experts"}
+        own = {k: v for k, v in asdict(self).items() if k not in unsaid}
         return {**self.other, **own}
 
     @property
@@ -195,6 +250,15 @@ class Architecture:
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, counted from 0."""
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts in place of one feed-forward."""
+        freq = self.moe_layer_freq
+        return self.num_moe_experts is not None and bool(freq[layer] if isinstance(freq, list) else layer % freq == 0)
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def query_groups(self) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import nemo_aligner.config.requirements  # noqa: F401
 
 # isort: split
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -26,6 +28,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.aliases import Aliases, let_through
+from nemo_aligner.config.folders import SHARED_CONF
+from nemo_aligner.config.multirun import is_job, is_override, run_job, sweep_overrides
 from nemo_aligner.config.overrides import explained, group_fault
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
@@ -34,11 +38,12 @@ from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, 
 # as NeMo's hydra_runner: stay in the working directory, make no folder for outputs, log to the console alone
 _RUN_IN_PLACE = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
-SHARED_CONF = Path(__file__).resolve().parents[2] / "conf"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+"""What a disk says of itself, whoever asked it: no fault of the program's."""
 
 
 class SharedConf(SearchPathPlugin):
-    """Makes the groups of conf/ (model, optim, trainer) reachable from any script, folder and --config-path."""
+    """Makes the groups of conf/shared (model, optim, trainer) reachable from any script, folder and --config-path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("nemo_aligner", f"file://{SHARED_CONF}")
@@ -58,6 +63,11 @@ def one_line_errors() -> Iterator[None]:
     except MemoryError as fault:
         what = f" ({_one_line(fault)})" if str(fault) else ""
         _say(f"error: out of memory{what}; use smaller batches or shorter rows, or a machine with more")
+        sys.exit(EXIT_FAILURE)
+    except OSError as fault:
+        if fault.errno not in _OF_THE_DISK:
+            raise
+        _say(f"error: {fault.filename or 'a file'}: {fault.strerror}")
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -88,53 +98,63 @@ def _with_overrides(arguments: list[str], more: list[str]) -> list[str]:
     Hydra's parser takes overrides in one run only: between flags, or after them, but not in two places.
     """
 
-    def is_override(argument: str) -> bool:
-        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
     first = next((i for i, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     return [*arguments[:first], *more, *arguments[first:]]
 
 
-def script(
-    config_name: str, config_dir: Path, aliases: Aliases | None = None
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorator of an entry script's main: composes `config_dir/config_name.yaml` with the command line's overrides.
+@dataclass(frozen=True)
+class Entry:
+    """A command's main: composes `config_dir/config_name.yaml` with the command line's overrides, and calls `task`."""
 
-    `aliases` are older names of keys, which load_config puts in their new places.
-    """
+    task: Callable[[DictConfig], None]
+    config_name: str
+    config_dir: Path
+    aliases: Aliases
+    output: str | None
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def __call__(self) -> None:
+        arguments, name, folder = sys.argv[1:], self.config_name, self.config_dir
+        answer = usage(arguments, self.task.__globals__.get("__doc__"), folder, name, SHARED_CONF)
+        if answer is not None:
+            sys.stdout.write(f"{answer}\n")
+            return
+
         began = False
 
         def checked(cfg: DictConfig) -> None:
             nonlocal began
             began = True
             with one_line_errors():
-                task(cfg)
+                if is_job():
+                    run_job(cfg, self.output, arguments)
+                else:
+                    self.task(cfg)
 
-        def main() -> None:
-            nonlocal began
-            began = False
-            answer = usage(sys.argv[1:], task.__globals__.get("__doc__"), config_dir, config_name, SHARED_CONF)
-            if answer is not None:
-                sys.stdout.write(f"{answer}\n")
-                return
-            Plugins.instance().register(SharedConf)
-            register_resolvers()
-            # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            sys.argv[1:] = _with_overrides(let_through(sys.argv[1:], aliases or {}), _RUN_IN_PLACE)
-            with one_line_errors():
-                try:
-                    hydra.main(config_path=str(config_dir), config_name=config_name, version_base=None)(checked)()
-                except HydraException as fault:
-                    ours = explained(fault, config_dir / f"{config_name}.yaml")
-                    raise fault if ours is None else ConfigError(ours) from None
-                except ValueError as fault:
-                    if began:
-                        raise
-                    raise ConfigError(group_fault(sys.argv[1:], SHARED_CONF) or str(fault)) from None
+        Plugins.instance().register(SharedConf)
+        register_resolvers()
+        # Hydra prints faults its own way unless told to let them through; ours are printed by one_line_errors
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        if not {"-sc", "--shell-completion"} & set(arguments):
+            ours = [*_RUN_IN_PLACE, *sweep_overrides(name, arguments)]
+            sys.argv[1:] = _with_overrides(let_through(arguments, self.aliases), ours)
+        with one_line_errors():
+            try:
+                hydra.main(config_path=str(folder), config_name=name, version_base=None)(checked)()
+            except HydraException as fault:
+                said = explained(fault, folder / f"{name}.yaml")
+                raise fault if said is None else ConfigError(said) from None
+            except ValueError as fault:
+                if began:
+                    raise
+                raise ConfigError(group_fault(sys.argv[1:], SHARED_CONF) or str(fault)) from None
 
-        return main
 
-    return decorate
+def script(
+    config_name: str, config_dir: Path, aliases: Aliases | None = None, output: str | None = None
+) -> Callable[[Callable[[DictConfig], None]], Entry]:
+    """Decorator that makes an `Entry` of a function.
+
+    `aliases` are older names of keys, which load_config puts in their new places; `output` is the key of what the
+    command writes, which a multirun gives each job a place of its own for.
+    """
+    return lambda task: Entry(task, config_name, config_dir, aliases or {}, output)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_aligner.config.fixed import EVALUATION, EVALUATION_ROWS, check_fixed
 from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, SamplerDataConfig
+from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING
 from nemo_aligner.errors import ConfigError
 
@@ -22,15 +23,17 @@ class EvaluationDataConfig(SamplerDataConfig):
 
 
 @dataclass
-class EvaluationConfig(SamplerConfig):
+class EvaluationConfig(RewardSources, SamplerConfig):
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     gpt_model_file: str = "${policy_files.0}"
     policy_files: list[str] = MISSING
-    reward_model_file: str = MISSING
+    reward_model_file: str | None = None
     initial_policy_file: str | None = None  # KL is measured against it; null = no KL
+    pass_threshold: float | None = None  # a sample with a higher reward passes, for pass_at; null = no pass_at
 
     def validate(self) -> None:
         super().validate()
+        self.reward_plan.check_model(self.reward_model_file, "reward_model_file")
         check_fixed(self, EVALUATION)
         stems = [path.rpartition("/")[2] for path in self.policy_files]
         if not stems or len(set(stems)) < len(stems):

@@ -67,6 +67,10 @@ EVALUATION_ROWS = {
     "export_metadata": Fixed((False,), _OWN_FIELDS),
     "export_tokens": Fixed((False,), _OWN_FIELDS),
 }
+NO_MODEL = {
+    f"{kind}_model_parallel_size": Fixed((-1, 1), "reward functions alone have no model to cut; leave it out")
+    for kind in ("tensor", "pipeline")
+}
 SAMPLING = {
     "all_probs": Fixed((False,), "rollouts keep the drawn tokens' log-probabilities alone; leave it at False"),
     "compute_logprob": Fixed((False,), "log-probabilities of rollouts are always computed; leave it at False"),

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import install
 
 PACKAGES = {
-    "wandb": ("wandb", "pip install wandb"),
-    "mlflow": ("mlflow", "pip install mlflow-skinny"),
+    "wandb": ("wandb", install("trackers")),
+    "mlflow": ("mlflow", install("trackers")),
     "clearml": ("clearml", "pip install clearml"),
     "dllogger": ("dllogger", "pip install git+https://github.com/NVIDIA/dllogger"),
     "neptune": ("neptune", "pip install neptune"),

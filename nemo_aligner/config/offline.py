@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.fixed import Fixed, check_amp_o2, check_fixed
+from nemo_aligner.config.fixed import NO_MODEL, Fixed, check_amp_o2, check_fixed
+from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
@@ -52,7 +53,6 @@ class SamplerDataConfig(OfflineDataConfig):
 class OfflineConfig:
     """What both offline scripts share."""
 
-    gpt_model_file: str = MISSING  # .nemo file, extracted or (a policy) Hugging Face folder
     output_file: str = MISSING  # final JSONL; progress lives in <output_file>_temp/
     checkpoint_interval: int | None = None  # write progress every that many micro-batches; null = every 15 seconds
     max_time_per_run: str | None = None  # D:H:M:S; saves progress, then leaves with exit status 75
@@ -66,6 +66,7 @@ class OfflineConfig:
 
 @dataclass
 class SamplerConfig(OfflineConfig):
+    gpt_model_file: str = MISSING  # .nemo file, extracted or Hugging Face folder
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     data: SamplerDataConfig = field(default_factory=SamplerDataConfig)
 
@@ -78,7 +79,8 @@ class SamplerConfig(OfflineConfig):
 
 
 @dataclass
-class LabelerConfig(OfflineConfig):
+class LabelerConfig(RewardSources, OfflineConfig):
+    gpt_model_file: str | None = None  # of a reward model: .nemo file or extracted folder
     data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
     processor: str | None = None  # rs, rest, dt or null
     threshold: float = 0.0  # rest keeps rewards strictly above it
@@ -88,6 +90,9 @@ class LabelerConfig(OfflineConfig):
     print_reward_info: bool = True
 
     def validate(self) -> None:
+        self.reward_plan.check_model(self.gpt_model_file, "gpt_model_file")
+        if self.gpt_model_file is None:
+            check_fixed(self, NO_MODEL)
         at_least(1, checkpoint_interval=self.checkpoint_interval)
         self.data.validate()
         self.trainer.validate()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
+from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import (
     MISSING,
     ExpManagerConfig,
@@ -157,7 +158,7 @@ class RemoteRewardModelConfig:
 
 
 @dataclass
-class ReinforceConfig:
+class ReinforceConfig(RewardSources):
     name: str = "megatron_gpt_rs_actor"
     trainer: ReinforceTrainerConfig = field(default_factory=ReinforceTrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
@@ -174,6 +175,7 @@ class ReinforceConfig:
     def validate(self) -> None:
         self.trainer.validate()
         self.exp_manager.validate()
+        _ = self.reward_plan
         loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
         loop.validate()
         self.model.check_model(self.exp_manager)

@@ -12,9 +12,12 @@ def check_python() -> None:
     missing = [name for name in ("hydra", "omegaconf", "torch", "megatron") if importlib.util.find_spec(name) is None]
     if missing:
         clone = Path(__file__).resolve().parents[2]
+        lacks = f"error: {sys.executable} has no {', '.join(missing)}"
+        if not (clone / "scripts/test.sh").is_file():
+            sys.exit(f"{lacks}; {sys.executable} -m pip install nemo-aligner brings what it requires")
         ready = (clone / ".venv/bin/python").is_file()
         make = "" if ready else f"bash {clone}/scripts/test.sh --setup-only makes its environment; then "
-        sys.exit(f"error: {sys.executable} has no {', '.join(missing)}; {make}source {clone}/.venv/bin/activate")
+        sys.exit(f"{lacks}; {make}source {clone}/.venv/bin/activate")
 
 
 check_python()

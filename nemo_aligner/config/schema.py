@@ -10,7 +10,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
+from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
@@ -172,6 +174,7 @@ class CheckpointCallbackParams:
     save_nemo_on_train_end: bool = True
     filename: str | None = None  # of a checkpoint, with fields like {step} and {val_loss:.3f}; null: as the docs show
     save_best_model: bool = False  # the archive at the end is that of the best checkpoint, not of the last
+    async_save: bool = False  # write while training goes on, from a copy in memory of all that is saved
     model_parallel_size: Any = None  # null, or TP × PP of the run; a checkpoint is cut anew at every load
 
 
@@ -213,7 +216,7 @@ class ExpManagerConfig:
 
 
 @dataclass
-class ModelOverrides:
+class ModelOverrides(ExpertOverrides, LibraryKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -228,7 +231,7 @@ class ModelOverrides:
     seed: int = 1234
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
-    activations_checkpoint_granularity: str | None = None  # selective (attention only) or full
+    activations_checkpoint_granularity: str | None = None  # selective (attention, norms, activation) or full
     activations_checkpoint_method: str | None = None  # uniform or block; with `full`
     activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
@@ -242,6 +245,8 @@ class ModelOverrides:
         check_fixed(self.optim, OPTIM, "model.optim")
         self.optim.check()
         self.peft.check()
+        self.check_experts()
+        self.check_libraries()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
         if self.activations_checkpoint_granularity not in (None, "selective", "full"):
             raise ConfigError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.schema import MISSING, ParallelConfig, RewardStandardization, TrainerConfig, at_least
+from nemo_aligner.config.fixed import NO_MODEL, check_fixed
+from nemo_aligner.config.rewards import RewardSources
+from nemo_aligner.config.schema import ParallelConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
 
@@ -33,14 +35,21 @@ class ServedModelConfig(ParallelConfig):
 
 
 @dataclass
-class ServerConfig:
-    rm_model_file: str = MISSING  # .nemo file or extracted folder
+class ServerConfig(RewardSources):
+    rm_model_file: str | None = None  # .nemo file or extracted folder
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: ServingConfig = field(default_factory=ServingConfig)
     model: ServedModelConfig = field(default_factory=ServedModelConfig)
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.reward_plan.check_model(self.rm_model_file, "rm_model_file")
+        if self.rm_model_file is None:
+            check_fixed(self.model, NO_MODEL, "model")
+            if self.model.reward_standardization.enable:
+                raise ConfigError("there is no reward model to standardise", "model.reward_standardization.enable")
+            if self.trainer.devices * self.trainer.num_nodes > 1:
+                raise ConfigError("functions alone are served by one process; give reward_workers", "trainer.devices")
         self.model.reward_standardization.validate("model.reward_standardization")
         serving = self.inference
         at_least(

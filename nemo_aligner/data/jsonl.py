@@ -217,15 +217,15 @@ def dump_row(row: Mapping[str, Any]) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(row), ensure_ascii=False)
+        return json.dumps(without_nan(row), ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """`value` with None in place of every float that is no number."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aligner.data.blending import Blend, blend, prefix_files
@@ -18,10 +18,12 @@ _FIELDS = ("text", "input")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt as text and as what the model sees of it."""
+    """A prompt as text and as what the model sees of it; the other fields of its row, and where that stands."""
 
     text: str
     tokens: tuple[int, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 def with_bos(tokens: Sequence[int], bos_id: int | None) -> list[int]:
@@ -56,11 +58,22 @@ def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
 
 def field_of(row: Row, rows: Blend, index: int) -> str:
     """The text of a row. Raises DataError with file and line."""
-    for name in _FIELDS:
-        if isinstance(row.get(name), str):
-            return str(row[name])
+    name = prompt_field(row)
+    if name is not None:
+        return str(row[name])
     has = ", ".join(map(repr, row)) or "no fields"
     raise DataError(f'no text in field "text" or "input"; the row has {has}', *rows.where(index))
+
+
+def prompt_field(row: Row) -> str | None:
+    """The field that holds the prompt."""
+    return next((name for name in _FIELDS if isinstance(row.get(name), str)), None)
+
+
+def other_fields(row: Row) -> Row:
+    """What a row has besides its prompt."""
+    own = prompt_field(row)
+    return {name: value for name, value in row.items() if name != own}
 
 
 def encode_prompts(
@@ -75,7 +88,7 @@ def encode_prompts(
         text = field_of(rows[index], rows, index)
         tokens = tuple(with_bos(encode(text), bos_id))
         if 0 < len(tokens) <= limit:
-            prompts.append(PromptRow(text, tokens))
+            prompts.append(PromptRow(text, tokens, other_fields(rows[index]), "{}:{}".format(*rows.where(index))))
     if len(prompts) < len(rows):
         log.warning("%d of %d prompts left out: empty, or over %d tokens", len(rows) - len(prompts), len(rows), limit)
     if not prompts:

@@ -35,6 +35,11 @@ def parallel_sizes(
     arch = read_architecture(path, key=key)
     if arch.peft is not None:
         base_of(path, arch, key=key)
+    if arch.num_moe_experts is not None:
+        pipeline = 1 if pipeline == -1 else pipeline
+        for size, name in ((pipeline, "pipeline_model_parallel_size"), (context, "model.context_parallel_size")):
+            if size > 1:
+                raise ConfigError(f"{size} is not supported for a model with experts, only 1", name)
     world, there = trainer.devices * trainer.num_nodes, "trainer.devices × trainer.num_nodes"
     if context < 1 or world % context:
         raise ConfigError(f"{context} does not divide {there} = {world}", "model.context_parallel_size")
@@ -56,6 +61,10 @@ def parallel_sizes(
             f"not divide {there} = {world}",
             "tensor_model_parallel_size",
         )
+    if arch.num_moe_experts is not None and arch.expert_ffn_hidden_size % tensor:
+        raise ConfigError(
+            f"{tensor} does not divide an expert's FFN size {arch.expert_ffn_hidden_size}", "tensor_model_parallel_size"
+        )
     return tensor, pipeline
 
 
@@ -66,7 +75,9 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
     """
     if model.peft.lora is not None:
         check_adapter(model.peft, model.peft.lora, model.restore_from_path, key=key)
-    parallel_sizes(
+    arch = read_architecture(model.restore_from_path, key=key)
+    model.check_model_has_experts(arch)
+    tensor, _ = parallel_sizes(
         trainer,
         model.restore_from_path,
         key=key,
@@ -74,6 +85,15 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         pipeline=model.pipeline_model_parallel_size,
         context=model.context_parallel_size,
     )
+    if arch.num_moe_experts is not None:
+        if model.peft.lora is not None:
+            raise ConfigError("a model with experts is trained whole; leave it out", "model.peft.peft_scheme")
+        model.check_expert_sizes(arch, tensor=tensor, world=trainer.devices * trainer.num_nodes)
+        if tensor > 1 and not model.sequence_parallel:
+            raise ConfigError(
+                "a model with experts is trained with tensor_model_parallel_size above 1 only if this is True",
+                "model.sequence_parallel",
+            )
 
 
 def check_adapter(peft: PeftConfig, lora: LoraTuning, base: str | Path, *, key: str) -> None:

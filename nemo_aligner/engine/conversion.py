@@ -28,7 +28,7 @@ from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
 from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
-from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
 
@@ -69,23 +69,53 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """The first `count` layers alone: a small backbone for a reward model out of a pretrained policy."""
     if not 1 <= count <= checkpoint.arch.num_layers:
         raise CheckpointError(f"--num-layers {count}: the model has {checkpoint.arch.num_layers} layers")
-    return replace(checkpoint, arch=replace(checkpoint.arch, num_layers=count))
+    arch = replace(checkpoint.arch, num_layers=count)
+    if isinstance(arch.moe_layer_freq, list):
+        arch.moe_layer_freq = arch.moe_layer_freq[:count]
+        if not any(arch.moe_layer_freq):
+            arch.num_moe_experts = None
+    return replace(checkpoint, arch=arch)
 
 
-def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
-    """Save the archive from this one process, a tensor at a time; random weights as a whole. `precision` is bf16 or 32.
+def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int, tensor: int = 1) -> None:
+    """Save the archive, each of `tensor` processes its part, a tensor at a time; random weights as a whole.
 
-    Raises CheckpointError for weights that are not those of the shape.
+    `precision` is bf16 or 32. Raises CheckpointError for weights that are not those of the shape, and for a shape that
+    cannot be cut so; the weights of an archive are the same however many processes wrote it.
     """
-    arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu")
+    arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu", devices=tensor)
+    _check_cut(checkpoint, tensor)
     log.info("writing %s: %d layers of %d, vocabulary %d", output, arch.num_layers, arch.hidden_size, arch.vocab_size)
     launch_local_ranks(trainer)
-    with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
-        tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
-        given = checkpoint.tensors
-        model = build_model(arch, RunOptions(dtype=parse_precision(precision), shapes_only=given is not None))
-        weights = None if given is None else to_megatron(arch, given, padded_vocab_size(arch, 1))
-        save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster, weights)
+    with start_cluster(trainer, tensor=tensor, pipeline=1, seed=seed) as cluster:
+        write_part(checkpoint, output, cluster, precision=precision)
+
+
+def _check_cut(checkpoint: Checkpoint, tensor: int) -> None:
+    """Raises CheckpointError where the tensors of `checkpoint` cannot be cut into so many parts."""
+    arch = checkpoint.arch
+    if tensor > 1 and checkpoint.tensors is None:
+        raise CheckpointError("--tensor-parallel: random weights would not be those of one process; leave it out")
+    sizes = {
+        "key/value groups": arch.query_groups,
+        "FFN size": arch.ffn_hidden_size,
+        "padded vocabulary": padded_vocab_size(arch, 1),
+    }
+    for name, size in sizes.items():
+        if tensor < 1 or size % tensor:
+            raise CheckpointError(f"--tensor-parallel {tensor}: it does not divide the {name}, {size}")
+
+
+def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *, precision: str) -> None:
+    """This rank's part of `write_archive`. Collective."""
+    arch, given = checkpoint.arch, checkpoint.tensors
+    rows = padded_vocab_size(arch, 1)
+    # as many rows as one process would have, where a model that is cut so pads to more
+    cut = replace(arch, make_vocab_size_divisible_by=rows // cluster.tp) if cluster.tp > 1 else arch
+    run = RunOptions(dtype=parse_precision(precision), tp=cluster.tp, shapes_only=given is not None)
+    weights = None if given is None else to_megatron(arch, given, rows)
+    tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
+    save_archive(output, build_model(cut, run), replace(arch, precision=precision), tokenizer, cluster, weights)
 
 
 def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) -> None:
@@ -93,6 +123,8 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     arch = read_architecture(base, key="--base")
     if arch.peft is not None or arch.reward_model_type is not None:
         raise CheckpointError(f"--base {base}: an adapter, or a reward model; give a whole policy")
+    if arch.num_moe_experts is not None:
+        raise CheckpointError(f"--base {base}: it has experts, beside which no adapter is read")
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:

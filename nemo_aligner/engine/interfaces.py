@@ -47,6 +47,9 @@ class Cluster(Protocol):
     def gather(self, value: T) -> list[T]:
         """`value` of each data-parallel rank in order, the same list on every rank."""
 
+    def gather_ranks(self, value: T) -> list[T]:
+        """`value` of every rank in order, the same list on each."""
+
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on at least one."""
 
@@ -176,6 +179,19 @@ Output of a policy: logprobs `[B, S]`, entry (b, t) = log p(tokens[b, t] | token
 Output of a reward model: rewards `[B, K]` float32, K attributes (1 for ranking)."""
 
 
+class Saving(Protocol):
+    """A checkpoint that is being written while the training goes on; nothing is there until `finish`."""
+
+    def done(self) -> bool:
+        """Whether every rank has written its part, so that `finish` will not wait; collective."""
+
+    def finish(self) -> None:
+        """Wait until it is written, and let it appear as a whole; collective.
+
+        Raises OutputError on every rank where one could not write.
+        """
+
+
 class TrainableModel(Protocol):
     """A model with an optimizer: what the supervised and REINFORCE loops train."""
 
@@ -203,6 +219,9 @@ class TrainableModel(Protocol):
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
         """Weights, optimizer, schedule, RNG and `state` into `folder`; appears whole or not at all."""
+
+    def save_in_background(self, folder: Path, state: dict[str, Any]) -> Saving:
+        """The same of how everything is now, from a copy in the CPU's memory, while this goes on; one at a time."""
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         """Restore what `save_training_state` wrote, at any TP/PP/DP; returns `state`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
@@ -18,10 +20,13 @@ from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
 from nemo_aligner.engine.checks import parallel_sizes
-from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
+from nemo_aligner.engine.model.build import RunOptions, activation_of, build_model, parse_precision
+from nemo_aligner.engine.model.libraries import choose, this_machine
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,6 +38,8 @@ def start_for_archive(
     tensor: int = -1,
     pipeline: int = -1,
     context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
     seed: int = 1234,
 ) -> Iterator[MegatronCluster]:
     """The processes of this run, cut as the archive at `path` or the caller asks (-1: as stored).
@@ -42,7 +49,23 @@ def start_for_archive(
     """
     sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
     launch_local_ranks(trainer)
-    with start_cluster(trainer, tensor=sizes[0], pipeline=sizes[1], context=context, seed=seed) as cluster:
+    with start_cluster(
+        trainer,
+        tensor=sizes[0],
+        pipeline=sizes[1],
+        context=context,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        seed=seed,
+    ) as cluster:
+        yield cluster
+
+
+@contextmanager
+def start_without_model(trainer: TrainerConfig, *, seed: int = 1234) -> Iterator[MegatronCluster]:
+    """The processes of a run that loads nothing: all of them data-parallel ranks."""
+    launch_local_ranks(trainer)
+    with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
         yield cluster
 
 
@@ -57,6 +80,8 @@ def start_for_training(
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
         context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        expert_tensor=model.expert_tensor_parallel_size,
         seed=model.seed,
     )
 
@@ -94,6 +119,17 @@ def load_for_training(
     `new_head`: a reward model type; the archive is then a policy's, and gets a fresh reward head instead of its
     output layer.
     """
+    arch = nemo_archive.read_architecture(model.restore_from_path, key=key)
+    libraries = choose(
+        model,
+        this_machine(),
+        arch,
+        activation=activation_of(arch),
+        tp=cluster.tp,
+        lora=model.peft.lora is not None,
+    )
+    if cluster.is_main:
+        log.info("%s", libraries)
     loaded = _load(
         model.restore_from_path,
         cluster,
@@ -102,6 +138,8 @@ def load_for_training(
             tp=cluster.tp,
             pp=cluster.pp,
             context=cluster.cp,
+            ep=cluster.ep,
+            etp=cluster.etp,
             sequence_parallel=model.sequence_parallel,
             activations_checkpoint_granularity=model.activations_checkpoint_granularity,
             activations_checkpoint_method=model.activations_checkpoint_method,
@@ -110,10 +148,12 @@ def load_for_training(
             attention_dropout=model.attention_dropout,
             lora=model.peft.lora,
             lora_seed=model.seed,
+            libraries=libraries,
         ),
         key=key,
         encoder_seq_length=model.encoder_seq_length,
         new_head=new_head,
+        experts=model,
     )
     if model.peft.restore_from_path is not None:
         _begin_adapter(loaded, model.peft.restore_from_path, cluster)
@@ -138,8 +178,11 @@ def _load(
     encoder_seq_length: int | None = None,
     new_head: str | None = None,
     merge: bool = True,
+    experts: ExpertOverrides | None = None,
 ) -> LoadedModel:
     arch = nemo_archive.read_architecture(path, key=key)
+    if experts is not None:
+        arch = experts.with_router_settings(arch)
     source, base = Path(path), path
     adapter = arch.peft
     if adapter is not None:

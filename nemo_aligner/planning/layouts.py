@@ -70,7 +70,7 @@ def describe(layout: Layout) -> str:
     if layout.sequence_parallel:
         parts.append("sequence parallel")
     if layout.granularity is not None:
-        what = f"{layout.method} {layout.num_layers}" if layout.granularity == "full" else "attention"
+        what = f"{layout.method} {layout.num_layers}" if layout.granularity == "full" else "all but products"
         parts.append(f"{layout.granularity} recomputation ({what})")
     return ", ".join(parts)
 

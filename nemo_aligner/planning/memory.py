@@ -171,7 +171,7 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
         recomputed = (length if uniform else 1) * whole
     else:
         begins = kept = layers * whole
-        recomputed = _attending(arch, layout, work) * tokens if layout.granularity == "selective" else 0
+        recomputed = _recomputed_at_once(arch, layout, work) * tokens if layout.granularity == "selective" else 0
     others = (min(layout.pp - stage, work.microbatches) - 1) * (kept + ends)  # micro-batches under way meanwhile
     saved = {"activations": others + kept + ends}
     moments = [
@@ -203,11 +203,18 @@ def _attending(arch: Architecture, layout: Layout, work: Work) -> int:
     return elements * (_FP32 if work.on_cpu else work.item) + scores
 
 
+def _recomputed_at_once(arch: Architecture, layout: Layout, work: Work) -> int:
+    """Bytes a token of a layer's attention, or of its activation and a norm, which are there twice for a moment."""
+    feed_forward = 2 * (arch.ffn_hidden_size // layout.tp + _wide(arch, layout)) * work.item
+    return max(_attending(arch, layout, work), feed_forward)
+
+
 def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
-    """Bytes a token that autograd saves of one layer, if nothing is computed twice."""
+    """Bytes a token that autograd saves of one layer that is not recomputed as a whole."""
     item, wide, tp = work.item, _wide(arch, layout), layout.tp
     query, kv, ffn = _query(arch, tp), _kv(arch, tp), arch.ffn_hidden_size // tp
-    norms = 2 * (2 * wide * item)  # a norm's input and output
+    selective = layout.granularity == "selective"
+    norms = 2 * ((1 if selective else 2) * wide * item)  # a norm's input and output
     tables = 2 if _has_kernel(arch, work) else 4  # cos and sin, of q and k alike or for each
     rotary = tables * int(arch.head_dim * arch.rotary_percentage) * item
     if arch.position_embedding_type != "rope":
@@ -215,7 +222,7 @@ def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
     heads = 0
     if arch.qk_layernorm:  # q and k before their norms: on a CPU copies, on a GPU views of q, k and v
         heads = (query + (kv // 2 if work.on_cpu else kv)) * item
-    if layout.granularity != "selective":
+    if not selective:
         core = _attending(arch, layout, work)
     elif _has_kernel(arch, work):
         core = (query + kv) * item
@@ -223,11 +230,13 @@ def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
         core = (query + kv) * item + (query + kv // 2) * item * (1 if rotary else 0)  # views, unless they were turned
         heads = max(0, heads - (query + kv) * item)
     context = query * item
-    return norms + rotary + heads + core + context + _of_feed_forward(arch, work) * ffn * item
+    return norms + rotary + heads + core + context + _of_feed_forward(arch, work, selective) * ffn * item
 
 
-def _of_feed_forward(arch: Architecture, work: Work) -> int:
+def _of_feed_forward(arch: Architecture, work: Work, selective: bool) -> int:
     """Tensors of the FFN size that autograd saves of a layer: in and out of the activation, and on the way."""
+    if selective:
+        return 2 if is_gated(arch) else 1
     if arch.activation in ("swiglu", "fast-swiglu"):
         return 3 if work.on_cpu else 4
     return 5 if is_gated(arch) else 2

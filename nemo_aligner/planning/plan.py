@@ -19,6 +19,8 @@ _SLOTS, _FEW_SLOTS = 256, 32
 def make_plan(config: PlanConfig, arch: Architecture) -> tuple[PlanConfig, Plan]:
     """The plan, and the config with every size that it settles. Raises ConfigError, and LaunchError if nothing fits."""
     task = TASKS[config.task]
+    if arch.num_moe_experts is not None:
+        raise ConfigError(f"it has {arch.num_moe_experts} experts, whose memory is not counted here", "model")
     if task.trains and (arch.hidden_dropout or arch.attention_dropout):
         raise ConfigError(
             "it has dropout, and memory is counted without; set its hidden_dropout and attention_dropout to 0.0, and "

@@ -14,15 +14,29 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig
+from nemo_aligner.data.jsonl import dump_row
 from nemo_aligner.errors import ServerError
-from nemo_aligner.servers.wire import ARCHIVE, ERROR, REWARDS, SENTENCES, SERVER_FAILED, RequestError
+from nemo_aligner.rewards.interfaces import Candidate, Outcome
+from nemo_aligner.servers.wire import (
+    ARCHIVE,
+    ERROR,
+    FIELDS,
+    PARTS,
+    PROMPTS,
+    RESPONSES,
+    REWARDS,
+    SENTENCES,
+    SERVER_FAILED,
+    RequestError,
+    outcome_of,
+)
 
 if TYPE_CHECKING:
     from pytriton.client import ModelClient
@@ -49,6 +63,7 @@ class RewardClient:
         self._local = threading.local()
         self._closed = threading.Event()
         self._hurried = False
+        self.reads_parts = False  # known once it is ready: it takes prompt, response and fields apart
         self._without_since: float | None = None  # the server is ready, and has no such model
         self._lock = threading.Lock()
         self.archive: str | None = None  # sha256: of the model that gave the first reward of the run
@@ -136,6 +151,7 @@ class RewardClient:
             names = [part.get("name") for part in about.get(kind, [])]
             if wanted not in names:
                 raise ServerError(f"{self._url}/{path} has the {kind} {names}, not {wanted}; is {KEY}.name right?")
+        self.reads_parts = RESPONSES in [part.get("name") for part in about.get("inputs", [])]
         if not batching.get("max_batch_size"):
             raise ServerError(f"{self._url}/{path} takes no batches (max_batch_size 0), and texts are sent in batches")
         return None
@@ -155,7 +171,21 @@ class RewardClient:
 
     def submit(self, texts: Sequence[str]) -> Future[list[float]]:
         """Rewards of `texts`, in their order, to come."""
-        return self._threads.submit(self._rewards, list(texts))
+        sentences = _column(texts)
+        return self._threads.submit(lambda: _floats(self._answer({SENTENCES: sentences})))
+
+    def judge(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
+        """Outcomes of `candidates`, in their order, to come; of a server with reward functions they hold the fields."""
+        if not self.reads_parts:
+            texts = self.submit([candidate.prompt + candidate.response for candidate in candidates])
+            return _then(texts, lambda scores: [Outcome(score) for score in scores])
+        columns = {
+            PROMPTS: [candidate.prompt for candidate in candidates],
+            RESPONSES: [candidate.response for candidate in candidates],
+            FIELDS: [dump_row(candidate.fields) for candidate in candidates],
+        }
+        inputs = {name: _column(own) for name, own in columns.items()}
+        return self._threads.submit(lambda: [outcome_of(raw) for raw in self._answer(inputs)[PARTS][:, 0]])
 
     def hurry(self) -> None:
         """From now on a server that does not answer is not asked again. For signal handlers: it takes no lock."""
@@ -165,12 +195,12 @@ class RewardClient:
         self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _rewards(self, texts: list[str]) -> list[float]:
+    def _answer(self, inputs: dict[str, np.ndarray]) -> Any:
         """Asks until there is an answer. Raises ServerError after `inference_timeout_s`, or for a refused request."""
         begin, told, pause = time.monotonic(), 0.0, 0.25
         while True:
             try:
-                return self._ask(texts)
+                return self._ask(inputs)
             except Exception as fault:
                 self._drop_connection()
                 reason = _reason(fault)
@@ -190,10 +220,9 @@ class RewardClient:
                 self._closed.wait(pause * random.uniform(0.5, 1.0))  # or all ranks would come back at once
                 pause = min(2 * pause, 5.0)
 
-    def _ask(self, texts: list[str]) -> list[float]:
-        sentences = np.array([[text.encode()] for text in texts], dtype=object)
+    def _ask(self, inputs: dict[str, np.ndarray]) -> Any:
         try:
-            answer = self._connection().infer_batch(**{SENTENCES: sentences})
+            answer = self._connection().infer_batch(**inputs)
         except Exception as fault:
             status = getattr(fault.__cause__, "status", None)  # of tritonclient's exception, a text
             if status is not None and status() == _TOO_LARGE:
@@ -203,12 +232,12 @@ class RewardClient:
             if raw:
                 said = _text(raw)
                 raise ConnectionError(said) if said == SERVER_FAILED else RequestError(said)
-        rewards = [float(reward) for reward in answer[REWARDS][:, 0]]
-        if len(rewards) != len(texts):
-            raise RequestError(f"{len(rewards)} rewards came back for {len(texts)} texts")
+        count = len(next(iter(inputs.values())))
+        if len(answer[REWARDS]) != count:
+            raise RequestError(f"{len(answer[REWARDS])} rewards came back for {count} texts")
         if ARCHIVE in answer:  # nor this one
             self._check_same(_text(answer[ARCHIVE][0, 0]))
-        return rewards
+        return answer
 
     def _check_same(self, archive: str) -> None:
         """Raises ServerError where the rewards are of another archive than the first ones."""
@@ -244,6 +273,29 @@ class RewardClient:
                 client.close()
             except Exception as fault:
                 log.debug("closing a broken connection: %s", fault)
+
+
+def _column(texts: Sequence[str]) -> np.ndarray:
+    """Texts as Triton takes them, `[B, 1]`."""
+    return np.array([[text.encode()] for text in texts], dtype=object)
+
+
+def _floats(answer: Any) -> list[float]:
+    return [float(reward) for reward in answer[REWARDS][:, 0]]
+
+
+def _then(answer: Future[list[float]], make: Callable[[list[float]], list[Outcome]]) -> Future[list[Outcome]]:
+    """A future of what `make` makes of another's result."""
+    made: Future[list[Outcome]] = Future()
+
+    def arrived(found: Future[list[float]]) -> None:
+        try:
+            made.set_result(make(found.result()))
+        except BaseException as fault:  # CancelledError too
+            made.set_exception(fault)
+
+    answer.add_done_callback(arrived)
+    return made
 
 
 def _client_with(token: str) -> type[ModelClient]:

@@ -7,15 +7,15 @@ Requests of several clients are scored together; a request that is refused takes
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import math
 import os
 import queue
 import secrets
-import shutil
 import socket
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,12 +25,18 @@ import numpy as np
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
+from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
     ARCHIVE,
     ERROR,
     EXCEEDED,
+    FIELDS,
     LENGTHS,
+    PARTS,
+    PROMPTS,
+    RESPONSES,
     REWARDS,
     SENTENCES,
     SERVER_FAILED,
@@ -41,12 +47,16 @@ from nemo_aligner.servers.wire import (
     answer,
     refusal,
 )
+from nemo_aligner.servers.wire import told as told_of
 
 log = logging.getLogger(__name__)
 
-_FOLDER = "nemo_aligner_server_"
+_FOLDER = "nemo_aligner_server_"  # and the number of the process
+_SHARED_MEMORY, _SEGMENT = Path("/dev/shm"), "pytrtion"  # so PyTriton spells what it begins names with, and the number
 
 Score = Callable[[list[list[int]]], list[float]]
+Judge = Callable[[list[Candidate], list[list[int]]], list[Judgement]]
+"""What several sources say of candidates, whose tokens are the rows."""
 
 
 class MainThread:
@@ -78,12 +88,12 @@ class MainThread:
 
 
 def answer_requests(
-    requests: Sequence[Mapping[str, np.ndarray]], reader: RequestReader, score: Score
+    requests: Sequence[Mapping[str, np.ndarray]], reader: RequestReader, score: Score, judge: Judge | None = None
 ) -> list[dict[str, np.ndarray]]:
     """The answers to requests that Triton put into one batch, all scored together.
 
     What cannot be scored costs nothing else in the batch its reward: it has none, and says why. A fault in scoring is
-    for the server's own log; clients hear that there was one.
+    for the server's own log; clients hear that there was one. With `judge`, answers tell what each source says too.
     """
     texts: list[Texts | str] = []
     for request in requests:
@@ -95,24 +105,42 @@ def answer_requests(
     if told:
         log.warning("%d texts or requests refused: %s", len(told), told[0])
     rows = [row for found in texts if isinstance(found, Texts) for row in found.rows if row]
+    judgements: list[Judgement] = []
     try:
-        rewards = iter(score(rows) if rows else [])
-    except Exception:
+        if judge is None:
+            rewards = iter(score(rows) if rows else [])
+        else:
+            read = [found for found in texts if isinstance(found, Texts)]
+            judgements = judge([c for t in read for c, row in zip(t.candidates, t.rows, strict=True) if row], rows)
+            rewards = iter([math.nan if j.reward is None else j.reward for j in judgements])
+    except Exception as fault:
+        log.error("scoring failed: %s", fault)
         return [refusal(SERVER_FAILED, request, reader.archive) for request in requests]
 
     def own(found: Texts) -> list[float]:
         return list(itertools.islice(rewards, sum(map(bool, found.rows))))
 
-    return [
+    answers = [
         refusal(found, request, reader.archive)
         if isinstance(found, str)
         else answer(own(found), found.exceeded, found.errors, reader.archive)
         for request, found in zip(requests, texts, strict=True)
     ]
+    if judge is not None:
+        left = iter(judgements)
+        for outputs in answers:
+            parts = [b"" if error else told_of(next(left)) for error in outputs[ERROR][:, 0]]
+            outputs[PARTS] = np.array(parts, dtype=object).reshape(-1, 1)
+    return answers
 
 
 def serve(
-    config: ServingConfig, reader: RequestReader, score: Score, run: Callable[[], None], token: str | None = None
+    config: ServingConfig,
+    reader: RequestReader,
+    score: Score,
+    run: Callable[[], None],
+    token: str | None = None,
+    judge: Judge | None = None,
 ) -> None:
     """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError."""
     find_shared_python()
@@ -125,14 +153,17 @@ def serve(
     from nemo_aligner.servers.gate import Gate, roomy_stacks
 
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
-        return answer_requests([request.data for request in requests], reader, score)
+        return answer_requests([request.data for request in requests], reader, score, judge)
 
+    more_inputs, more_outputs = ((), ()) if judge is None else ((PROMPTS, RESPONSES, FIELDS), (PARTS,))
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    remove_leftovers(Path(tempfile.gettempdir()))
+    root = scratch_root()
+    _remove_leftovers(root)
     inner, access = _free_port(), secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}_") as folder:
-        own_log = Path(folder) / "triton.log"
+    folder = root / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
+    with scratch_folder(folder):
+        own_log = folder / "triton.log"
         triton = Triton(
             config=TritonConfig(
                 http_address="127.0.0.1",
@@ -142,7 +173,7 @@ def serve(
                 exit_timeout_secs=5,
                 log_file=own_log,
             ),
-            workspace=Path(folder) / "workspace",
+            workspace=folder / "workspace",
             # its own look at whether it is ready comes without the token
             security_config=TritonSecurityConfig(access, sorted(VALID_TRITON_ENDPOINTS - {"health"})),
         )
@@ -154,12 +185,14 @@ def serve(
                 Tensor(name=TOKENS, dtype=np.int64, shape=(-1,), optional=True),
                 Tensor(name=LENGTHS, dtype=np.int64, shape=(-1,), optional=True),
                 Tensor(name=ADD_EOS, dtype=np.bool_, shape=(-1,), optional=True),
+                *(Tensor(name=name, dtype=bytes, shape=(-1,), optional=True) for name in more_inputs),
             ],
             outputs=[
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
                 Tensor(name=ERROR, dtype=bytes, shape=(1,)),
                 Tensor(name=ARCHIVE, dtype=bytes, shape=(1,)),
+                *(Tensor(name=name, dtype=bytes, shape=(1,)) for name in more_outputs),
             ],
             config=ModelConfig(
                 max_batch_size=config.max_batch_size,
@@ -195,13 +228,13 @@ def serve(
             log.info("reward server stopped")
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove the temporary folders in `root` of servers that were killed and could not do it themselves."""
-    for folder in root.glob(f"{_FOLDER}*_*/"):
-        pid = folder.name.removeprefix(_FOLDER).partition("_")[0]
-        if pid.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-            log.info("removing %s, left by a server that was killed", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed servers left in `root`, and the shared memory of their Tritons."""
+    for name in remove_leftovers(root, _FOLDER):
+        pid = name.removeprefix(_FOLDER).partition("_")[0]
+        for segment in _SHARED_MEMORY.glob(f"{_SEGMENT}{pid}-*"):
+            with contextlib.suppress(OSError):  # another user's
+                segment.unlink()
 
 
 def check_port_is_free(ip: str, port: int) -> None:

@@ -4,26 +4,36 @@ inputs    sentences         bytes  [B, 1]   UTF-8 texts, prompt and response tog
           tokens            int64  [B, S]   token ids, padded at the right at will;       or these two
           sequence_lengths  int64  [B, 1]   how many of them count
           add_EOS           bool   [B, 1]   end the texts with EOS; left out: as the reward model was trained
+          prompts           bytes  [B, 1]   of a server with reward functions, instead of sentences:
+          responses         bytes  [B, 1]   prompt and response apart,
+          fields            bytes  [B, 1]   and a JSON object with the other fields of the row, or nothing
 outputs   rewards           float32 [B, 1]  NaN where there is an error
           exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut; -1: error
           error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
           archive           bytes   [B, 1]  sha256 of the reward model's archive: whose rewards these are
+          parts             bytes   [B, 1]  of a server with reward functions: JSON {"reward", "parts", "failed"}, the
+                                            reward of each source by its name, null where it gave none
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from nemo_aligner.data.jsonl import dump_row
 from nemo_aligner.data.judged_text import ended
 from nemo_aligner.engine.interfaces import Tokenizer
-from nemo_aligner.errors import AlignerError
+from nemo_aligner.errors import AlignerError, DataError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement, Outcome
 
 SENTENCES, TOKENS, LENGTHS, ADD_EOS = "sentences", "tokens", "sequence_lengths", "add_EOS"
+PROMPTS, RESPONSES, FIELDS, PARTS = "prompts", "responses", "fields", "parts"
 REWARDS, EXCEEDED, ERROR, ARCHIVE = "rewards", "exceeded", "error", "archive"
 
 SERVER_FAILED = "the server failed; its log says why"
@@ -43,6 +53,7 @@ class Texts:
     rows: list[list[int]]
     exceeded: list[bool]
     errors: list[str]
+    candidates: list[Candidate] = field(default_factory=list, compare=False)  # as reward functions read them
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class RequestReader:
 
     `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS,
     `archive` the sha256 of its archive.
+    `check_fields` raises DataError for fields that reward functions cannot do without; None: no functions are served.
     """
 
     tokenizer: Tokenizer
@@ -58,40 +70,67 @@ class RequestReader:
     vocab_size: int
     append_eod: bool
     max_text_bytes: int
+    check_fields: Callable[[Mapping[str, Any]], None] | None = None
     archive: str = ""
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
         """Raises RequestError, naming the input, for what is wrong with the request as a whole."""
-        if (SENTENCES in inputs) == (TOKENS in inputs):
+        if RESPONSES in inputs:
+            candidates = self._candidates(inputs)
+            rows = self._texts([_bytes(c.prompt + c.response) for c in candidates], RESPONSES)
+        elif (SENTENCES in inputs) == (TOKENS in inputs):
             raise RequestError(f"{SENTENCES}: give either {SENTENCES}, or {TOKENS} with {LENGTHS}")
-        rows = self._texts(inputs[SENTENCES]) if SENTENCES in inputs else self._token_rows(inputs)
+        elif SENTENCES in inputs:
+            texts = _column(inputs[SENTENCES], SENTENCES)
+            rows = self._texts(texts, SENTENCES)
+            candidates = [Candidate("", text.decode(errors="replace"), {}, f"row {i}") for i, text in enumerate(texts)]
+        elif self.check_fields is None:
+            rows, candidates = self._token_rows(inputs), []
+        else:
+            raise RequestError(f"{TOKENS}: reward functions read texts; give {PROMPTS} and {RESPONSES}")
         ends = self._ends(inputs.get(ADD_EOS), len(rows))
-        found = Texts([], [], [])
-        for row, end in zip(rows, ends, strict=True):
+        found = Texts([], [], [], candidates)
+        for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
             try:
+                if self.check_fields is not None:
+                    self.check_fields(candidates[index].fields)
                 tokens, cut = ended(row(), limit=self.limit, eos=self.tokenizer.eos_id if end else None)
                 error = ""
-            except RequestError as fault:
+            except (RequestError, DataError) as fault:
                 tokens, cut, error = [], False, str(fault)
             found.rows.append(tokens)
             found.exceeded.append(cut)
             found.errors.append(error)
         return found
 
-    def _texts(self, sentences: np.ndarray) -> list[_Row]:
-        return [functools.partial(self._from_text, i, raw) for i, raw in enumerate(_column(sentences, SENTENCES))]
+    def _candidates(self, inputs: Mapping[str, np.ndarray]) -> list[Candidate]:
+        for name in (SENTENCES, TOKENS):
+            if name in inputs:
+                raise RequestError(f"{name}: give either {name}, or {PROMPTS} and {RESPONSES}")
+        if PROMPTS not in inputs:
+            raise RequestError(f"{PROMPTS}: needed with {RESPONSES}")
+        responses = _column(inputs[RESPONSES], RESPONSES)
+        fields = _column(inputs[FIELDS], FIELDS) if FIELDS in inputs else [b""] * len(responses)
+        columns = {PROMPTS: _column(inputs[PROMPTS], PROMPTS), RESPONSES: responses, FIELDS: fields}
+        for name, column in columns.items():
+            if len(column) != len(responses):
+                raise RequestError(f"{name}: {len(column)} for {len(responses)} {RESPONSES}")
+        return [
+            Candidate(_text(prompt, PROMPTS, i), _text(response, RESPONSES, i), _object(own, i), f"row {i}")
+            for i, (prompt, response, own) in enumerate(zip(*columns.values(), strict=True))
+        ]
 
-    def _from_text(self, index: int, raw: bytes) -> list[int]:
+    def _texts(self, texts: Sequence[bytes], name: str) -> list[_Row]:
+        return [functools.partial(self._from_text, name, i, raw) for i, raw in enumerate(texts)]
+
+    def _from_text(self, name: str, index: int, raw: bytes) -> list[int]:
         if len(raw) > self.max_text_bytes:
             raise RequestError(
-                f"{SENTENCES}: row {index} has {len(raw)} bytes, inference.max_text_bytes is {self.max_text_bytes}"
+                f"{name}: row {index} has {len(raw)} bytes, inference.max_text_bytes is {self.max_text_bytes}"
             )
-        try:
-            row = self.tokenizer.encode(raw.decode("utf-8"))
-        except UnicodeDecodeError as fault:
-            raise RequestError(f"{SENTENCES}: row {index} is not valid UTF-8 (byte {fault.start})") from None
+        row = self.tokenizer.encode(_text(raw, name, index))
         if not row:
-            raise RequestError(f"{SENTENCES}: row {index} is empty")
+            raise RequestError(f"{name}: row {index} is empty")
         return row
 
     def _token_rows(self, inputs: Mapping[str, np.ndarray]) -> list[_Row]:
@@ -134,6 +173,41 @@ def _column(values: np.ndarray, name: str) -> list:
     if values.ndim != 2 or values.shape[1] != 1:
         raise RequestError(f"{name}: shape {list(values.shape)} is not [B, 1]")
     return values[:, 0].tolist()
+
+
+def _text(raw: bytes, name: str, index: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as fault:
+        raise RequestError(f"{name}: row {index} is not valid UTF-8 (byte {fault.start})") from None
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode()
+
+
+def _object(raw: bytes, index: int) -> dict[str, Any]:
+    try:
+        value = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError) as fault:
+        raise RequestError(f"{FIELDS}: row {index} is not valid JSON ({fault})") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{FIELDS}: row {index} is no JSON object")
+    return value
+
+
+def told(judgement: Judgement) -> bytes:
+    """A judgement as the output `parts`."""
+    return dump_row(
+        {"reward": judgement.reward, "parts": dict(judgement.parts), "failed": list(judgement.failed)}
+    ).encode()
+
+
+def outcome_of(parts: bytes) -> Outcome:
+    """What `told` says of the whole."""
+    said = json.loads(parts)
+    failed = ", ".join(said["failed"])
+    return Outcome(said["reward"], f"the server could not have the reward of {failed}" if failed else None)
 
 
 def answer(

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
-from nemo_aligner.engine.checkpoints.checkpoint_folder import PARTIAL, STATE, first_whole, latest_whole, read_state
-from nemo_aligner.engine.interfaces import Cluster, TrainableModel
-from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    PARTIAL,
+    STATE,
+    first_whole,
+    latest_whole,
+    read_state,
+    remove,
+    remove_unfinished,
+)
+from nemo_aligner.engine.interfaces import Cluster, Saving, TrainableModel
+from nemo_aligner.errors import CheckpointError, ConfigError, ServerError, StoppedEarly, TrainingError
+from nemo_aligner.files import writing
 from nemo_aligner.stages.checkpoint_names import checkpoint_name, log_dir
 from nemo_aligner.stages.run_checks import check_monitor
 
@@ -27,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _LAST = "-last"
 _COUNTED = ("step", "consumed_samples")
+_OF_ALL_RANKS = (StoppedEarly, TrainingError, ServerError)  # after others the ranks may not be at the same place
 
 
 class Checkpoints:
@@ -49,7 +59,8 @@ class Checkpoints:
         self.archive = self.root / f"{config.name}.nemo"
         self._name, self._top_k, self._cluster = config.name, params.save_top_k, cluster
         self._pattern = params.filename or f"{config.name}--{{{self._monitor}:.3f}}-{{step}}-{{consumed_samples}}"
-        self._archives_best = params.save_best_model
+        self._archives_best, self._in_background = params.save_best_model, params.async_save
+        self._saving: tuple[Saving, str] | None = None  # what is being written, and its name
         self._resume, self._may_begin = config.resume_if_exists, config.resume_ignore_no_checkpoint
 
     @property
@@ -72,15 +83,53 @@ class Checkpoints:
         return found
 
     def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
-        """Write one more checkpoint as the newest, then drop those that need not be kept. Collective."""
+        """Write one more checkpoint as the newest, then drop those that need not be kept. Collective.
+
+        With `async_save` it is begun, once the one before is there, and `settle` sees to the rest.
+        """
+        self.settle()
         value = values.get(self._monitor, math.nan)
         label = checkpoint_name(self._pattern, {**values, **{name: state[name] for name in _COUNTED}})
         if self._cluster.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         self._cluster.barrier()
-        model.save_training_state(self.root / f"{label}{_LAST}", {**state, "monitored": value, "run": self._name})
+        name, full = f"{label}{_LAST}", {**state, "monitored": value, "run": self._name}
+        if self._in_background:
+            self._saving = model.save_in_background(self.root / name, full), name
+        else:
+            model.save_training_state(self.root / name, full)
+            self.drop_others(self.root / name)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Let the checkpoint that is being written appear, now if it is written, or else if `wait`. Collective.
+
+        Raises OutputError on every rank where one could not write.
+        """
+        if self._saving is None or not (wait or self._saving[0].done()):
+            return
+        (saving, name), self._saving = self._saving, None
+        saving.finish()
+        self.drop_others(self.root / name)
+
+    def __enter__(self) -> Checkpoints:
+        """Around the steps of a run: a checkpoint that is being written when they end appears."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, _OF_ALL_RANKS):
+            self.settle()
+
+    def drop_others(self, newest: Path) -> None:
+        """Remove the checkpoints that need not be kept beside `newest`.
+
+        A run that goes on from `newest` does so too: a kill may have kept the one before from it.
+        """
         if self._cluster.is_main:
-            self._prune(keep=f"{label}{_LAST}")
+            with writing(self.root):
+                remove_unfinished(self.root)
+                self._drop_all_but_the_best(newest.name)
         self._cluster.barrier()
 
     def restore_best(self, model: TrainableModel) -> None:
@@ -96,13 +145,13 @@ class Checkpoints:
         state = model.load_training_state(best)
         log.info("the archive is that of step %d, %s=%g", state["step"], self._monitor, state["monitored"])
 
-    def _prune(self, keep: str) -> None:
+    def _drop_all_but_the_best(self, keep: str) -> None:
         others = [path for path in self._own() if path.name != keep]
         best = self._ranked([*others, self.root / keep])
         kept = best if self._top_k < 0 else best[: self._top_k]
         for path in others:
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
             elif path.name.endswith(_LAST):
                 path.rename(path.with_name(path.name.removesuffix(_LAST)))
 

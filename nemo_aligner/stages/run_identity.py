@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.peft import PeftConfig
-from nemo_aligner.config.schema import ExpManagerConfig, OptimConfig
+from nemo_aligner.config.schema import ExpManagerConfig, ModelOverrides, OptimConfig
 from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.ranks import together
 from nemo_aligner.stages.checkpoint_names import log_dir
 
 log = logging.getLogger(__name__)
@@ -66,22 +67,21 @@ def adapter_settings(peft: PeftConfig) -> dict[str, Any]:
     return {"model.peft": {**peft.lora.to_nemo(), "restore_from_path": begun}}
 
 
+def router_settings(model: ModelOverrides) -> dict[str, Any]:
+    """What decides the losses of routers."""
+    return {f"model.{name}": value for name, value in model.router_settings().items()}
+
+
 def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:
     """Raises CheckpointError on every rank where the checkpoint to go on from is of another archive or other settings.
 
     For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
     """
-    fault = None
-    newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
-    if newest is not None:
-        wanted = {"the archive to start from": _short(archive_hash(archive)), **settings}
-        try:
+    with together(cluster):
+        newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
+        if newest is not None:
+            wanted = {"the archive to start from": _short(archive_hash(archive)), **settings}
             check_same_run(newest, read_state(newest).get("fingerprint", {}), json.loads(json.dumps(wanted)))
-        except CheckpointError as found:
-            fault = str(found)
-    fault = cluster.broadcast(fault)
-    if fault:
-        raise CheckpointError(fault)
 
 
 def check_same_run(checkpoint: Path, made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

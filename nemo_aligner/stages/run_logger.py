@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_aligner.config.schema import ExpManagerConfig
+from nemo_aligner.data.provenance import write_run_record
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.errors import OutputError, StoppedEarly
-from nemo_aligner.loggers import open_sinks
+from nemo_aligner.loggers import open_sinks, without_secrets
 from nemo_aligner.metrics import MetricsLogger
 from nemo_aligner.stages.checkpoint_names import log_dir
 
@@ -26,6 +27,8 @@ def run_logger(
     sinks = open_sinks(exp, folder, config, resumed=bool(resumed_at))
     logger = MetricsLogger(folder, tensorboard=exp.create_tensorboard_logger, sinks=sinks, resumed_at=resumed_at)
     try:
+        if config:
+            write_run_record(folder, without_secrets(config))
         yield logger
     except BaseException as fault:
         with contextlib.suppress(OutputError):  # what ended the run is what is reported

@@ -48,7 +48,7 @@ def sources() -> list[str]:
     """What `COPY . .` brings of a clean checkout."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
 
 
 class Image:
@@ -64,7 +64,7 @@ class Image:
         elif line.name == "COPY":
             for name in sources():
                 (self._at / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, self._at / name)
+                shutil.copy(ROOT / name, self._at / name, follow_symlinks=False)
         elif line.name == "ENV":
             name, _, value = line.text.partition("=")
             self._env[name] = self._placed(value).replace("$PATH", self._env["PATH"])

@@ -34,9 +34,14 @@ class Result:
             "reward_after": last["reward_mean"],
             "reward_std_before": first["reward_std"],
             "kl_after": last["kl"],
-            "gain_in_std": (last["reward_mean"] - first["reward_mean"]) / first["reward_std"],
+            "gain_in_std": spreads(last["reward_mean"] - first["reward_mean"], first["reward_std"]),
             "iterations": self.rows,
         }
+
+
+def spreads(gain: float, spread: float) -> float | None:
+    """A gain in standard deviations; None where there is no spread."""
+    return gain / spread if spread else None
 
 
 def offline_result(folder: Path) -> Result:
@@ -65,6 +70,19 @@ def stage_seconds(log: Path) -> dict[int, dict[str, int]]:
         stages = seconds.setdefault(int(iteration) + 1, {})
         stages[stage] = stages.get(stage, 0) + int(spent)
     return seconds
+
+
+def math_result(folder: Path) -> Result:
+    """Sums: the policies before and after REINFORCE on held-out problems, where a reward is 1 for a right answer."""
+    made = offline_result(folder)
+    figures = [json.loads(line) for line in (folder / "actor" / "metrics.jsonl").read_text().splitlines()]
+    spent = {phase: round(sum(row.get(f"timers/{phase}", 0.0) for row in figures)) for phase in PHASES}
+    steps = max(int(row["step"]) for row in figures if "train_rollouts/rewards" in row)
+    rows = [
+        {**row, "step": step, "seconds": seconds}
+        for row, step, seconds in zip(made.rows, (0, steps), ({}, spent), strict=True)
+    ]
+    return Result("step", rows, made.samples_before, made.samples_after)
 
 
 def reinforce_result(folder: Path) -> Result:
@@ -157,9 +175,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seconds", type=int, required=True, help="since the end of installation")
     parser.add_argument("--reinforce", action="store_true", help="of quickstart.sh --reinforce")
+    parser.add_argument("--math", action="store_true", help="of quickstart.sh --math")
     args = parser.parse_args()
 
-    result = reinforce_result(args.folder) if args.reinforce else offline_result(args.folder)
+    read = math_result if args.math else reinforce_result if args.reinforce else offline_result
+    result = read(args.folder)
     summary = {**result.summary, "seconds": args.seconds}
     write_atomically(args.folder / "summary.json", [json.dumps(summary, indent=1), "\n"])
     text = samples_text(result)
@@ -167,7 +187,14 @@ def main() -> None:
     plot(result, args.folder / "reward.png")
     print(text)
     print(table(result))
-    print(f"\nreward {summary['gain_in_std']:+.2f} standard deviations in {args.seconds} s; see {args.folder}")
+    if args.math:
+        before, after = (f"{100 * row['reward_mean']:.1f} %" for row in (result.rows[0], result.rows[-1]))
+        gain = f"{before} of held-out sums right before, {after} after"
+    elif summary["gain_in_std"] is None:
+        gain = f"reward {summary['reward_before']:.3g} before, without a spread, {summary['reward_after']:.3g} after"
+    else:
+        gain = f"reward {summary['gain_in_std']:+.2f} standard deviations"
+    print(f"\n{gain}, in {args.seconds} s; look at {args.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

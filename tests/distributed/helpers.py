@@ -19,6 +19,8 @@ class Cut(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
     gpus: bool = False
 
 
@@ -41,7 +43,7 @@ def _rank(rank: int, world: int, jobs: Sequence[tuple[int, Job]]) -> None:
     for port, (cut, function, args) in jobs:
         os.environ["MASTER_PORT"] = str(port)
         trainer = TrainerConfig(devices=world, accelerator="gpu" if cut.gpus else "cpu")
-        sizes = {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
+        sizes = {name: value for name, value in cut._asdict().items() if name != "gpus"}
         try:
             with (
                 pretend_gpu(world) if cut.gpus else nullcontext(),

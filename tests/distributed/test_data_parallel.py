@@ -56,9 +56,10 @@ def measure(cluster: Any, folder: Path) -> None:
         for name, optim in {"plain": {"name": "adamw"}, **OPTIMIZERS}.items():
             model = trained(cluster, folder, optim, precision)
             found[f"{name} {precision}"] = steps(cluster, model, range(2))
-            model.save_training_state(folder / f"{name} {precision}", {"step": 2})
+            saving = model.save_in_background(folder / f"{name} {precision}", {"step": 2})
             found[f"{name} {precision} buckets"] = len(model._wrapped.bucket_groups)
             found[f"{name} {precision} goes on"] = steps(cluster, model, range(2, 4))
+            saving.finish()
     if cluster.is_main:
         (folder / "found.json").write_text(json.dumps(found))
 

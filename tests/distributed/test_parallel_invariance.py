@@ -21,6 +21,7 @@ from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfi
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.data.supervised import Example
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, Orders, Progress, Response
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from tests.distributed.helpers import Cut, Job, run_jobs
 from tests.tiny import ARCH
 
@@ -55,7 +56,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "TP 2, sequence parallel": {"sequence_parallel": True},
     "PP 2, recomputed": RECOMPUTED,
     "TP 2, PP 2": {"sequence_parallel": True},
-    "TP 2, DP 2": {"sequence_parallel": True},
+    "TP 2, DP 2": {"sequence_parallel": True, "activations_checkpoint_granularity": "selective"},
     "CP 2, TP 2": {"sequence_parallel": True},
     "CP 2, PP 2": RECOMPUTED,
 }
@@ -197,9 +198,9 @@ def trained_reward_model(cluster: Any, folder: Path, name: str) -> dict[str, Any
 class Lengths:
     """The reward of a text is its length."""
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        future: Future[list[float]] = Future()
-        future.set_result([float(len(text)) for text in texts])
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        future: Future[list[Judgement]] = Future()
+        future.set_result([Judgement(float(len(one.prompt + one.response))) for one in candidates])
         return future
 
     def hurry(self) -> None:

@@ -141,6 +141,17 @@ def test_a_training_step_takes_what_is_planned(case: str, cluster: MegatronClust
     assert within(plan.peak - plan.resident, found.peak - found.resident), plan.phases
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [(LLAMA, BF16), (GPT2, FP32)], ids=["llama", "gpt2"])
+def test_what_is_recomputed_is_not_kept(arch: Architecture, dtype: torch.dtype, cluster: MegatronCluster) -> None:
+    """Of a step's peak: with our kernels of attention, norm and gate, and with torch's norm and activation."""
+    work = Work(TOKENS, ANSWERS, microbatches=2, item=dtype.itemsize, sharded=False, on_cpu=True)
+    ways = (Layout(), Layout(granularity="selective"), full("uniform", 1))
+    found = (measured(cluster, arch, dtype, layout, work=work) for layout in ways)
+    nothing, selective, whole = (each.peak - each.resident for each in found)
+    assert selective < 0.85 * nothing
+    assert whole < 0.4 * nothing
+
+
 @pytest.mark.parametrize("tokens", [TOKENS, 32], ids=["activations", "update"])
 def test_without_what_a_cpu_adds_it_takes_what_is_planned_for_a_gpu(
     tokens: int, cluster: MegatronCluster, monkeypatch: pytest.MonkeyPatch

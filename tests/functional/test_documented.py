@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_aligner.checksums import file_sum
 from tests.functional.conftest import Workshop, run
 from tests.functional.test_commands import LABELER, SAMPLER, SFT
 
@@ -101,6 +102,8 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
         "inference.tokens_to_generate=6", "data.hf_dataset=False", f"output_file={tmp_path}/figures.json",
     )  # fmt: skip
     first, second = json.loads((tmp_path / "figures.json").read_text())
+    hashes = json.loads((tmp_path / "figures.json.meta.json").read_text())["archive_sha256"]
+    assert hashes[str(policy)] == hashes[str(again)] == file_sum(policy)
     samples = lines(tmp_path / "figures.json.sft_model.jsonl")
     judged = tmp_path / "judged.jsonl"
     judged.write_text("".join(json.dumps({"input": r["input"], "output": r["output"]}) + "\n" for r in samples))
@@ -109,7 +112,11 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
     assert (first["reward_mean"], first["reward_std"]) == pytest.approx(mean_and_std(rewards), abs=1e-5)
     assert (first["samples"], first["policy"], second["policy"]) == (12, str(policy), str(again))
     assert first["kl"] == pytest.approx(0.0, abs=1e-4), "it is where it began"
-    assert (second.pop("gain"), second.pop("gain_standard_error"), second.pop("better_on")) == (0.0, 0.0, 0.0)
+    gain = {key: second.pop(key) for key in ("gain", "gain_standard_error", "better_on", "win_rate")}
+    assert gain == {"gain": 0.0, "gain_standard_error": 0.0, "better_on": 0.0, "win_rate": 0.5}
+    for key in ("win_rate_interval", "win_rate_length_controlled"):
+        second.pop(key)
+    assert first.pop("best_of") == pytest.approx(second.pop("best_of"))
     assert {**first, "policy": ""} == pytest.approx({**second, "policy": ""})
 
 

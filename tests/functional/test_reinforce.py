@@ -306,7 +306,8 @@ def test_an_actor_killed_at_any_step_ends_as_if_it_had_not_been(
     workshop: Workshop, server: int, tmp_path: Path
 ) -> None:
     run(*actor(workshop, tmp_path / "whole", server))
-    command = actor(workshop, tmp_path / "killed", server)
+    background = "exp_manager.checkpoint_callback_params.async_save=True"
+    command = actor(workshop, tmp_path / "killed", server, background)
     for steps in (1, 2):
         process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while (

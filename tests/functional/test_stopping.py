@@ -126,7 +126,8 @@ def test_a_stage_that_is_told_to_stop_says_so_saves_and_is_not_gone_on_with_by_a
 
 
 def test_ctrl_c_saves_as_sigterm_does_on_all_ranks(workshop: Workshop, tmp_path: Path) -> None:
-    command, sign = stage("SFT", workshop, tmp_path, 0, tmp_path, "trainer.devices=2")
+    background = "exp_manager.checkpoint_callback_params.async_save=True"
+    command, sign = stage("SFT", workshop, tmp_path, 0, tmp_path, "trainer.devices=2", background)
     process = subprocess.Popen(
         command, cwd=ROOT, env={**ENV, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, start_new_session=True,

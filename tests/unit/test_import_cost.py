@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "examples/nlp/gpt").rglob("*.py")
-    if "script(" in path.read_text()
+    if "nemo_aligner.commands" in path.read_text()
 )
 pytestmark = pytest.mark.processes
 SLOW = {"nemo", "lightning", "wandb", "mlflow"}
@@ -99,6 +99,13 @@ FAULTS = [
     (SAMPLER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "max_time_per_run=soon", "max_time_per_run: 'soon' is not of the form"),
     (LABELER, "processor=best", "processor: 'best'"),
+    (
+        LABELER,
+        "reward_function=a:b",
+        "gpt_model_file: {judge} would give no reward",
+    ),
+    (ACTOR, "reward_function=no_such:f", "no_such:f cannot be used: ModuleNotFoundError"),
+    (ACTOR, "reward_function=nemo_aligner.rewards.text:exact_match", "{rows}:1: no field 'answer', which reward"),
     (EVALUATION, "data.file_names=[{folder}/absent]", ABSENT),
     (EVALUATION, "policy_files=[{policy},{folder}/absent]", "policy_files=" + ABSENT),
     (EVALUATION, "initial_policy_file={folder}/absent", "initial_policy_file=" + ABSENT),

@@ -94,6 +94,31 @@ def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (5, 2.5)]
 
 
+def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    first = MetricsLogger(tmp_path, tensorboard=False)
+    first.log(1, "train", {"loss": 1.0})  # a kill took what TensorBoard's writer had of it
+    first.log(2, "train", {"loss": 2.0})
+    position = first.position
+    first.log(3, "train", {"loss": 3.0})
+    first.close()
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in (2, 3):
+            writer.add_scalar("train/loss", float(step), step, walltime=1e9 + step)
+    [events] = tmp_path.glob("events.*")
+    with events.open("ab") as stream:
+        stream.write(b"\x18\0\0\0")  # torn
+    second = MetricsLogger(tmp_path, tensorboard=True, resumed_at=position)
+    second.log(3, "train", {"loss": 3.5})
+    second.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    assert found.Scalars("train/loss")[1].wall_time == 1e9 + 2
+
+
 def test_phases_add_up_and_count_what_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))

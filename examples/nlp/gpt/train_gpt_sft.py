@@ -1,29 +1,11 @@
-"""Fine-tune a policy on prompts and answers."""
-
-from __future__ import annotations
+"""`aligner sft`, from a checkout: nemo_aligner/commands/sft.py."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # the clone, where it is not installed
 
-from nemo_aligner.config.aliases import TRAINING
-from nemo_aligner.config.entry import script
-from nemo_aligner.config.load import load_config
-from nemo_aligner.config.supervised import SFTConfig
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-@script("gpt_sft", Path(__file__).resolve().parent / "conf", TRAINING)
-def main(cfg: DictConfig) -> None:
-    config = load_config(cfg, SFTConfig, TRAINING)
-    from nemo_aligner.stages.supervised.sft import run
-
-    run(config)
-
+from nemo_aligner.commands.sft import main
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def check_whole(folder: Path) -> bool:
         return check_sums(folder)
     except CheckpointError as fault:
         raise CheckpointError(f"{folder}/{fault}") from None
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove below `root` what no reader looks at: saves and removals that a kill cut short. Raises OSError."""
+    for leftover in root.glob(f"*{PARTIAL}/"):
+        shutil.rmtree(leftover)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, which is no longer one from the first moment on. Raises OSError."""
+    going = folder.with_name(f"{folder.name}.dropped{PARTIAL}")
+    folder.rename(going)
+    shutil.rmtree(going)
 
 
 def latest(root: Path, *, tell: bool = True) -> Path | None:

@@ -16,6 +16,7 @@ from nemo_aligner.engine.checkpoints.gguf_tokenizer import checked_tokenizer, to
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.extras import require_extra
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -50,6 +51,7 @@ _HARMLESS = frozenset({"vocab_size", "rope.scaling.original_context_length", "ro
 
 def read_gguf(path: Path) -> tuple[Architecture, LazyTensors, bytes]:
     """Shape, tensors under their Hugging Face names, and tokenizer.json of a GGUF file. Raises CheckpointError."""
+    require_extra("hf", f"--input {path}, a GGUF file,")
     import gguf
 
     class Bounded(gguf.GGUFReader):

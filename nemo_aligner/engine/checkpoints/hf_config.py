@@ -1,4 +1,4 @@
-"""Hugging Face's config.json ⇄ our shape: Llama, Qwen2, Qwen3, Mistral both ways, Phi3 as the Llama that it is."""
+"""Hugging Face's config.json ⇄ our shape: Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral, Mixtral, Phi3 as the Llama it is."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from nemo_aligner.config.architecture import Architecture, RopeScaling
 from nemo_aligner.engine.checkpoints.settings import Settings
 from nemo_aligner.errors import CheckpointError
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
+SUPPORTED = (
+    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM"),
+    *("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
+)
 
 NOT_SUPPORTED = {  # what stands in the way of others that people ask for
     "GemmaForCausalLM": "norms by 1 + weight and scaled embeddings",
     "Gemma2ForCausalLM": "norms after attention and feed-forward, and soft caps on scores and logits",
     "Gemma3ForCausalLM": "norms after attention and feed-forward, and two rotary bases",
     "GraniteForCausalLM": "multipliers of embeddings, residuals, scores and logits",
-    "MixtralForCausalLM": "experts",
     "Olmo2ForCausalLM": "norms after attention and feed-forward",
-    "Qwen2MoeForCausalLM": "experts",
-    "Qwen3MoeForCausalLM": "experts",
+    "Qwen2MoeForCausalLM": "an expert that every token shares",
 }
 
 ACTIVATIONS = {  # theirs → ours, which is gated
@@ -47,9 +48,9 @@ _HARMLESS = frozenset({
     "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
     "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "label2id", "max_length",
     "min_length", "model_type", "neftune_noise_alpha", "num_beams", "original_max_position_embeddings",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class", "top_k",
-    "top_p", "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "problem_type", "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class",
+    "top_k", "top_p", "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
     "unsloth_version", "use_cache",
 })  # fmt: skip
 
@@ -70,6 +71,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     base, fraction, scaling = _rope(settings, where)
     window, window_layers = _windows(name, settings)
     arch = Architecture(
+        **_experts(name, settings, where),
         num_layers=settings.needed("num_hidden_layers"),
         hidden_size=settings.needed("hidden_size"),
         ffn_hidden_size=settings.needed("intermediate_size"),
@@ -87,7 +89,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
         qkv_bias=name == "Qwen2ForCausalLM" or biased,
         proj_bias=biased or None,
         mlp_bias=bool(settings.get("mlp_bias")) or None,
-        qk_layernorm=name == "Qwen3ForCausalLM",
+        qk_layernorm=name.startswith("Qwen3"),
         window_size=window,
         window_layers=window_layers,
         attention_dropout=settings.get("attention_dropout") or 0.0,
@@ -96,6 +98,32 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     arch.check(where, _THEIRS)
     settings.check_all_used(_HARMLESS)
     return arch
+
+
+def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
+    """What an architecture with experts says of them; nothing of others."""
+    if name not in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
+        return {}
+    given = [settings.get(key) for key in ("num_local_experts", "num_experts")]
+    found: dict[str, Any] = {
+        "num_moe_experts": next((count for count in given if count), None),
+        "moe_router_topk": settings.needed("num_experts_per_tok"),
+        "moe_ffn_hidden_size": settings.get("moe_intermediate_size", settings.get("intermediate_size")),
+        "moe_aux_loss_coeff": settings.get("router_aux_loss_coef") or 0.0,
+    }
+    if found["num_moe_experts"] is None:
+        raise CheckpointError(f"{where} says neither num_local_experts nor num_experts")
+    if settings.get("router_jitter_noise"):
+        raise CheckpointError(f"{where}: router_jitter_noise={settings['router_jitter_noise']} is not 0")
+    if name == "Qwen3MoeForCausalLM":
+        step, dense = settings.get("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
+        layers = range(settings.needed("num_hidden_layers"))
+        sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+        if not any(sparse):
+            raise CheckpointError(f"{where}: decoder_sparse_step={step}, mlp_only_layers={dense}: no layer has experts")
+        found["moe_layer_freq"] = 1 if all(sparse) else sparse
+        found["moe_router_pre_softmax"] = not settings.get("norm_topk_prob", False)
+    return found
 
 
 def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | None]:
@@ -152,7 +180,7 @@ def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
         rope |= vars(arch.rope_scaling)
     return {
         "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "model_type": name.removesuffix("ForCausalLM").replace("Moe", "_moe").lower(),
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,
@@ -191,6 +219,8 @@ def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
         "use_sliding_window": arch.window_size is not None,
         "layer_types": ["full_attention" if one is None else "sliding_attention" for one in windows],
     }
+    if arch.num_moe_experts is not None:
+        return _family_with_experts(arch, arch.num_moe_experts, window)
     if arch.qk_layernorm and projection == arch.qkv_bias and not mlp:
         return "Qwen3ForCausalLM", {"attention_bias": projection, **window}
     if arch.qkv_bias and not (projection or mlp or arch.qk_layernorm):
@@ -202,3 +232,26 @@ def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
     raise CheckpointError(
         "no Hugging Face architecture that is written here has this mixture of windows, norms and biases"
     )
+
+
+def _family_with_experts(arch: Architecture, experts: int, window: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    dense = [layer for layer in range(arch.num_layers) if not arch.has_experts(layer)]
+    shared = {
+        "num_experts_per_tok": arch.moe_router_topk,
+        "num_local_experts": experts,
+        "router_aux_loss_coef": arch.moe_aux_loss_coeff,
+    }
+    if arch.qk_layernorm and arch.has_proj_bias == arch.qkv_bias:
+        own = {
+            "attention_bias": arch.qkv_bias,
+            "num_experts": experts,
+            "moe_intermediate_size": arch.expert_ffn_hidden_size,
+            "norm_topk_prob": not arch.moe_router_pre_softmax,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+        }
+        return "Qwen3MoeForCausalLM", {**shared, **own, **window}
+    plain = not (arch.qkv_bias or arch.has_proj_bias or arch.qk_layernorm or arch.window_layers)
+    if plain and not dense and not arch.moe_router_pre_softmax and arch.expert_ffn_hidden_size == arch.ffn_hidden_size:
+        return "MixtralForCausalLM", {**shared, "sliding_window": arch.window_size}
+    raise CheckpointError("no Hugging Face architecture that is written here has experts of this kind")

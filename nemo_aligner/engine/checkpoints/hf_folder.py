@@ -24,7 +24,8 @@ from nemo_aligner.engine.checkpoints.hf_weights import to_hf
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import write_atomically, writing
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights at most, unless a tensor alone is larger; as transformers has it."""
@@ -67,17 +68,15 @@ def write_hf_folder(
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts |= _write_weights(folder, to_hf(arch, megatron).parts, shard_bytes)
-        for name, content in texts.items():
-            (folder / name).write_text(json.dumps(content, indent=1))
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-        if tokenizer.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    except OSError as fault:
-        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+    for name, content in texts.items():
+        write_atomically(folder / name, [json.dumps(content, indent=1)])
+    for name, data in files.items():
+        write_atomically(folder / name, [data])
+    if tokenizer.chat_template is not None:
+        write_atomically(folder / "chat_template.jinja", [tokenizer.chat_template])
 
 
 def _write_weights(folder: Path, parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, object]]:

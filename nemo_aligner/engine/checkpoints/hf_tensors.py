@@ -109,7 +109,8 @@ def write_tensors(path: Path, parts: Mapping[str, LazyTensor]) -> None:
         with partial.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for part in parts.values():
-                part.make().contiguous().view(-1).view(torch.uint8).numpy().tofile(stream)
+                # not tofile, which does not say why a disk takes no more
+                stream.write(part.make().contiguous().view(-1).view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Weight names and layouts: Hugging Face Llama, Qwen2, Qwen3, Mistral ⇄ Megatron's GPTModel, whole tensors.
+"""Weight names and layouts: Hugging Face Llama, Qwen2, Qwen3[-MoE], Mistral, Mixtral ⇄ Megatron's GPTModel, whole.
 
 Notation: G key/value heads, R query heads per key/value head, D head dimension, H hidden size, F FFN size.
 Megatron keeps q, k and v in one matrix, group by group: `[G, (R + 2)·D, H]` = R query heads, one key, one value each;
@@ -22,7 +22,6 @@ _LAYER = {  # Megatron name → Hugging Face name, below decoder.layers.N / mode
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 _QK_NORM = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
@@ -35,20 +34,35 @@ _TOP = {
 
 
 _PROJ_BIAS = {"self_attention.linear_proj.bias": "self_attn.o_proj.bias"}
-_MLP_BIAS = {"mlp.linear_fc2.bias": "mlp.down_proj.bias"}
 
 _DERIVED = re.compile(r".*(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.bias|attn\.masked_bias)$")
 """Tensors that older files hold and that follow from the settings."""
 
 
-def _layer_names(arch: Architecture) -> dict[str, str]:
+def _layer_names(arch: Architecture, layer: int) -> dict[str, str]:
     """Tensors of a layer that are one on both sides."""
-    return {
+    names = {
         **_LAYER,
         **(_QK_NORM if arch.qk_layernorm else {}),
         **(_PROJ_BIAS if arch.has_proj_bias else {}),
-        **(_MLP_BIAS if arch.has_mlp_bias else {}),
     }
+    if arch.has_experts(layer):
+        names["mlp.router.weight"] = "mlp.gate.weight" if arch.qk_layernorm else "block_sparse_moe.gate.weight"
+    for ours, (_, _, down) in _feed_forwards(arch, layer):
+        names |= {f"{ours}linear_fc2.{kind}": f"{down}.{kind}" for kind in _kinds(arch.has_mlp_bias)}
+    return names
+
+
+def _feed_forwards(arch: Architecture, layer: int) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Of a layer, or of each of its experts: our prefix, and their names of gate, up and down projection."""
+    if not arch.has_experts(layer):
+        yield "mlp.", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        return
+    for expert in range(arch.num_moe_experts or 0):
+        theirs = f"mlp.experts.{expert}." if arch.qk_layernorm else f"block_sparse_moe.experts.{expert}."
+        names = ("gate_proj", "up_proj", "down_proj") if arch.qk_layernorm else ("w1", "w3", "w2")  # Mixtral's
+        gate, up, down = (theirs + name for name in names)
+        yield f"mlp.experts.local_experts.{expert}.", (gate, up, down)
 
 
 def _kinds(biased: bool) -> tuple[str, ...]:
@@ -79,14 +93,15 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
         out["output_layer.weight"] = rows("lm_head.weight")
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron, name in _layer_names(arch).items():
+        for megatron, name in _layer_names(arch, layer).items():
             out[ours + megatron] = take(theirs + name)
         for kind in _kinds(arch.qkv_bias):
             parts = [take(f"{theirs}self_attn.{p}_proj.{kind}") for p in "qkv"]
             out[f"{ours}self_attention.linear_qkv.{kind}"] = lazily(functools.partial(fuse_qkv, arch), *parts)
-        for kind in _kinds(arch.has_mlp_bias):
-            halves = [take(f"{theirs}mlp.{p}_proj.{kind}") for p in ("gate", "up")]
-            out[f"{ours}mlp.linear_fc1.{kind}"] = lazily(lambda *both: torch.cat(both), *halves)
+        for mlp, (gate, up, _) in _feed_forwards(arch, layer):
+            for kind in _kinds(arch.has_mlp_bias):
+                halves = [take(f"{theirs}{name}.{kind}") for name in (gate, up)]
+                out[f"{ours}{mlp}linear_fc1.{kind}"] = lazily(lambda *both: torch.cat(both), *halves)
     _check_all_used(arch, given.keys() - used)
     return LazyTensors(out)
 
@@ -136,17 +151,18 @@ def to_hf(arch: Architecture, megatron: Mapping[str, Tensor]) -> LazyTensors:
         out["lm_head.weight"] = rows("output_layer.weight")
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, hf_name in _layer_names(arch).items():
+        for name, hf_name in _layer_names(arch, layer).items():
             out[theirs + hf_name] = given[ours + name]
         for kind in _kinds(arch.qkv_bias):
             whole = given[f"{ours}self_attention.linear_qkv.{kind}"]
             for i, p in enumerate("qkv"):
                 part = lazily(lambda fused, i=i: split_qkv(arch, fused)[i], whole)
                 out[f"{theirs}self_attn.{p}_proj.{kind}"] = part
-        for kind in _kinds(arch.has_mlp_bias):
-            whole = given[f"{ours}mlp.linear_fc1.{kind}"]
-            for i, p in enumerate(("gate", "up")):
-                out[f"{theirs}mlp.{p}_proj.{kind}"] = lazily(lambda both, i=i: both.chunk(2)[i], whole)
+        for mlp, (gate, up, _) in _feed_forwards(arch, layer):
+            for kind in _kinds(arch.has_mlp_bias):
+                whole = given[f"{ours}{mlp}linear_fc1.{kind}"]
+                for i, name in enumerate((gate, up)):
+                    out[f"{theirs}{name}.{kind}"] = lazily(lambda both, i=i: both.chunk(2)[i], whole)
     return LazyTensors({name: lazily(torch.Tensor.contiguous, part) for name, part in out.items()})
 
 

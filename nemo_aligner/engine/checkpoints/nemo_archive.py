@@ -12,6 +12,7 @@ base is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -27,8 +28,10 @@ from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
-from nemo_aligner.errors import CheckpointError, OutputError
-from nemo_aligner.files import fsync
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import fsync, writing
+from nemo_aligner.ranks import together
+from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -45,6 +48,7 @@ WEIGHTS = "model_weights"
 PREFIX = "model."
 _ADAPTERS = f"{PREFIX}adapters."
 _MOST_TEXT = 16 << 20
+_OPENED = "nemo_aligner_archive_"
 
 
 def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture:
@@ -107,9 +111,9 @@ def base_of(path: str | Path, arch: Architecture, *, key: str) -> Path:
 def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluster, *, key: str) -> None:
     """Raises CheckpointError on every rank where `base` is not what the adapter at `path` was trained beside."""
     assert arch.peft is not None, "a whole model has no base"
-    found = archive_hash(base) if cluster.is_main else ""
-    if cluster.any(cluster.is_main and found != arch.peft["base"]["sha256"]):
-        raise CheckpointError(f"{named(key, path)} is an adapter of another archive than {base} as it is now")
+    with together(cluster):
+        if cluster.is_main and archive_hash(base) != arch.peft["base"]["sha256"]:
+            raise CheckpointError(f"{named(key, path)} is an adapter of another archive than {base} as it is now")
 
 
 @contextmanager
@@ -150,41 +154,25 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
     """
     path = Path(path)
     if path.is_dir():
-        _check_folder(path, cluster, key)
+        with together(cluster):
+            if cluster.is_main:
+                _check_sums(path, path, key)
         yield path
         return
     extracts = int(os.environ.get("LOCAL_RANK", "0")) == 0
     # the same name on every rank of a node, whoever makes it; another on every node, as two may share a machine
     token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
     node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
-    folder = Path(tempfile.gettempdir()) / f"nemo_{token}_{node}"
-    fault: CheckpointError | None = None
-    try:
-        if extracts:
-            try:
-                _make(folder, path, key)
+    folder = scratch_root() / f"{_OPENED}{token}_{node}"
+    with contextlib.ExitStack() as stack:
+        with together(cluster):
+            if extracts:
+                remove_leftovers(folder.parent, _OPENED)
+                stack.enter_context(scratch_folder(folder))
                 _extract(path, folder, key)
                 _check_sums(path, folder, key)
-            except CheckpointError as found:
-                fault = found
-        failed = cluster.any(fault is not None)
-        if fault is not None:
-            raise fault
-        if failed:
-            raise CheckpointError(f"{named(key, path)}: could not be extracted on another node")
         yield folder
         cluster.barrier()  # nobody may still be reading when the folder goes
-    finally:
-        if extracts:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make(folder: Path, path: Path, key: str) -> None:
-    try:
-        folder.mkdir(mode=0o700)
-    except OSError as fault:
-        said = f"{named(key, path)}: cannot be extracted to {folder.parent}: {fault.strerror}; give another as $TMPDIR"
-        raise CheckpointError(said) from None
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
@@ -232,19 +220,6 @@ def checked_members(
         if room is not None:
             room -= member.size
         yield member
-
-
-def _check_folder(path: Path, cluster: Cluster, key: str) -> None:
-    """Raises CheckpointError on every rank for an extracted folder with damaged files. Collective."""
-    fault: CheckpointError | None = None
-    if cluster.is_main:
-        try:
-            _check_sums(path, path, key)
-        except CheckpointError as found:
-            fault = found
-    failed = cluster.any(fault is not None)
-    if failed:
-        raise fault or CheckpointError(f"{named(key, path)}: damaged; rank 0 says which file")
 
 
 def _check_sums(path: Path, folder: Path, key: str) -> None:
@@ -337,15 +312,11 @@ def save_archive(
 
     path = Path(path)
     staging, partial = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.partial")
-    fault: OutputError | None = None
-    if cluster.is_main:
-        try:
+    with together(cluster), writing(path):
+        if cluster.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
             (staging / WEIGHTS).mkdir(parents=True)
-        except OSError as error:
-            fault = OutputError(f"cannot write {path}: {error.strerror or error}")
-    _raise_everywhere(fault, path, cluster)
     try:
         state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
         if arch.peft is not None:
@@ -358,8 +329,8 @@ def save_archive(
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 
             save_whole(state, staging / WEIGHTS, weights, PREFIX)
-        if cluster.is_main:
-            try:
+        with together(cluster), writing(path):
+            if cluster.is_main:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
                 for name, content in tokenizer.files.items():
                     (staging / name).write_bytes(content)
@@ -367,30 +338,28 @@ def save_archive(
                 _pack(staging, partial)
                 os.replace(partial, path)
                 fsync(path.parent)
-            except OSError as error:
-                fault = OutputError(f"cannot write {path}: {error.strerror or error}")
-        _raise_everywhere(fault, path, cluster)
     finally:
         if cluster.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that takes nothing lets go of nothing either
+                partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 
-def _raise_everywhere(fault: OutputError | None, path: Path, cluster: Cluster) -> None:
-    failed = cluster.any(fault is not None)
-    if fault is not None:
-        raise fault
-    if failed:
-        raise OutputError(f"cannot write {path}: rank 0 could not")
-
-
 def _pack(folder: Path, target: Path) -> None:
+    """The same bytes whoever packs the same files, and whenever."""
+
+    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o755 if member.isdir() else 0o644
+        return member
+
     with target.open("wb") as stream:
         with tarfile.open(fileobj=stream, mode="w") as tar:
             for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
-                tar.add(folder / name, arcname=name)
+                tar.add(folder / name, arcname=name, filter=anonymous)
         stream.flush()
         os.fsync(stream.fileno())
 

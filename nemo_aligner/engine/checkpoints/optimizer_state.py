@@ -32,7 +32,10 @@ from torch import Tensor
 
 Method = Callable[..., Any]
 
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+_RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,  # experts cut over ranks have an optimizer of their own, others none
+}
 
 
 def sharded_state(optimizer: MegatronOptimizer, weights: ShardedStateDict, *, loading: bool) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def restore(optimizer: MegatronOptimizer, asked: dict[str, Any], loaded: dict[st
     for part in _parts(optimizer, state):
         if "param_state" in part:
             for group in part["optimizer"]["param_groups"]:
-                group["step"] = float(steps)
+                group["step"] = steps
         else:
             part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(steps))
     optimizer.load_state_dict(state)

@@ -21,7 +21,8 @@ from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import read_json
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import writing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -70,13 +71,11 @@ def write_peft_folder(folder: Path, arch: Architecture, lora: LoraTuning, own: M
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=1))
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
-    except OSError as fault:
-        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
 
 
 def to_peft(arch: Architecture, lora: LoraTuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
-import queue
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.errors import CheckpointError, OutputError
 
+_METADATA = ".metadata"
+_OF_TORCHS_FILE = re.compile("iostream error|PytorchStreamWriter failed writing|unexpected pos")
+"""What torch's writer in C++ says when the system refuses: that it did, and not why."""
 _SAFE_MODULES = ("torch.distributed.checkpoint.", "collections", "pathlib")
 _SAFE_GLOBALS = {
     ("torch", "Size"),
@@ -44,14 +51,30 @@ class _AllowList(pickle.Unpickler):
 
 def check_metadata(folder: Path) -> None:
     """Refuse a `.metadata` pickle that could run code, before torch reads it. Raises CheckpointError."""
-    path = folder / ".metadata"
+    path = folder / _METADATA
     if not path.is_file():
-        raise CheckpointError(f"{folder}: not a torch_dist checkpoint (.metadata is missing)")
+        raise CheckpointError(f"{folder}: not a torch_dist checkpoint ({_METADATA} is missing)")
     try:
         with path.open("rb") as stream:
             _AllowList(stream).load()
     except Exception as fault:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path}: not accepted as checkpoint metadata: {fault}") from None
+
+
+def _forget_where_and_when(folder: Path) -> None:
+    """Take the folder's path and torch's random number of a save out of the metadata, which no reader asks for.
+
+    So the same state is the same bytes, wherever and however often it is saved.
+    """
+    path = folder / _METADATA
+    with path.open("rb") as stream:
+        metadata = _AllowList(stream).load()
+    metadata.storage_meta = None
+    for parts in (metadata.state_dict_metadata, metadata.storage_data):  # several threads wrote them, in any order
+        ordered = sorted(parts.items(), key=lambda part: str(part[0]))
+        parts.clear()
+        parts.update(ordered)
+    path.write_bytes(pickle.dumps(metadata))
 
 
 def without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
@@ -65,27 +88,67 @@ def without_frozen(state: ShardedStateDict, model: nn.Module, prefix: str) -> Sh
     return {name: value for name, value in state.items() if name not in frozen}
 
 
-def save_sharded(state: ShardedStateDict, folder: Path, strategy: SaveShardedStrategy | None = None) -> None:
-    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no.
+def save_sharded(state: ShardedStateDict, folder: Path, strategy: Streamed | None = None) -> None:
+    """Write `state` into the existing, empty `folder`; collective. Raises OutputError when the disk says no."""
+    planned = plan_save(state, folder, strategy or Streamed())
+    planned.async_fn()
+    end_save(planned, folder)
 
-    `strategy` writes the tensors; None = Megatron's own.
-    """
-    # Megatron would spawn a manager process (which imports torch again, seconds) to pass results between processes
-    # of an asynchronous save; ours is synchronous, so a queue inside this process serves
-    filesystem_async._results_queue = queue.Queue()
+
+def plan_save(state: ShardedStateDict, folder: Path, strategy: Streamed) -> AsyncRequest:
+    """Begin to save; collective. What comes next is to call `async_fn` of it, then `end_save`. Raises OutputError."""
+    with _disk_faults(folder):
+        return dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True)
+
+
+def end_save(planned: AsyncRequest, folder: Path) -> None:
+    """Complete what every rank has written; collective. Raises OutputError on every rank where one could not write."""
+    with _disk_faults(folder):
+        for finalize in planned.finalize_fns:
+            finalize()
+        if torch.distributed.get_rank() == 0:
+            _forget_where_and_when(folder)
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Raises OutputError for whatever torch and Megatron make of a disk that says no."""
     try:
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
-    except CheckpointException as found:  # of torch's writer, with what failed on each rank
-        fault = next(iter(found.failures.values()))[0]
-        if isinstance(fault, OSError):
-            raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
-        raise fault from found
+        yield
+    except CheckpointException as found:  # of the ranks that wrote, with what failed on each; only rank 0 is told
+        faults = [fault for fault, _ in found.failures.values()]
+        fault = faults[0] if faults else OSError("another rank could not")
+        said = _refusal(folder, fault)
+        raise fault if said is None else OutputError(f"cannot write {folder}: {said}") from found
+    except (OSError, RuntimeError) as fault:
+        said = _refusal(folder, fault)
+        if said is None:
+            raise
+        raise OutputError(f"cannot write {folder}: {said}") from fault
+
+
+def _refusal(folder: Path, fault: BaseException) -> str | None:
+    """What the disk said, where it is behind a fault of Megatron's or torch's writers; None for any other fault."""
+    if isinstance(fault, OSError):
+        return fault.strerror or str(fault)
+    number = re.search(r"\[Errno (\d+)\]", str(fault))  # in the words of a writer's own thread
+    if number is not None:
+        return os.strerror(int(number[1]))
+    if "No space left" in str(fault):
+        return os.strerror(errno.ENOSPC)
+    return _asked_again(folder) or str(fault) if _OF_TORCHS_FILE.search(str(fault)) else None
+
+
+def _asked_again(folder: Path) -> str | None:
+    """Why the disk takes no file in `folder`; None where it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(1 << 20))
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError as fault:
-        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
-    except RuntimeError as fault:
-        if "No space left" in str(fault):
-            raise OutputError(f"cannot write {folder}: no space left on device") from fault
-        raise
+        return fault.strerror
+    return None
 
 
 def load_sharded(state: ShardedStateDict, folder: Path, *, may_stay: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,7 +17,9 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,33 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from nemo_aligner.checksums import write_sums
-from nemo_aligner.engine.checkpoints.checkpoint_folder import FORMAT, PARTIAL, STATE, check_sizes, read_state
+from nemo_aligner.checksums import sums_of, write_sums
+from nemo_aligner.engine.checkpoints.checkpoint_folder import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    check_sizes,
+    read_state,
+    remove_unfinished,
+)
 from nemo_aligner.engine.checkpoints.optimizer_state import restore, sharded_state
-from nemo_aligner.engine.checkpoints.sharded import load_sharded, save_sharded, without_extra_state, without_frozen
+from nemo_aligner.engine.checkpoints.sharded import (
+    end_save,
+    load_sharded,
+    plan_save,
+    without_extra_state,
+    without_frozen,
+)
+from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import CheckpointError, OutputError
-from nemo_aligner.files import fsync, fsync_tree
+from nemo_aligner.files import fsync, fsync_tree, writing
+from nemo_aligner.ranks import together
 
 log = logging.getLogger(__name__)
 
@@ -57,45 +75,106 @@ def save(
     What killed saves left in the same folder is removed first. Raises OutputError on every rank when one cannot write,
     and then leaves nothing behind.
     """
+    _begin(folder, model, optimizer, state, cluster, background=False).finish()
+
+
+def save_in_background(
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer | None, state: dict[str, Any], cluster: Cluster
+) -> Saving:
+    """As `save`, by a thread of each rank, from a copy of all that is saved; one at a time. Collective."""
+    return _begin(folder, model, optimizer, state, cluster, background=True)
+
+
+def _begin(
+    folder: Path,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer | None,
+    state: dict[str, Any],
+    cluster: Cluster,
+    *,
+    background: bool,
+) -> Saving:
     partial = folder.with_name(folder.name + PARTIAL)
-    try:
-        with _on_every_rank(folder, cluster):
+    with _nothing_left(partial, cluster):
+        with together(cluster), writing(folder):
             if cluster.is_main:
-                for leftover in folder.parent.glob(f"*{PARTIAL}/"):
-                    shutil.rmtree(leftover)
+                remove_unfinished(folder.parent)
                 (partial / "shards").mkdir(parents=True)
-        save_sharded(_sharded(model, optimizer, loading=False), partial / "shards")
-        with _on_every_rank(folder, cluster):
+        shards = _sharded(model, optimizer, loading=False)
+        planned = plan_save(shards, partial / "shards", Streamed(copies=background))
+        with together(cluster), writing(folder):
             # torch writing to a file says "unexpected pos" of a full disk; a plain write says what it is
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
             (partial / f"rng_{cluster.rank}.pt").write_bytes(buffer.getvalue())
-        with _on_every_rank(folder, cluster):
-            if cluster.is_main:
-                _publish(partial, folder, state)
+        saving = Saving(folder, planned, state, cluster)
+        if background:
+            threading.Thread(target=saving.write, name=f"saving {folder.name}").start()
+        else:
+            saving.write()
+        return saving
+
+
+class Saving:
+    """A checkpoint whose parts are being written; implements interfaces.Saving."""
+
+    def __init__(self, folder: Path, planned: AsyncRequest, state: dict[str, Any], cluster: Cluster) -> None:
+        self._folder, self._partial = folder, folder.with_name(folder.name + PARTIAL)
+        self._planned, self._state, self._cluster = planned, state, cluster
+        self._sums: Future[dict[str, str]] = Future()
+
+    def write(self) -> None:
+        """This rank's part, on the disk, and the sums of its files: all that takes time, and nothing collective."""
+        try:
+            self._planned.async_fn()  # keeps its own faults for the end
+            files = [self._partial / f"rng_{self._cluster.rank}.pt", *self._own_shards()]
+            for path in files:
+                fsync(path)
+            self._sums.set_result(sums_of(self._partial, files))
+        except BaseException as fault:
+            self._sums.set_exception(fault)
+            if not isinstance(fault, Exception):
+                raise
+
+    def _own_shards(self) -> Iterable[Path]:
+        return (self._partial / "shards").glob(f"__{self._cluster.rank}_*")
+
+    def done(self) -> bool:
+        """Whether every rank has written its part; collective."""
+        return not self._cluster.any(not self._sums.done())
+
+    def finish(self) -> None:
+        """Wait until it is written, and give it its name; collective. Raises OutputError on every rank."""
+        with _nothing_left(self._partial, self._cluster):
+            sums: dict[str, str] = {}
+            with together(self._cluster), writing(self._folder):
+                sums = self._sums.result()
+            with together(self._cluster), writing(self._folder):
+                end_save(self._planned, self._partial / "shards")
+            known = {name: each for part in self._cluster.gather_ranks(sums) for name, each in part.items()}
+            with together(self._cluster), writing(self._folder):
+                if self._cluster.is_main:
+                    _publish(self._partial, self._folder, self._state, known)
+
+
+@contextmanager
+def _nothing_left(partial: Path, cluster: Cluster) -> Iterator[None]:
+    """A save that fails, which it does on every rank, leaves no files behind."""
+    try:
+        yield
     except OutputError:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-@contextmanager
-def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
-    """The block succeeds on all ranks, or every rank raises OutputError."""
-    fault: str | None = None
-    try:
-        yield
-    except OSError as error:
-        fault = f"cannot write {folder}: {error.strerror or error}"
-    if cluster.any(fault is not None):
-        raise OutputError(fault or f"cannot write {folder}: another rank could not")
-
-
-def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
-    """Complete `partial` with its state file, make it durable, and give it its name."""
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+def _publish(partial: Path, folder: Path, state: dict[str, Any], known: Mapping[str, str]) -> None:
+    """Complete `partial` with its state file, make it durable, and give it its name; some sums are `known`."""
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     (partial / STATE).write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
-    write_sums(partial)
+    write_sums(partial, known)
     fsync_tree(partial)
     replaced = folder.with_name(f"{folder.name}.replaced{PARTIAL}")
     if folder.exists():

@@ -10,21 +10,16 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.sharded import check_metadata, save_sharded
+from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.errors import CheckpointError
 
 
@@ -34,7 +29,7 @@ class Piece:
 
     shard: ShardedTensor
     name: str
-    offsets: tuple[int, ...]  # without the axis of layers that Megatron puts in front
+    offsets: tuple[int, ...]  # without the axes of layers and experts that Megatron puts in front
 
     def of(self, whole: Tensor) -> Tensor:
         """This part of the whole tensor. Raises CheckpointError where it is of another shape than the model's."""
@@ -56,9 +51,29 @@ def pieces(state: ShardedStateDict, prefix: str) -> Iterator[Piece]:
                 shard.global_offset[: shard.prepend_axis_num],
                 shard.global_offset[shard.prepend_axis_num :],
             )
-            # a tensor of a layer is named by its own stage's count of layers, and its place says which it is of all
-            own = re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else shard.key
-            yield Piece(shard, own.removeprefix(prefix), tuple(offsets))
+            yield Piece(shard, _name(key, shard.key, list(front)).removeprefix(prefix), tuple(offsets))
+
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def _name(key: str, saved: str, front: list[int]) -> str:
+    """The whole tensor that `key` of this rank's state is a part of; `front`: where it is along the axes in front.
+
+    A layer's tensor is named by its own stage's count of layers, an expert's by its own rank's count of experts, and
+    its place says which it is of all. Layers that are not alike have no axis, and are not cut over stages. Norms are
+    named as modules of their own, also where they are part of Transformer Engine's products.
+    """
+    if ".local_experts." in key:
+        key = re.sub(r"\.local_experts\.\d+\.", f".local_experts.{front.pop()}.", key)
+    elif not front and ".layers." not in key:
+        return saved
+    for fused, own in _FUSED_NORMS.items():
+        key = key.replace(fused, own)
+    return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else key
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:
@@ -101,41 +116,12 @@ def save_whole(state: ShardedStateDict, folder: Path, whole: LazyTensors, prefix
         assert piece.shard.data is not None
         piece.of(whole.parts[piece.name].meta)
         makers[piece.shard.key, tuple(piece.shard.global_offset)] = _maker(piece, newest, piece.shard.data.dtype)
-    save_sharded(state, folder, _Streaming(makers))
+    save_sharded(state, folder, Streamed(makers))
 
 
 def _maker(piece: Piece, newest: _Newest, dtype: torch.dtype) -> Callable[[], Tensor]:
     shape = (1,) * piece.shard.prepend_axis_num + tuple(piece.shard.local_shape)
     return lambda: piece.of(newest[piece.name]).to(dtype).reshape(shape).contiguous()
-
-
-class _Streaming(TorchDistSaveShardedStrategy):
-    """Megatron's format through torch's own writer, which asks for one tensor after another."""
-
-    def __init__(self, makers: Mapping[tuple[str, tuple[int, ...]], Callable[[], Tensor]]) -> None:
-        super().__init__("torch_dist", 1)
-        self._makers = makers
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),  # all is synced in the end
-            planner=_LazyPlanner(self._makers),
-        )
-
-
-class _LazyPlanner(MCoreSavePlanner):
-    def __init__(self, makers: Mapping[tuple[str, tuple[int, ...]], Callable[[], Tensor]]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._makers = makers
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        make = self._makers.get((index.fqn, tuple(index.offset or ())))
-        return super().lookup_object(index) if make is None else make()
-
-    def transform_object(self, write_item: Any, object: Any) -> Any:
-        return object.detach() if isinstance(object, Tensor) else super().transform_object(write_item, object)
 
 
 def archive_tensors(folder: Path, state: ShardedStateDict, prefix: str) -> LazyTensors:

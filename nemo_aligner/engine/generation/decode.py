@@ -8,6 +8,7 @@ query heads per key/value head, D head dimension, T cached positions, V vocabula
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN
@@ -36,6 +38,7 @@ from nemo_aligner.engine.generation.cached_attention import (
     PromptAttention,
     Rotary,
 )
+from nemo_aligner.engine.generation.experts import Experts
 from nemo_aligner.engine.generation.graphs import GraphedSteps
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache, place_of
 from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
@@ -60,31 +63,54 @@ class Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attention, layer.mlp
-        self.qkv, self.projection, self.fc1, self.fc2 = (
-            Linear(linear.weight, linear.bias)
-            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
-        )
-        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self.qkv, self.projection = _linear(attention.linear_qkv), _linear(attention.linear_proj)
+        self.experts = Experts(mlp) if isinstance(mlp, MoELayer) else None
+        if self.experts is None:
+            self.fc1, self.fc2 = _linear(mlp.linear_fc1), _linear(mlp.linear_fc2)
+        self.input_norm = Norm(layer.input_layernorm, attention.linear_qkv)
+        self.mlp_norm = Norm(layer.pre_mlp_layernorm, None if self.experts else mlp.linear_fc1)
         self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
         self.activation, self.gated = mlp.config.activation_func, mlp.config.gated_linear_unit
         self.number = layer.layer_number - 1  # from 0, over all stages
 
+    def product_weights(self) -> Iterator[torch.nn.Parameter]:
+        yield from (self.qkv.weight, self.projection.weight)
+        yield from (self.fc1.weight, self.fc2.weight) if self.experts is None else self.experts.parameters()
+
+
+def _linear(linear: Any) -> Linear:
+    # without a bias Transformer Engine has an empty one
+    return Linear(linear.weight, None if linear.bias is None or not linear.bias.numel() else linear.bias)
+
 
 class Norm:
     """A norm, and the weight that makes it a root-mean-square norm, if it is one."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, linear: Any) -> None:
+        """`linear` follows `module`, and is both where Transformer Engine makes them one."""
         self.module = module
         self.rms_weight = module.weight if isinstance(module, torch.nn.RMSNorm) else None
+        if isinstance(module, IdentityOp):
+            weight, eps = linear.layer_norm_weight, linear.config.layernorm_epsilon
+            if linear.config.normalization == "RMSNorm":
+                self.rms_weight = weight
+                self.module = functools.partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+            else:
+                bias = linear.layer_norm_bias
+                options = {"normalized_shape": weight.shape, "weight": weight, "bias": bias, "eps": eps}
+                self.module = functools.partial(F.layer_norm, **options)
 
 
 class CachedForward:
     """The forward passes of generation, for this rank's part of the model."""
 
     def __init__(self, model: GPTModel, arch: Architecture, *, alike: bool = False) -> None:
-        """With `alike` what is computed of a row never depends on the rows beside it, which takes more of the few rows
-        of a decode step."""
+        """Collective where experts are cut over ranks.
+
+        With `alike` what is computed of a row never depends on the rows beside it, which takes more of the few rows of
+        a decode step.
+        """
         self.model = model
         self.arch = arch
         weight = next(model.parameters())
@@ -101,14 +127,13 @@ class CachedForward:
         adapted = {} if model.adapters is None else {"merged": model.adapters.merged}
         self._weights = PackedWeights(self.product_weights(), self.kernels, looked_up=embedding, alike=alike, **adapted)
         self._whole_layers: list[CpuLayer | None] = [None] * len(self.layers)
-        # what ranks say to each other is left out of graphs
-        alone = self._first and self._last and self._tp == 1
+        # graphs hold neither what ranks say to each other nor how many tokens an expert has
+        alone = self._first and self._last and self._tp == 1 and arch.num_moe_experts is None
         self._graphed = GraphedSteps(self._step_over, self.device) if self.device.type == "cuda" and alone else None
 
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
-        linears = itertools.chain.from_iterable((x.qkv, x.projection, x.fc1, x.fc2) for x in self.layers)
-        weights = [linear.weight for linear in linears]
+        weights = list(itertools.chain.from_iterable(layer.product_weights() for layer in self.layers))
         has_logits = self._last and not isinstance(self.model, RewardGPTModel)
         return [*weights, self._output_weight()] if has_logits else weights
 
@@ -132,6 +157,8 @@ class CachedForward:
 
     def _whole_layer(self, index: int, layer: Layer) -> CpuLayer | None:
         """The layer for KernelAttention in two calls of the kernels, if it is of the kind they know."""
+        if layer.experts is not None:
+            return None
         known = self._attends and layer.gated and layer.activation is F.silu and not layer.norms_heads
         panels = self._weights.panels
         weights = [
@@ -297,15 +324,19 @@ class CachedForward:
         return mixed
 
     def _feed_forward(self, layer: Layer, hidden: Tensor) -> Tensor:
-        inner = self._weights.product(hidden, *layer.fc1)
+        activate = functools.partial(self._activated, layer)
+        if layer.experts is not None:
+            output = layer.experts(hidden, self._weights.product, activate)
+            return output if self._tp == 1 else reduce_from_tensor_model_parallel_region(output)
+        return self._row_parallel(layer.fc2, activate(self._weights.product(hidden, *layer.fc1)))
+
+    def _activated(self, layer: Layer, inner: Tensor) -> Tensor:
         if not layer.gated:
-            inner = layer.activation(inner)
-        elif self.kernels is not None and layer.activation is F.silu:
-            inner = self.kernels.silu_mul(inner)
-        else:
-            gate, value = inner.chunk(2, dim=-1)
-            inner = layer.activation(gate).mul_(value)
-        return self._row_parallel(layer.fc2, inner)
+            return layer.activation(inner)
+        if self.kernels is not None and layer.activation is F.silu:
+            return self.kernels.silu_mul(inner)
+        gate, value = inner.chunk(2, dim=-1)
+        return layer.activation(gate).mul_(value)
 
     def _row_parallel(self, linear: Linear, hidden: Tensor) -> Tensor:
         """A product whose inner dimension is cut over TP ranks."""

@@ -37,11 +37,12 @@ class SiluGate(torch.autograd.Function):
         inner = inner.contiguous()
         ctx.save_for_backward(inner)
         ctx.kernels = kernels
-        return kernels.silu_mul(inner.view(-1, inner.size(-1))).view(*inner.shape[:-1], -1)
+        # of no rows too: an expert may have none
+        return kernels.silu_mul(inner.flatten(0, -2)).view(*inner.shape[:-1], inner.size(-1) // 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [inner] = ctx.saved_tensors
         given = gradients[0].contiguous()
-        found = ctx.kernels.silu_mul_backward(inner.view(-1, inner.size(-1)), given.view(-1, given.size(-1)))
+        found = ctx.kernels.silu_mul_backward(inner.flatten(0, -2), given.flatten(0, -2))
         return found.view(inner.shape), None

@@ -17,11 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
-from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, lay_out
+from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
+from nemo_aligner.engine.model.experts import RowsOfPlaces
+from nemo_aligner.engine.model.libraries import FP8_MULTIPLE
 from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
@@ -60,6 +62,7 @@ class _Stream:
     places: Tensor  # `[N]`: those of the wanted positions, among this rank's; a prefix's last for each of its rows
     targets: Tensor  # `[N]`: the tokens after them
     ends: Tensor  # `[B]`: the places of the rows' last tokens, among this rank's; −1 for another's
+    members: RowsOfPlaces | None  # for losses of routers, where there are some in training
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
@@ -82,6 +85,7 @@ def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     """All that is to be found out of a micro-batch is found out here, before the device has to be waited for."""
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    multiple *= FP8_MULTIPLE if config.fp8 else 1
     # dropout is drawn for every row anew, and what is shared would have one draw for all
     alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]
@@ -97,7 +101,24 @@ def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest, on_device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    return _Stream(rows, params, wanted.to(device), places, targets, ends)
+    losses = unwrap_model(model).router_losses
+    adds = losses is not None and losses.asked and model.training and torch.is_grad_enabled()
+    members = _members(rows, params.layout, model) if adds else None
+    return _Stream(rows, params, wanted.to(device), places, targets, ends, members)
+
+
+def _members(rows: Microbatch, layout: Layout, model: nn.Module) -> RowsOfPlaces:
+    """Whose this rank's places are, with what each row counts for in the objective."""
+    size, own = len(layout.tokens), slice(None)
+    if get_model_config(model).sequence_parallel:
+        part = size // parallel_state.get_tensor_model_parallel_world_size()
+        start = part * parallel_state.get_tensor_model_parallel_rank()
+        own = slice(start, start + part)
+    if isinstance(unwrap_model(model), RewardGPTModel):
+        counts = rows.fields["weights"]
+    else:
+        counts = rows.fields["targets"] if "targets" in rows.fields else rows.fields["loss_mask"].sum(1)
+    return RowsOfPlaces.of(layout.places, rows.lengths, counts, size, own)
 
 
 def _run(
@@ -113,16 +134,21 @@ def _run(
     `on_raw(raw model output, micro-batch, whether it is this rank's)` gives Megatron's loss function. With context
     parallelism the ranks of a group compute the micro-batches of all of them, together; each answers for its own.
     """
-    everyones, own = of_all_ranks(list(microbatches))
+    losses, asked = unwrap_model(model).router_losses, list(microbatches)
+    if collect and losses is not None:
+        asked += [_FILLER] * (_most_of_expert_ranks(len(asked)) - len(asked))
+    everyones, own = of_all_ranks(asked)
     if not everyones:
         return []
     streams = [_stream(microbatch, model) for microbatch in everyones]
     is_own = [False] * len(streams)
-    is_own[own] = [True] * len(microbatches)
+    is_own[own] = [True] * len(asked)
 
     def forward_step(data: Iterator[tuple[_Stream, bool]], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         stream, mine = next(data)
         params = stream.params
+        if losses is not None:
+            losses.begin(stream.members)
         # no mask: attention takes the layout
         raw = stage(params.tokens[None], params.positions[None], None, packed_seq_params=params)
         return raw, on_raw(raw, stream, mine)
@@ -137,7 +163,20 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
-    return results[own]
+    return results[own][: len(microbatches)]
+
+
+_FILLER = Microbatch(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+
+
+def _most_of_expert_ranks(count: int) -> int:
+    """The largest `count` of the ranks that compute experts together, which need as many micro-batches each."""
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if group.size() == 1:
+        return count
+    found = torch.tensor([count], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
+    return int(found.item())
 
 
 def from_last_stage(value: T) -> T:
@@ -163,6 +202,10 @@ def run_objective(
         def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
+            if stream.members is not None:
+                losses = unwrap_model(model).router_losses
+                losses.weight = terms.count
+                sums |= losses.sums(terms.count, parallel_state.get_tensor_model_parallel_group())
             counted = terms.count.int() * mine  # Megatron adds it up over the group, whose ranks have the same
             return terms.loss_sum, counted, {name: value.detach() for name, value in sums.items()}
 

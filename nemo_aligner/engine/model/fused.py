@@ -8,6 +8,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from nemo_aligner.algorithms.heads import kernels_take
@@ -37,6 +38,33 @@ def silu_gate(inner: Tensor) -> Tensor:
         return SiluGate.apply(inner, kernels)
     gate, value = inner.chunk(2, dim=-1)
     return nn.functional.silu(gate) * value
+
+
+# the default, False, is "not None" to it, and asks Transformer Engine, which need not be there, about fp8
+tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+class LeanMLP(MLP):
+    """Megatron's, which keeps what its activation takes, and in the backward pass computes again what it gives.
+
+    As Megatron's `recompute_modules` treats norms; of a dense feed-forward it would compute the products again as well.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states, *args, **kwargs)
+        inner, bias = self.linear_fc1(hidden_states)
+        activation = tensor_parallel.CheckpointWithoutOutput()
+        output, output_bias = self.linear_fc2(activation.checkpoint(self._activated, inner, bias))
+        activation.discard_output_and_register_recompute(output)
+        return output, output_bias
+
+    def _activated(self, inner: Tensor, bias: Tensor | None) -> Tensor:
+        inner = inner if bias is None else inner + bias
+        if self.config.use_te_activation_func or not self.config.gated_linear_unit:
+            return self.activation_func(inner)
+        gate, value = inner.chunk(2, dim=-1)
+        return self.activation_func(gate) * value
 
 
 class StreamSelfAttention(SelfAttention):

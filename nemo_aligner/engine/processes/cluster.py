@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, multiplies_bf16
+from nemo_aligner.engine.processes.watch import watching
 from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,10 @@ T = TypeVar("T")
 
 
 class MegatronCluster:
-    """Implements interfaces.Cluster over Megatron's process groups; `tp`, `pp`, `cp`: how many ranks share a model."""
+    """Implements interfaces.Cluster over Megatron's process groups.
+
+    How many ranks share a model: `tp`, `pp`, `cp`; the experts of a layer: `ep`, and each of these: `etp`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         from megatron.core import parallel_state as state
@@ -30,6 +34,8 @@ class MegatronCluster:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tp, self.pp = state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
         self.cp = state.get_context_parallel_world_size()
+        self.ep = state.get_expert_model_parallel_world_size()
+        self.etp = state.get_expert_tensor_parallel_world_size()
         # context-parallel ranks have the same weights: each has work of its own, which the engine does with the others'
         self.dp_rank = state.get_data_parallel_rank(with_context_parallel=True)
         self.dp_size = state.get_data_parallel_world_size(with_context_parallel=True)
@@ -58,12 +64,15 @@ class MegatronCluster:
 
     def gather(self, value: T) -> list[T]:
         """`value` of each data-parallel rank in order (of the rank that speaks for its replica)."""
+        told = self.gather_ranks((self.dp_rank, self._speaks, value))
+        return [value for _, speaks, value in sorted(told, key=lambda one: one[0]) if speaks]
+
+    def gather_ranks(self, value: T) -> list[T]:
         if self.world_size == 1:
             return [value]
-        boxes: list[tuple[int, bool, T] | None] = [None] * self.world_size
-        dist.all_gather_object(boxes, (self.dp_rank, self._speaks, value), group=self._objects)
-        spoken = [cast("tuple[int, bool, T]", box) for box in boxes]
-        return [value for _, speaks, value in sorted(spoken, key=lambda box: box[0]) if speaks]
+        boxes: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(boxes, value, group=self._objects)
+        return cast("list[T]", boxes)
 
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:
@@ -99,9 +108,19 @@ def _start_process_group(device: torch.device) -> None:
 
 @contextmanager
 def start_cluster(
-    trainer: TrainerConfig, *, tensor: int, pipeline: int, context: int = 1, seed: int = 1234
+    trainer: TrainerConfig,
+    *,
+    tensor: int,
+    pipeline: int,
+    context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    seed: int = 1234,
 ) -> Iterator[MegatronCluster]:
-    """Process group, model-parallel groups and seeds; all torn down at the end, so it may be entered again."""
+    """Process group, model-parallel groups and seeds; all torn down at the end, so it may be entered again.
+
+    `expert` ranks share experts, `expert_tensor` each of them (None: as many as `tensor`).
+    """
     device = _pick_device(trainer)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,14 +139,20 @@ def start_cluster(
     _start_process_group(device)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
         )
         if device.type == "cpu":
             tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
             torch.manual_seed(seed)
         else:
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield MegatronCluster(device)
+        cluster = MegatronCluster(device)
+        with watching(cluster):
+            yield cluster
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -55,7 +55,9 @@ class MegatronTrainable:
 
     def _await_weights(self) -> None:
         """Wait for weights under way from the ranks that updated them (`model.optim.overlap_param_sync`)."""
-        for group in [] if self._wrapped is None else self._wrapped.bucket_groups:
+        wrapped = self._wrapped
+        groups = [] if wrapped is None else [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]
+        for group in groups:
             if group.param_gather_handle is not None:
                 group.param_gather_handle.wait()
                 group.param_gather_handle = None
@@ -95,7 +97,8 @@ class MegatronTrainable:
     def _gradient_is_finite(self) -> bool:
         """Whether the norm of this rank's gradient is a float32, also when squared and summed over all ranks."""
         assert self._wrapped is not None
-        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in self._wrapped.buffers]
+        buffers = [*self._wrapped.buffers, *self._wrapped.expert_parallel_buffers]
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
         square = sum(float(norm) ** 2 for norm in norms)
         return square * self.cluster.world_size < torch.finfo(torch.float32).max  # False for inf and nan
 
@@ -120,8 +123,14 @@ class MegatronTrainable:
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
         """Weights, optimizer, RNG and `state` into `folder`; appears whole or not at all."""
-        full = {**state, "optimizer_steps": self._steps_done}
-        training_state.save(folder, self.module, self._optimizer, full, self.cluster)
+        training_state.save(folder, self.module, self._optimizer, self._full(state), self.cluster)
+
+    def save_in_background(self, folder: Path, state: dict[str, Any]) -> training_state.Saving:
+        """The same of how everything is now, while this goes on; see interfaces.TrainableModel."""
+        return training_state.save_in_background(folder, self.module, self._optimizer, self._full(state), self.cluster)
+
+    def _full(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "optimizer_steps": self._steps_done}
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         """Restore what `save_training_state` wrote; returns `state`."""

@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_archive(cfg: OfflineConfig) -> None:
+def check_archive(cfg: OfflineConfig, path: str) -> None:
     """The archive `gpt_model_file` must be there and fit the processes. Raises CheckpointError, ConfigError."""
     parallel_sizes(
         cfg.trainer,
-        cfg.gpt_model_file,
+        path,
         key="gpt_model_file",
         tensor=cfg.tensor_model_parallel_size,
         pipeline=cfg.pipeline_model_parallel_size,
     )
 
 
-def start_cluster(cfg: OfflineConfig) -> AbstractContextManager[MegatronCluster]:
-    """The processes of an offline run, cut as its config or the archive `gpt_model_file` says."""
-    from nemo_aligner.engine.loading import start_for_archive
+def start_cluster(cfg: OfflineConfig, path: str | None) -> AbstractContextManager[MegatronCluster]:
+    """The processes of an offline run, cut as its config or the archive `gpt_model_file` says, where there is one."""
+    from nemo_aligner.engine.loading import start_for_archive, start_without_model
 
+    if path is None:
+        return start_without_model(cfg.trainer, seed=cfg.seed)
     return start_for_archive(
         cfg.trainer,
-        cfg.gpt_model_file,
+        path,
         key="gpt_model_file",
         tensor=cfg.tensor_model_parallel_size,
         pipeline=cfg.pipeline_model_parallel_size,

@@ -8,29 +8,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.statistics import mean_and_std, means_by_cluster, standard_error
+from nemo_aligner.algorithms.best_of import best_of, pass_at, powers_up_to
+from nemo_aligner.algorithms.comparison import Answers, compare, distinct
+from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
-from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.judged_text import TextEncoder
+from nemo_aligner.data.jsonl import without_nan, write_jsonl
+from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
+from nemo_aligner.records import part_fields, part_name
+from nemo_aligner.rewards.functions import Functions
+from nemo_aligner.rewards.interfaces import Judgement
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
     check_template,
+    data_fingerprint,
     open_rows,
     start_cluster,
     tell_empty,
 )
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
+from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -53,14 +61,6 @@ class Drawn:
         return [*self.prompt_tokens, *self.response.tokens]
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """Of all samples of a policy, each with the number of its prompt."""
-
-    values: list[float]
-    prompts: list[int]
-
-
 def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
@@ -69,19 +69,21 @@ def run(cfg: EvaluationConfig) -> None:
         check_is_policy(path, "policy_files")
     if cfg.initial_policy_file is not None:
         check_is_policy(cfg.initial_policy_file, "initial_policy_file")
-    check_is_reward_model(cfg.reward_model_file, "reward_model_file")
-    check_archive(cfg)
+    if cfg.reward_model_file is not None:
+        check_is_reward_model(cfg.reward_model_file, "reward_model_file")
+    check_archive(cfg, cfg.gpt_model_file)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
-        evaluate(cfg, rows, cluster)
+    with owning(cfg.output_file, cfg.trainer), functions_of(cfg) as functions:
+        check_fields(functions, rows, all_but(cfg.data.input_key, cfg.data.output_key))
+        with start_cluster(cfg, cfg.gpt_model_file) as cluster:
+            evaluate(cfg, rows, cluster, functions)
 
 
-def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster) -> None:
+def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, functions: Functions | None = None) -> None:
     """One model after another on the same prompts, then the reports."""
     from nemo_aligner.algorithms.reinforce import sequence_kl
     from nemo_aligner.engine.policy import load_policy
-    from nemo_aligner.engine.reward_model import load_reward_model
 
     precision, batch = cfg.trainer.precision, cfg.data.micro_batch_size
 
@@ -102,20 +104,27 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster) -> No
                 sequence_kl(a[start:], b[start:], "k1", "sum") for start, a, b in zip(starts, own, first, strict=True)
             ]
         del initial
-    judge = load_reward_model(cfg.reward_model_file, cluster, precision=precision, key="reward_model_file")
+    model = load_judge(cfg, cluster)
     reports = [
-        report(cfg, path, rows, drawn, score(cfg, rows, drawn, judge), kl, cluster)
+        report(cfg, path, rows, drawn, score(cfg, rows, drawn, model, cluster, functions), kl, cluster)
         for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
     ]
     figures = [told for told, _ in reports]
-    for told, rewards in reports[1:]:
-        told.update(gain(rewards, reports[0][1]))
+    for told, answers in reports[1:]:
+        told.update(compare(answers, reports[0][1]))
+        low, high = told["win_rate_interval"]
         log.info(
-            "%s: reward %+.4g ± %.2g over %s on the same prompts, better on %.0f %% of them",
-            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0], 100 * told["better_on"],
+            "%s: reward %+.4g ± %.2g over %s on the same prompts; wins %.0f %% (%.0f to %.0f), at equal length %.0f %%",
+            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0],
+            100 * told["win_rate"], 100 * low, 100 * high, 100 * told["win_rate_length_controlled"],
         )  # fmt: skip
     if cluster.is_main:
-        write_atomically(cfg.output_file, [json.dumps(figures, indent=1), "\n"])
+        write_atomically(cfg.output_file, [json.dumps(without_nan(figures), indent=1), "\n"])
+        archives = (*cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
+        hashes = {path: archive_hash(path) for path in archives if path is not None}
+        counts = {"prompts": len(rows), "samples": cfg.data.n * len(rows)}
+        inputs = data_fingerprint(cfg.data)["data"]
+        write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=inputs, counts=counts)
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
@@ -144,12 +153,39 @@ def draw(cfg: EvaluationConfig, rows: Blend, policy: Policy, cluster: Cluster, n
     return sorted(drawn, key=lambda d: (d.response.prompt_index, d.response.sample_index))
 
 
-def score(cfg: EvaluationConfig, rows: Blend, drawn: Sequence[Drawn], judge: RewardModel) -> list[float]:
-    """Rewards of the texts that the labeler would make of the same rows."""
-    data, encoder = cfg.data, TextEncoder(cfg.data, judge)
-    texts = [encoder.tokens({**rows[d.response.prompt_index], data.output_key: d.response.text}) for d in drawn]
-    encoder.report()
-    return [reward[0] for reward in judge.score(texts, data.micro_batch_size)]
+def load_judge(cfg: EvaluationConfig, cluster: MegatronCluster) -> RewardModel | None:
+    """The reward model, where one gives rewards."""
+    if cfg.reward_model_file is None:
+        return None
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    return load_reward_model(cfg.reward_model_file, cluster, precision=cfg.trainer.precision, key="reward_model_file")
+
+
+def score(
+    cfg: EvaluationConfig,
+    rows: Blend,
+    drawn: Sequence[Drawn],
+    model: RewardModel | None,
+    cluster: Cluster,
+    functions: Functions | None = None,
+) -> list[Judgement]:
+    """What the labeler would say of the same rows."""
+    data = cfg.data
+    source = None if model is None else ModelSource(model, data)
+    candidates = [
+        candidate_of(
+            {**rows[d.response.prompt_index], data.output_key: d.response.text},
+            rows.where(d.response.prompt_index),
+            data.input_key,
+            data.output_key,
+        )
+        for d in drawn
+    ]
+    found = rewarder_of(cfg.reward_plan, functions, source, cluster).submit(candidates).result()
+    if source is not None:
+        source.report()
+    return found
 
 
 def report(
@@ -157,57 +193,77 @@ def report(
     policy_file: str,
     rows: Blend,
     drawn: Sequence[Drawn],
-    rewards: Sequence[float],
+    judgements: Sequence[Judgement],
     kl: Sequence[float] | None,
     cluster: Cluster,
-) -> tuple[dict[str, Any], Rewards]:
-    """One policy's figures over all replicas, and its rewards; its samples are written beside the output file."""
+) -> tuple[dict[str, Any], Answers]:
+    """One policy's figures over all replicas, and its answers; its samples are written beside the output file."""
     own = [
         {
             **rows[d.response.prompt_index],
             cfg.data.output_key: d.response.text,
-            cfg.data.reward_key: reward,
+            cfg.data.reward_key: math.nan if judgement.reward is None else judgement.reward,
+            **part_fields(judgement.parts, cfg.data.reward_key),
             "kl": None if kl is None else kl[i],
             "num_tokens": len(d.response.tokens),
             "finish_reason": d.response.finish_reason,
             "prompt_index": d.response.prompt_index,
         }
-        for i, (d, reward) in enumerate(zip(drawn, rewards, strict=True))
+        for i, (d, judgement) in enumerate(zip(drawn, judgements, strict=True))
     ]
     samples: list[dict[str, Any]] = sorted(
         (sample for part in cluster.gather(own) for sample in part), key=lambda sample: sample["prompt_index"]
     )
-    found = Rewards([sample[cfg.data.reward_key] for sample in samples], [sample["prompt_index"] for sample in samples])
-    mean, std = mean_and_std(found.values)
-    figures = {
-        "policy": policy_file,
-        "reward_mean": mean,
-        "reward_standard_error": standard_error(found.values, found.prompts),
-        "reward_std": std,
-        "kl": None if kl is None else sum(sample["kl"] for sample in samples) / len(samples),
-        "response_length": sum(sample["num_tokens"] for sample in samples) / len(samples),
-        "finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
-        "samples": len(samples),
-    }
+    figures, answers = figures_of(cfg, policy_file, samples)
     if cluster.is_main:
         write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
         tell_empty([sample[cfg.data.output_key] for sample in samples])
-    return figures, found
+    return figures, answers
 
 
-def gain(rewards: Rewards, first: Rewards) -> dict[str, float]:
-    """What a policy is better than the first by: the mean over prompts of the difference of their mean rewards.
+def figures_of(
+    cfg: EvaluationConfig, policy_file: str, samples: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], Answers]:
+    """What the samples of a policy say of it, and its answers to compare with another's."""
 
-    Both answered the same prompts, so the spread of the prompts themselves drops out: the standard error is that of
-    the differences, s/√G over G prompts.
-    """
-    own, other = (means_by_cluster(each.values, each.prompts) for each in (rewards, first))
-    differences = [own[prompt] - other[prompt] for prompt in own if prompt in other]
-    mean, std = mean_and_std(differences)
-    return {
-        "gain": mean,
-        "gain_standard_error": std / math.sqrt(len(differences)) if differences else math.nan,
-        "better_on": sum(difference > 0 for difference in differences) / max(1, len(differences)),
+    def column(name: str) -> list[Any]:
+        return [sample[name] for sample in samples]
+
+    several = cfg.reward_plan.weights if cfg.reward_plan.functions else {}
+    answers = Answers(column(cfg.data.reward_key), column("prompt_index"), column("num_tokens"))
+    texts = column(cfg.data.output_key)
+    mean, std = mean_and_std(answers.rewards)
+    figures = {
+        "policy": policy_file,
+        "reward_mean": mean,
+        "reward_standard_error": standard_error(answers.rewards, answers.prompts),
+        "reward_std": std,
+        **({"unknown": sum(map(math.isnan, answers.rewards)) / len(samples)} if several else {}),
+        **{f"{part_name(name)}_mean": mean_of(column(part_name(name, cfg.data.reward_key))) for name in several},
+        "kl": None if None in column("kl") else sum(column("kl")) / len(samples),
+        "response_length": sum(answers.lengths) / len(samples),
+        "finished": column("finish_reason").count("stop") / len(samples),
+        "samples": len(samples),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        **best_of_figures(answers, cfg.data.n, cfg.pass_threshold),
     }
+    return figures, answers
+
+
+def mean_of(values: Sequence[float | None]) -> float:
+    """Of those that are known."""
+    return mean_and_std([value for value in values if value is not None])[0]
+
+
+def best_of_figures(answers: Answers, n: int, pass_threshold: float | None) -> dict[str, dict[str, float]]:
+    """`best_of` k samples of a prompt, k = 1, 2, 4, … n, and `pass_at` k where it is said what passes: means over the
+    prompts of which all n samples have a reward."""
+    groups = [[reward for reward, _ in samples] for samples in answers.by_prompt().values() if len(samples) == n]
+    figures = {"best_of": {str(k): mean_and_std([best_of(group, k) for group in groups])[0] for k in powers_up_to(n)}}
+    if pass_threshold is not None:
+        passed = [sum(reward > pass_threshold for reward in group) for group in groups]
+        figures["pass_at"] = {str(k): mean_and_std([pass_at(k, n, c) for c in passed])[0] for k in powers_up_to(n)}
+    return figures

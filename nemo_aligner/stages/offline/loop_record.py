@@ -1,6 +1,7 @@
 """What an iteration of an online loop did, kept when its samples go.
 
     <result>/iterations/<i>.jsonl    the first of its samples, each with its raw reward and whether it was trained on
+    <result>/iterations/<i>/         provenance of its samples and labels, configuration and metrics of its training
     <result>/iterations.jsonl        one line an iteration: rewards, share kept, lengths, seconds of each stage
     <result>/tensorboard             the same, to look at
 
@@ -20,6 +21,9 @@ from typing import Any
 from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
+from nemo_aligner.data.provenance import META, RUN_RECORD
+from nemo_aligner.event_file import EventFile
+from nemo_aligner.files import write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +45,12 @@ def samples_of(generated: Path, labeled: Path) -> list[Row]:
     """The iteration's samples in their order, with `reward` and `kept`."""
     required = {"input": "data.input_key", "output": "data.output_key"}
     rewards = rewards_of(labeled)
-    kept = {(row["input"], row["output"]) for row in load_rows(labeled, required=required)}
+    samples, trained_on = (load_rows(path, required=required) for path in (generated, labeled))
+    kept = {(row["input"], row["output"]) for row in trained_on}
+    every = len(trained_on) == len(samples)  # also of dt, which writes other prompts
     return [
-        {**row, "reward": rewards.get(index), "kept": (row["input"], row["output"]) in kept}
-        for index, row in enumerate(load_rows(generated, required=required))
+        {**row, "reward": rewards.get(index), "kept": every or (row["input"], row["output"]) in kept}
+        for index, row in enumerate(samples)
     ]
 
 
@@ -83,6 +89,7 @@ def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: i
     samples = samples_of(generated, labeled)
     if keep:
         write_jsonl(result / "iterations" / f"{iteration}.jsonl", samples[:keep])
+    keep_records(result, iteration, generated, labeled)
     lines = result / "iterations.jsonl"
     before = [row for row in load_rows(lines, required={})] if lines.exists() else []
     figures = summary(samples, len(load_rows(labeled, required={})))
@@ -95,15 +102,29 @@ def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: i
     )
 
 
-def to_tensorboard(folder: Path, rows: list[Row]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+def keep_records(result: Path, iteration: int, generated: Path, labeled: Path) -> None:
+    """Copy what says how an iteration was made, before the loop removes it with what it was made of."""
+    trained = result / f"iter_{iteration}"
+    sources = {
+        f"sample{META}": Path(f"{generated}{META}"),
+        f"label{META}": Path(f"{labeled}{META}"),
+        RUN_RECORD: trained / RUN_RECORD,
+        "metrics.jsonl": trained / "metrics.jsonl",
+    }
+    for name, source in sources.items():
+        if source.is_file():
+            write_atomically(result / "iterations" / str(iteration) / name, [source.read_text(encoding="utf-8")])
 
+
+def to_tensorboard(folder: Path, rows: list[Row]) -> None:
+    """In place of what is there. Raises OutputError."""
     shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
+    with writing(folder):
+        folder.mkdir()
+        events = EventFile(folder)
         for row in rows:
-            for name, value in row.items():
-                if name != "iteration" and value is not None:
-                    writer.add_scalar(name, value, row["iteration"])
+            events.add(row["iteration"], {k: v for k, v in row.items() if k != "iteration" and v is not None})
+        events.close()
 
 
 def main() -> None:

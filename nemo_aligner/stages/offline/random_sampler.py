@@ -53,11 +53,11 @@ def run(cfg: SamplerConfig) -> None:
     check_output(cfg)
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
-    check_archive(cfg)
+    check_archive(cfg, cfg.gpt_model_file)
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
-    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
+    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg, cfg.gpt_model_file) as cluster:
         from nemo_aligner.engine.policy import load_policy
 
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
@@ -206,20 +206,17 @@ def fingerprint(cfg: SamplerConfig, archive: str) -> dict[str, Any]:
 
 def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> None:
     """Merge the journal into the output file, n responses of a prompt after one another, in prompt order."""
-    places: list[int] = []
-    unfinished = 0
+    samples, unfinished = prompts * cfg.data.n, 0
 
     def in_order() -> Iterator[Row]:
         nonlocal unfinished
-        for place, row in journal.merged():
-            places.append(place)
+        for _, row in journal.merged(samples):
             unfinished += row[cfg.data.output_key].endswith("\N{REPLACEMENT CHARACTER}")
             yield row
 
     write_jsonl(cfg.output_file, in_order())
-    assert places == list(range(prompts * cfg.data.n)), "every place of the output is taken once"
     if unfinished:
         log.warning("%d responses end within a character, which is written as \N{REPLACEMENT CHARACTER}", unfinished)
-    counts = {"prompts": prompts, "samples": len(places)}
-    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
-    log.info("wrote %d samples of %d prompts to %s", len(places), prompts, cfg.output_file)
+    counts = {"prompts": prompts, "samples": samples}
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
+    log.info("wrote %d samples of %d prompts to %s", samples, prompts, cfg.output_file)

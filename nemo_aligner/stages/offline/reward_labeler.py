@@ -1,21 +1,23 @@
 """The reward labeler: generated.jsonl ─▶ rewards ─▶ processor (rs, rest, dt or null) ─▶ filtered.jsonl.
 
-The journal holds raw rewards, so a rerun with another processor, threshold or standardisation scores nothing again.
+The journal holds raw rewards, those of each source apart, so a rerun with another processor, threshold, standardisation
+or other weights scores nothing again.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.algorithms.processors import apply_processor, check_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.config.offline import LabelerConfig
+from nemo_aligner.config.rewards import REWARD_MODEL
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import write_jsonl
-from nemo_aligner.data.judged_text import TextEncoder
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_architecture
 from nemo_aligner.engine.checks import check_is_reward_model
@@ -23,6 +25,9 @@ from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
 from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.rewards.functions import Functions
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
+from nemo_aligner.rewards.mixture import weighted
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -32,9 +37,13 @@ from nemo_aligner.stages.offline.data import (
     start_cluster,
     tell_empty,
 )
+from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_owner import owning
+
+if TYPE_CHECKING:
+    from nemo_aligner.engine.processes.cluster import MegatronCluster
 
 log = logging.getLogger(__name__)
 
@@ -50,36 +59,50 @@ def run(cfg: LabelerConfig) -> None:
     cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
-    check_archive(cfg)
-    check_is_reward_model(cfg.gpt_model_file, "gpt_model_file")
+    path = cfg.gpt_model_file
+    if path is not None:
+        check_archive(cfg, path)
+        check_is_reward_model(path, "gpt_model_file")
     rows = open_rows(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
 
-    with owning(cfg.output_file, cfg.trainer), start_cluster(cfg) as cluster:
-        from nemo_aligner.engine.reward_model import load_reward_model
+    with owning(cfg.output_file, cfg.trainer), functions_of(cfg) as functions:
+        check_fields(functions, rows, all_but(keys.input, keys.output))
+        with start_cluster(cfg, path) as cluster:
+            refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
+            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
 
-        refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg), cluster)
-        label(cfg, rows, load_reward_model(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+    if path is None:
+        return None
+    from nemo_aligner.engine.reward_model import load_reward_model
+
+    return load_reward_model(path, cluster, precision=cfg.trainer.precision)
 
 
-def _fingerprint_of_archive(cfg: LabelerConfig) -> dict[str, Any]:
+def _fingerprint_of_archive(cfg: LabelerConfig, functions: Functions | None) -> dict[str, Any]:
     """As the model itself will say, before it is loaded."""
-    arch = read_architecture(cfg.gpt_model_file, key="gpt_model_file")
-    return fingerprint(cfg, arch.append_eod, archive_hash(cfg.gpt_model_file))
+    path = cfg.gpt_model_file
+    model = None if path is None else (archive_hash(path), read_architecture(path, key="gpt_model_file").append_eod)
+    return fingerprint(cfg, model, functions)
 
 
 def keys_of(cfg: LabelerConfig) -> Keys:
     return Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
 
 
-def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster) -> None:
+def label(
+    cfg: LabelerConfig, rows: Blend, model: RewardModel | None, cluster: Cluster, functions: Functions | None = None
+) -> None:
     """Score what the journal lacks, then process. Raises StoppedEarly at the time limit or SIGTERM, rewards kept."""
     chunk = split_chunk(len(rows), cfg.data.sample_split_size, cfg.data.sample_split_iter)
-    archive = cluster.broadcast(model.archive_hash() if cluster.is_main else "")
-    journal = Journal(cfg.output_file, fingerprint(cfg, model.append_eod, archive), cluster)
+    archive = None if model is None else cluster.broadcast(model.archive_hash() if cluster.is_main else "")
+    known = None if model is None or archive is None else (archive, model.append_eod)
+    journal = Journal(cfg.output_file, fingerprint(cfg, known, functions), cluster)
     mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
-    encoder = TextEncoder(cfg.data, model)
-    batch = cfg.data.micro_batch_size
-    window = batch * (cfg.checkpoint_interval or _WINDOW)
+    source = None if model is None else ModelSource(model, cfg.data)
+    rewarder = rewarder_of(cfg.reward_plan, functions, source, cluster)
+    window = cfg.data.micro_batch_size * (cfg.checkpoint_interval or _WINDOW)
     left = cluster.gather(len(mine))
     if not any(left):
         log.info("all %d rows are scored already", len(chunk))
@@ -89,50 +112,87 @@ def label(cfg: LabelerConfig, rows: Blend, model: RewardModel, cluster: Cluster)
     ):
         for start in range(0, max(left), window):
             places = mine[start : start + window]
-            tokens = [encoder.tokens(rows[p % len(rows)]) for p in places]
-            for place, reward in zip(places, model.score(tokens, batch) if tokens else [], strict=True):
-                journal.add(place - chunk.start, {"reward": reward[0]})
-            progress.advance(cluster.dp_size * len(places), cluster.dp_size * sum(map(len, tokens)))
+            before = 0 if source is None else source.tokens
+            candidates = [_candidate(cfg, rows, p) for p in places]
+            for place, judgement in zip(places, rewarder.submit(candidates).result(), strict=True):
+                journal.add(place - chunk.start, journaled(judgement, functions))
+            tokens = 0 if source is None else source.tokens - before
+            progress.advance(cluster.dp_size * len(places), cluster.dp_size * tokens)
             # a window is seconds of work, the most that a kill may lose
             journal.flush()
             reason = control.stop_reason()
             if reason is not None:
                 raise StoppedEarly(f"{reason}; progress is in {journal.folder}")
-    encoder.report()
+    if source is not None:
+        source.report()
     cluster.barrier()
     if cluster.is_main:
-        finish(cfg, rows, chunk, journal, model.stored_standardization, archive)
+        finish(cfg, rows, chunk, journal, None if model is None else model.stored_standardization, archive)
     cluster.barrier()
 
 
-def fingerprint(cfg: LabelerConfig, append_eod: bool, archive: str) -> dict[str, Any]:
-    """What decides the raw rewards."""
-    return {
-        "gpt_model_file": archive,
-        "trainer.precision": cfg.trainer.precision,
-        "data.output_key": cfg.data.output_key,
-        "data.add_eos": append_eod if cfg.data.add_eos is None else cfg.data.add_eos,
-        **data_fingerprint(cfg.data),
-    }
+def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
+    index = position % len(rows)
+    return candidate_of(rows[index], rows.where(index), cfg.data.input_key, cfg.data.output_key)
+
+
+def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
+    """A judgement as the journal keeps it; `parts` and `failed` are what other weights need."""
+    if functions is None:
+        return {"reward": judgement.reward}
+    failed = {"failed": list(judgement.failed)} if judgement.failed else {}
+    return {"reward": judgement.reward, "parts": dict(judgement.parts), **failed}
+
+
+def judgement_of(row: Mapping[str, Any], weights: Mapping[str, float]) -> Judgement:
+    """What `journaled` kept, weighted as this run says."""
+    if "parts" not in row:
+        return Judgement(weighted({REWARD_MODEL: row["reward"]}, weights))
+    failed = tuple(row.get("failed", ()))
+    return Judgement(weighted(row["parts"], weights, failed), row["parts"], failed)
+
+
+def fingerprint(cfg: LabelerConfig, model: tuple[str, bool] | None, functions: Functions | None) -> dict[str, Any]:
+    """What decides the raw rewards; of the model, the hash of its archive and whether it reads an EOS by itself."""
+    of_model = {}
+    if model is not None:
+        archive, append_eod = model
+        of_model = {
+            "gpt_model_file": archive,
+            "trainer.precision": cfg.trainer.precision,
+            "data.add_eos": append_eod if cfg.data.add_eos is None else cfg.data.add_eos,
+        }
+    of_functions = {} if functions is None else {"reward_function": functions.fingerprint()}
+    return {"data.output_key": cfg.data.output_key, **of_model, **of_functions, **data_fingerprint(cfg.data)}
 
 
 def finish(
-    cfg: LabelerConfig, rows: Blend, chunk: range, journal: Journal, stored: tuple[float, float] | None, archive: str
+    cfg: LabelerConfig,
+    rows: Blend,
+    chunk: range,
+    journal: Journal,
+    stored: tuple[float, float] | None,
+    archive: str | None,
 ) -> None:
     """Rewards → standardised → processed → output file, rows in the order of the input."""
-    keys = keys_of(cfg)
-    rewards = [math.nan if row["reward"] is None else float(row["reward"]) for _, row in journal.merged()]
-    assert len(rewards) == len(chunk), "every row is scored once"
-    for position, reward in zip(chunk, rewards, strict=True):
-        if math.isnan(reward):
-            path, line = rows.where(position % len(rows))
-            log.warning("%s:%d: the reward is NaN", path, line)
+    keys, plan = keys_of(cfg), cfg.reward_plan
+    judgements = [judgement_of(row, plan.weights) for _, row in journal.merged(len(chunk))]
+    rewards = [math.nan if judgement.reward is None else judgement.reward for judgement in judgements]
+    if not plan.functions:
+        for position, reward in zip(chunk, rewards, strict=True):
+            if math.isnan(reward):
+                path, line = rows.where(position % len(rows))
+                log.warning("%s:%d: the reward is NaN", path, line)
     mean, std = mean_and_std(rewards)
     if cfg.print_reward_info:
         log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(rewards))
+    of_sources = {name: source_figures(judgements, name) for name in plan.weights} if plan.functions else {}
+    for name, figures in of_sources.items():
+        log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    known = None if plan.functions else stored  # the model's are those of its own rewards
     samples = [
-        scored(rows[position % len(rows)], reward, keys)
-        for position, reward in zip(chunk, standardize(cfg, rewards, stored), strict=True)
+        scored(rows[position % len(rows)], reward, keys, judgement.parts)
+        for position, reward, judgement in zip(chunk, standardize(cfg, rewards, known), judgements, strict=True)
     ]
     tell_empty([sample.output for sample in samples])
     if cfg.skip_empty:
@@ -147,17 +207,29 @@ def finish(
         log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", chosen, len(kept))
     export = cfg.export_reward or cfg.processor is None
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
-    counts = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
-    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=cfg.data.file_names, counts=counts)
+    counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
+    counts |= {"rewards": of_sources} if of_sources else {}
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
 
 
-def scored(row: dict[str, Any], reward: float, keys: Keys) -> ScoredSample:
-    """A row with its reward; the user's other fields travel along."""
+def source_figures(judgements: Sequence[Judgement], name: str) -> dict[str, float]:
+    """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
+    values = [judgement.parts[name] for judgement in judgements]
+    mean, std = mean_and_std([value for value in values if value is not None])
+    failed = sum(name in judgement.failed for judgement in judgements)
+    unknown = sum(value is None for value in values) - failed
+    return {"mean": mean, "std": std, "cannot_tell": unknown, "failed": failed}
+
+
+def scored(
+    row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
+) -> ScoredSample:
+    """A row with its reward and those of several sources; the user's other fields travel along."""
     extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
-    return ScoredSample(row[keys.input], row[keys.output], extra, reward)
+    return ScoredSample(row[keys.input], row[keys.output], extra, reward, parts or {})
 
 
 def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, float] | None) -> list[float]:

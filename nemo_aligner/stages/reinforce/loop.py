@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -19,8 +19,9 @@ from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import ServerError, StoppedEarly
+from nemo_aligner.errors import RewardError, ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
+from nemo_aligner.rewards.interfaces import Rewarder
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoint_names import log_dir
 from nemo_aligner.stages.checkpoints import Checkpoints
@@ -33,13 +34,14 @@ from nemo_aligner.stages.reinforce.advantages import (
     score,
 )
 from nemo_aligner.stages.reinforce.drawing import sampling_params, tell_what_changes_the_draw
-from nemo_aligner.stages.reinforce.rollout import KL, Rewards, RolloutWorker, token_count
+from nemo_aligner.stages.reinforce.rollout import KL, RolloutWorker, token_count
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import (
     adapter_settings,
     archive_of,
     check_same_run,
     optimizer_settings,
+    router_settings,
     tell_end_of_data,
     tell_resumed,
     tokens_hash,
@@ -65,6 +67,7 @@ def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
         **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
         **optimizer_settings(model.optim, loop.gradient_clip_val),
         **adapter_settings(model.peft),
+        **router_settings(model),
         "model.seed": model.seed,
         "model.data.shuffle": model.data.shuffle,
         "model.ppo.num_rollout_samples": ppo.num_rollout_samples,
@@ -82,6 +85,7 @@ class Actor:
         cluster: Cluster,
         train: Sequence[PromptRow],
         validation: Sequence[PromptRow],
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.cfg, self.policy, self.cluster, self.prompts = cfg, policy, cluster, train
         self.loop, self.settings = cfg.trainer.ppo, cfg.model.ppo
@@ -94,6 +98,7 @@ class Actor:
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
         self.values: dict[str, float] = {}  # newest value of everything a monitor may name
+        self.settings_of_rewards = dict(settings or {})  # what else decides a step
         self.made_with: dict[str, Any] = {}  # the run's fingerprint, for its checkpoints
 
     @property
@@ -102,12 +107,11 @@ class Actor:
         n, size = self.settings.num_rollout_per_prompt, self.cfg.model.global_batch_size
         return sum(math.ceil(len(self.plan.indices(step)) * n / size) for step in range(self.steps))
 
-    def train(self, rewards: Rewards) -> None:
+    def train(self, rewards: Rewarder) -> None:
         """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
-        self.rewards = rewards
         step, logged = self.resume(checkpoints)
         self.announce()
         kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
@@ -133,12 +137,16 @@ class Actor:
     def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
         exp, loop = self.cfg.exp_manager, self.loop
-        with Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress:
+        with (
+            Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress,
+            checkpoints,
+        ):
             if step == 0:
                 self.validate(0, worker)
             while step < self.steps:
                 scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
+                checkpoints.settle(wait=False)
                 at_end = step == self.steps
                 if at_end or step % loop.val_check_interval == 0:
                     self.validate(step, worker)
@@ -151,10 +159,10 @@ class Actor:
                     checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
 
     def step_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> Scored:
-        """`step`; where the run is told to stop as its reward server is, the step begun is given up. Collective."""
+        """`step`; where the run is told to stop as those who reward it are, the step begun is given up. Collective."""
         try:
             return self.step(step, worker)
-        except ServerError as fault:  # on every rank, before anything is learned or logged
+        except (ServerError, RewardError) as fault:  # on every rank, before anything is learned or logged
             reason = control.stop_reason()
             if reason is None:
                 raise
@@ -195,8 +203,8 @@ class Actor:
             if self.loop.baseline == "ReMax":
                 best = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
                 check_finite(best)
-                of_group = {rollout.group: rollout.reward for rollout in best}
-                greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts])
+                of_group = {r.group: math.nan if r.reward is None else r.reward for r in best}
+                greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts], dtype=torch.float64)
         scored = score(rollouts, self.loop, greedy)
         self.log_rollouts(step + 1, "train_rollouts", scored)
         if self.cluster.is_main and self.loop.keep_rollouts:
@@ -211,7 +219,7 @@ class Actor:
         """Optimizer steps over the counted responses, in prompt order, `global_batch_size` at a time."""
         examples = examples_of(scored)
         if not examples:
-            log.warning("no response of this step ended by itself: nothing is learned from it")
+            log.warning("no response of this step is counted, for its end or its reward: nothing is learned from it")
         size = self.cfg.model.global_batch_size
         for start in range(0, len(examples), size):
             batch = microbatches(
@@ -226,7 +234,7 @@ class Actor:
             metrics = self.policy.train_step(batch, reinforce_objective)
             self.updates += 1
             if self.logger is not None:
-                found = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
+                found = {**metrics.terms, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
                 self.logger.log(self.updates, "train_optim", found)
 
     def validate(self, step: int, worker: RolloutWorker) -> None:
@@ -246,8 +254,9 @@ class Actor:
             write_jsonl(self.folder / "validation" / f"step_{step}.jsonl", rollout_rows(scored))
             shown = rollouts[0]
             log.info(
-                "step %d: validation reward %.4f; %r ─▶ %r (%.3f)",
-                step, self.values["val_rewards"], shown.prompt.text[-60:], shown.text[:120], shown.reward,
+                "step %d: validation reward %.4f; %r ─▶ %r (%s)",
+                step, self.values["val_rewards"], shown.prompt.text[-60:], shown.text[:120],
+                "no reward" if shown.reward is None else f"{shown.reward:.3f}",
             )  # fmt: skip
 
     def log_rollouts(self, step: int, name: str, scored: Scored) -> None:
@@ -280,7 +289,6 @@ class Actor:
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
             "fingerprint": self.made_with,
-            "reward_model": self.rewards.archive,
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -289,6 +297,7 @@ class Actor:
             "the archive to start from": archive_of(self.policy),
             "training prompts": tokens_hash(prompt.tokens for prompt in self.prompts),
             **step_settings(self.cfg),
+            **self.settings_of_rewards,
         }
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, int | None]:
@@ -301,8 +310,8 @@ class Actor:
             return 0, checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
+        checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
-        self.rewards.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])
         tell_resumed(newest, step, int(state["steps"]), self.steps)
         return step, state["metrics_bytes"]

@@ -1,15 +1,13 @@
 """Rollouts: responses of the policy to a step's prompts, their rewards, and their KL to the initial policy.
 
 prompts ─▶ generate ─▶ responses, logprobs ─▶ initial policy's logprobs ─▶ KL ─┐
-              └─ each few finished texts ─▶ reward server (meanwhile) ─────────┴▶ Rollout, the same on every rank
+              └─ each few that finished ─▶ reward server, functions (meanwhile) ┴▶ Rollout, the same on every rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,23 +15,9 @@ from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
-from nemo_aligner.errors import AlignerError, ServerError
 from nemo_aligner.metrics import Timers
-
-
-class Rewards(Protocol):
-    """Whoever gives rewards, such as servers.reward_client.RewardClient.
-
-    `archive` is the sha256 of the reward model's archive, as far as it is known; once it is, rewards of another are
-    refused.
-    """
-
-    archive: str | None
-
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]: ...
-
-    def hurry(self) -> None:
-        """Do not wait any longer for what does not come."""
+from nemo_aligner.ranks import together
+from nemo_aligner.rewards.interfaces import Candidate, Judgement, Judgements, Rewarder
 
 
 @dataclass(frozen=True)
@@ -47,8 +31,9 @@ class Rollout:
     text: str
     finished: bool  # ended by itself, not by the length limit
     logprobs: list[float]  # of each token, under the policy that drew it
-    reward: float = 0.0
+    reward: float | None = 0.0  # None where nobody can tell
     kl: float | None = None  # None where no initial policy is kept
+    parts: Mapping[str, float | None] = field(default_factory=dict)  # rewards of several sources, by name
 
     @property
     def row(self) -> list[int]:
@@ -67,7 +52,7 @@ class RolloutWorker:
     """Draws and scores rollouts; every rank calls it with the same prompts and gets the same answer."""
 
     def __init__(
-        self, policy: Policy, cluster: Cluster, rewards: Rewards, *, forward_batch: int, kl: KL | None, timers: Timers
+        self, policy: Policy, cluster: Cluster, rewards: Rewarder, *, forward_batch: int, kl: KL | None, timers: Timers
     ) -> None:
         self._policy, self._cluster, self._rewards = policy, cluster, rewards
         self._forward_batch, self._kl, self._timers = forward_batch, kl, timers
@@ -77,7 +62,7 @@ class RolloutWorker:
     ) -> list[Rollout]:
         """`n` responses to each of `prompts`, (index of its noise and its group, prompt), in order. Collective.
 
-        Raises ServerError on every rank when rewards cannot be had.
+        Raises ServerError or RewardError on every rank when rewards cannot be had.
         """
         cluster = self._cluster
         mine = dict(prompts[cluster.dp_rank :: cluster.dp_size])
@@ -88,15 +73,15 @@ class RolloutWorker:
             for response in self._policy.generate(requests, sampling, slots):
                 rollout = _rollout(mine[response.prompt_index], response)
                 drawn.append(rollout)
-                asked.add(rollout.prompt.text + rollout.text)
+                prompt = rollout.prompt
+                asked.add(Candidate(prompt.text, rollout.text, prompt.fields, prompt.where))
             asked.flush()
         kls = self._divergences(drawn)
-        with self._timers.phase("critic_wait"):
-            scores, fault = asked.answers()
-        if cluster.any(fault is not None):
-            raise ServerError(str(fault or "another rank got no rewards"))
+        with self._timers.phase("critic_wait"), together(cluster):
+            judged = asked.answers()
         own = [
-            replace(rollout, reward=score, kl=kl) for rollout, score, kl in zip(drawn, scores, kls, strict=True)
+            replace(rollout, reward=judgement.reward, parts=judgement.parts, kl=kl)
+            for rollout, judgement, kl in zip(drawn, judged, kls, strict=True)
         ]  # ranks that do not speak for their replica have no scores, and nothing to say
         everyone = [rollout for part in cluster.gather(own) for rollout in part]
         return sorted(everyone, key=lambda rollout: (rollout.group, rollout.sample_index))
@@ -115,33 +100,30 @@ class RolloutWorker:
 
 
 class _Asked:
-    """Texts that wait for rewards, sent in batches; with no one to ask, nothing is sent and every reward is 0."""
+    """Responses that wait for rewards, sent in batches; with no one to ask, nothing is sent and every reward is 0."""
 
-    def __init__(self, rewards: Rewards | None, batch: int) -> None:
+    def __init__(self, rewards: Rewarder | None, batch: int) -> None:
         self._rewards, self._batch = rewards, batch
-        self._unsent: list[str] = []
-        self._futures: list[Future[list[float]]] = []
+        self._unsent: list[Candidate] = []
+        self._pending: list[Judgements] = []
         self._count = 0
 
-    def add(self, text: str) -> None:
+    def add(self, candidate: Candidate) -> None:
         self._count += 1
-        self._unsent.append(text)
+        self._unsent.append(candidate)
         if len(self._unsent) == self._batch:
             self.flush()
 
     def flush(self) -> None:
         if self._unsent and self._rewards is not None:
-            self._futures.append(self._rewards.submit(self._unsent))
+            self._pending.append(self._rewards.submit(self._unsent))
         self._unsent = []
 
-    def answers(self) -> tuple[list[float], AlignerError | None]:
-        """Rewards in the order of the texts, or the fault that kept them away."""
+    def answers(self) -> list[Judgement]:
+        """Judgements in the order of the responses. Raises the fault that kept them away."""
         if self._rewards is None:
-            return [0.0] * self._count, None
-        try:
-            return [score for future in self._futures for score in future.result()], None
-        except AlignerError as fault:
-            return [0.0] * self._count, fault
+            return [Judgement(0.0)] * self._count
+        return [judgement for pending in self._pending for judgement in pending.result()]
 
 
 def _rollout(prompt: PromptRow, response: Response) -> Rollout:

@@ -18,6 +18,7 @@ from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
+from nemo_aligner.extras import require_extra
 from nemo_aligner.stages.offline.random_sampler import sampling_params
 from nemo_aligner.stages.run_control import StopSignal
 from nemo_aligner.stages.run_owner import owning
@@ -31,6 +32,8 @@ _FIELDS = ("input", "text")
 
 def run(cfg: GenerationConfig) -> None:
     """Answer the prompts of `cfg`, then serve where it says so."""
+    if cfg.server:
+        require_extra("server", "server=True")
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
     check_template(cfg.chat_template, "chat_template")

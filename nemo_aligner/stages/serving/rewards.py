@@ -7,42 +7,104 @@ other ranks                       rows           ─▶ own share ─▶ gather
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Sequence
 
 from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.auth import read_token
+from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError
+from nemo_aligner.extras import require_extra
+from nemo_aligner.rewards.functions import Functions
+from nemo_aligner.rewards.interfaces import Candidate, Judgement, Source
+from nemo_aligner.rewards.mixture import Mixture
+from nemo_aligner.stages.rewarders import RowsSource, functions_of
 from nemo_aligner.stages.run_control import StopSignal
 
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 60.0
+_KEY = "rm_model_file"
 
 
 def run(cfg: ServerConfig) -> None:
-    """Serve `cfg.rm_model_file` until SIGTERM or SIGINT."""
-    key, overrides = "rm_model_file", cfg.model
-    sizes = {"tensor": overrides.tensor_model_parallel_size, "pipeline": overrides.pipeline_model_parallel_size}
-    parallel_sizes(cfg.trainer, cfg.rm_model_file, key=key, **sizes)
-    check_is_reward_model(cfg.rm_model_file, key)
+    """Serve `cfg.rm_model_file`, `cfg.reward_function`, or both, until SIGTERM or SIGINT."""
+    require_extra("server", "a reward server")
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
+    path = cfg.rm_model_file
+    if path is not None:
+        sizes = _sizes(cfg)
+        parallel_sizes(cfg.trainer, path, key=_KEY, **sizes)
+        check_is_reward_model(path, _KEY)
+    with functions_of(cfg) as functions:
+        if path is None:
+            assert functions is not None, "config asks for one of both"
+            serve_functions(cfg, functions, token)
+        else:
+            serve_model(cfg, path, functions, token)
 
+
+def _sizes(cfg: ServerConfig) -> dict[str, int]:
+    return {"tensor": cfg.model.tensor_model_parallel_size, "pipeline": cfg.model.pipeline_model_parallel_size}
+
+
+def serve_model(cfg: ServerConfig, path: str, functions: Functions | None, token: str | None) -> None:
     from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.reward_model import load_reward_model
 
-    with start_for_archive(cfg.trainer, cfg.rm_model_file, key=key, **sizes) as cluster:
-        model = load_reward_model(cfg.rm_model_file, cluster, precision=cfg.trainer.precision, key=key)
+    with start_for_archive(cfg.trainer, path, key=_KEY, **_sizes(cfg)) as cluster:
+        model = load_reward_model(path, cluster, precision=cfg.trainer.precision, key=_KEY)
         scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:
             if cluster.is_main:
                 try:
-                    talk_to_clients(cfg, model, scorer, stop, token)
+                    talk_to_clients(cfg, model, scorer, stop, token, functions)
                 finally:
                     scorer.release()
             else:
                 scorer.follow()
+
+
+def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) -> None:
+    """Without a model: no tokenizer, no limit but that of bytes, and nothing for the main thread to do but to wait."""
+    from nemo_aligner.servers.reward_server import serve
+    from nemo_aligner.servers.wire import RequestReader
+
+    largest = cfg.inference.max_text_bytes
+    reader = RequestReader(Bytes(), largest + 1, 256, False, largest, functions.check_fields)
+
+    def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
+        return functions_alone.submit(candidates).result()
+
+    functions_alone = Mixture({name: functions.source(name) for name in functions.functions}, cfg.reward_plan.weights)
+    with StopSignal(functions_alone.hurry) as stop:
+
+        def wait() -> None:
+            while stop.name is None:
+                time.sleep(0.2)
+
+        serve(cfg.inference, reader, lambda rows: [], wait, token, judge)
+
+
+class Bytes:
+    """A tokenizer for those who read texts alone: a text is its bytes."""
+
+    vocab_size, eos_id, pad_id = 256, 0, 0
+    bos_id: int | None = None
+    chat_template: str | None = None
+    stop_ids = frozenset[int]()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return chr(token)
 
 
 def standardization(cfg: ServerConfig, model: RewardModel) -> tuple[float, float] | None:
@@ -61,7 +123,12 @@ def standardization(cfg: ServerConfig, model: RewardModel) -> tuple[float, float
 
 
 def talk_to_clients(
-    cfg: ServerConfig, model: RewardModel, scorer: SharedScorer, stop: StopSignal, token: str | None
+    cfg: ServerConfig,
+    model: RewardModel,
+    scorer: SharedScorer,
+    stop: StopSignal,
+    token: str | None,
+    functions: Functions | None,
 ) -> None:
     from nemo_aligner.servers.reward_server import Heartbeat, MainThread, serve
     from nemo_aligner.servers.wire import RequestReader
@@ -73,10 +140,24 @@ def talk_to_clients(
         model.vocab_size,
         model.append_eod,
         serving.max_text_bytes,
+        None if functions is None else functions.check_fields,
         model.archive_hash(),
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
-    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token)
+    judge = None if functions is None else both(cfg.reward_plan, functions, main.score)
+    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token, judge)
+
+
+def both(
+    plan: RewardPlan, functions: Functions, score: Callable[[list[list[int]]], list[float]]
+) -> Callable[[list[Candidate], list[list[int]]], list[Judgement]]:
+    """Functions and the reward model on the same texts; functions are asked first, and judge while the model does."""
+
+    def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
+        sources: dict[str, Source] = {name: functions.source(name) for name in functions.functions}
+        return Mixture({**sources, REWARD_MODEL: RowsSource(score, rows)}, plan.weights).submit(candidates).result()
+
+    return judge
 
 
 class SharedScorer:

@@ -124,10 +124,12 @@ def optimize(
     with (
         RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control,
         Progress("training", task.steps, show=cluster.is_main, done=step, unit="step") as progress,
+        checkpoints,
     ):
         while step < task.steps:
             metrics = model.train_step(batch(task, model, task.train, task.plan.indices(step)), task.objective)
             step += 1
+            checkpoints.settle(wait=False)
             values |= scalars(metrics, "train_") | progress_values(task, step)
             at_end = step == task.steps
             if logger is not None:
@@ -176,6 +178,7 @@ def resume(
         return 0, checkpoints.logged_before_any
     state = model.load_training_state(newest)
     check_same_run(newest, state["fingerprint"], made_with)
+    checkpoints.drop_others(newest)
     step = int(state["step"])
     tell_resumed(newest, step, int(state["steps"]), task.steps)
     return step, state.get("metrics_bytes")

@@ -13,7 +13,13 @@ from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import (
+    adapter_settings,
+    batch_settings,
+    optimizer_settings,
+    refuse_other_run,
+    router_settings,
+)
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 
@@ -54,7 +60,7 @@ def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
-    return batches | trained | adapter_settings(cfg.model.peft)
+    return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
 
 def open_pairs(cfg: RMConfig, split: str) -> Pairs:

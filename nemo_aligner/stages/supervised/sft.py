@@ -22,7 +22,13 @@ from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.run_checks import check_training_settings
-from nemo_aligner.stages.run_identity import adapter_settings, batch_settings, optimizer_settings, refuse_other_run
+from nemo_aligner.stages.run_identity import (
+    adapter_settings,
+    batch_settings,
+    optimizer_settings,
+    refuse_other_run,
+    router_settings,
+)
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import monitors
 
@@ -62,7 +68,7 @@ def settings(cfg: SFTConfig) -> dict[str, Any]:
     data = cfg.model.data.train_ds
     batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
-    return batches | trained | adapter_settings(cfg.model.peft)
+    return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from statistics import NormalDist
 
 import pytest
 
@@ -108,3 +109,17 @@ def test_a_users_reward_field_is_not_passed_off_as_ours() -> None:
     row = ScoredSample("p", "o", {"reward": "old", "id": 3}, 1.5)
     assert row.to_row(KEYS) == {"id": 3, "input": "p", "output": "o", "reward": 1.5}
     assert row.to_row(KEYS, export_reward=False) == {"id": 3, "input": "p", "output": "o"}
+
+
+def test_rising_thresholds_keep_nested_sets_of_rising_mean_and_of_the_parts_a_normal_reward_has() -> None:
+    """Of a standard normal, Φ(−τ) is above τ, with mean φ(τ)/Φ(−τ); here at the quantiles of 20,000 equal parts."""
+    normal, parts = NormalDist(), 20_000
+    samples = [sample("p", str(i), normal.inv_cdf((i + 0.5) / parts)) for i in range(parts)]
+    before: set[str] | None = None
+    for threshold, part, mean in [(-1.0, 0.841, 0.288), (0.0, 0.5, 0.798), (1.0, 0.159, 1.525), (2.0, 0.023, 2.373)]:
+        kept = process("rest", samples, threshold)
+        outputs = {s.output for s in kept}
+        assert before is None or outputs < before
+        assert len(kept) / parts == pytest.approx(part, abs=1e-3)
+        assert mean_and_std([s.reward for s in kept])[0] == pytest.approx(mean, abs=2e-3)
+        before = outputs

@@ -15,7 +15,8 @@ NEEDED = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attenti
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("normalization", "layernorm1p"), ("num_moe_experts", 8), ("transformer_block_type", "post_ln"),
+        ("normalization", "layernorm1p"), ("transformer_block_type", "post_ln"),
+        ("moe_router_score_function", "sigmoid"), ("moe_shared_expert_intermediate_size", 8),
         ("rotary_interleaved", True), ("headscale", True), ("layernorm_zero_centered_gamma", True),
         ("apply_residual_connection_post_layernorm", True), ("peft", {"peft_scheme": "lora"}),
         ("seq_len_interpolation_factor", 4), ("attention_type", "multiquery"),

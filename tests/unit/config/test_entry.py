@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,18 @@ class Script:
         return status, (given or [None])[0]
 
 
+def test_what_the_disk_says_of_itself_is_one_line_and_other_faults_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/some/file")
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        raise fault
+    assert leaving.value.code == 1
+    assert capsys.readouterr().err == "error: /tmp/some/file: No space left on device\n"
+    with pytest.raises(ConnectionRefusedError), one_line_errors():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
     return Script(tmp_path, monkeypatch, capsys)
@@ -102,8 +116,7 @@ def test_help_is_an_answer_without_a_run(own: Script, capsys: pytest.CaptureFixt
     script("own", own.conf)(lambda cfg: pytest.fail("it runs"))()
     found = capsys.readouterr().out
     assert found.startswith(f"{(__doc__ or '').strip()}\n")
-    assert YAML.strip() in found
-    assert found.endswith("\n")
+    assert found.endswith("\na=1\nb=text\ntrainer.devices=1\n")
     assert "trainer: cpu, gpu, gpu_node" in found
 
 

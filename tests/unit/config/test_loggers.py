@@ -81,8 +81,8 @@ def test_neptunes_token_may_come_from_its_variable(packages: None, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("wandb", "pip install wandb"),
-        ("mlflow", "pip install mlflow-skinny"),
+        ("wandb", 'pip install "nemo-aligner[trackers]"'),
+        ("mlflow", 'pip install "nemo-aligner[trackers]"'),
         ("clearml", "pip install clearml"),
         ("dllogger", "pip install git+https://github.com/NVIDIA/dllogger"),
         ("neptune", "pip install neptune"),

@@ -16,7 +16,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT)
     for folder in ("examples/nlp/gpt", "examples/nlp/gpt/offline", "scripts")
     for path in (ROOT / folder).glob("*.py")
-    if "nemo_aligner.config" in path.read_text()
+    if "nemo_aligner.commands" in path.read_text()
 )
 
 
@@ -28,6 +28,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in ("torch", "megatron") else found(name)
     )
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/test.sh").touch()
     return tmp_path
 
 
@@ -42,6 +44,14 @@ def test_what_a_python_lacks_is_named_with_the_environment_that_has_it(clone: Pa
         requirements.check_python()
     line = f"error: {sys.executable} has no torch, megatron; {make}source {clone}/.venv/bin/activate"
     assert caught.value.code == line
+
+
+def test_what_a_python_lacks_where_the_package_was_installed_without_it_is_named_too(clone: Path) -> None:
+    (clone / "scripts/test.sh").unlink()
+    with pytest.raises(SystemExit) as caught:
+        requirements.check_python()
+    line = f"error: {sys.executable} has no torch, megatron; {sys.executable} -m pip install nemo-aligner brings"
+    assert str(caught.value.code).startswith(line)
 
 
 def test_a_python_that_lacks_nothing_goes_on() -> None:

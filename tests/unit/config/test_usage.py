@@ -1,4 +1,4 @@
-"""`--help` says what every key means: it shows the YAML as it is written."""
+"""`--help` says what every key means, with its default, as the YAML does."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aligner.config.folders import CONF
+from nemo_aligner.config.keys import Key, keys_of
 from nemo_aligner.config.usage import usage
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "examples/nlp/gpt").rglob("*.py")
-    if "script(" in path.read_text()
+    if "nemo_aligner.commands" in path.read_text()
 )
 
 
@@ -38,12 +40,25 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return Answers(monkeypatch, capsys)
 
 
-def lines_of(script: str, name: str) -> list[str]:
-    return (ROOT / script).parent.joinpath("conf", f"{name}.yaml").read_text().strip().splitlines()
+def yaml_of(script: str) -> tuple[Path, str]:
+    """Folder and name of the YAML of a script's command, and what the command says of itself."""
+    [module] = re.findall(r"from nemo_aligner\.commands\.(\w+) import main", (ROOT / script).read_text())
+    [(name, folder)] = re.findall(r'@script\("(\w+)", CONF / "(\w+)"', command(module))
+    return CONF / folder, name
 
 
-def shows(text: str, lines: list[str]) -> bool:
-    return "\n".join(lines) in text
+def command(module: str) -> str:
+    return (ROOT / f"nemo_aligner/commands/{module}.py").read_text()
+
+
+def shows(text: str, conf: Path, name: str) -> bool:
+    """Whether each key is there with its default, followed by its comment, folded as it may be."""
+    plain = " ".join(text.split())
+    return all(" ".join(f"{key.name}={key.default} {key.comment}".split()) in plain for key in valued(conf, name))
+
+
+def valued(conf: Path, name: str) -> list[Key]:
+    return [key for key in keys_of(conf, name) if key.default is not None]
 
 
 def test_every_script_is_found() -> None:
@@ -54,29 +69,36 @@ def test_every_script_is_found() -> None:
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_what_the_script_does_and_its_yaml_with_all_comments(
+def test_help_shows_what_the_script_does_and_every_key_with_default_and_meaning(
     script: str, flag: str, answer: Answers
 ) -> None:
-    source = (ROOT / script).read_text()
-    [name] = re.findall(r'@script\("(\w+)"', source)
+    conf, name = yaml_of(script)
     text = answer(script, flag)
-    assert text.startswith(source.split('"""')[1])
-    assert shows(text, lines_of(script, name))
-    for said in ("key=value", "--cfg job", "  trainer: cpu, gpu, gpu_node\n"):
+    [module] = re.findall(r"commands\.(\w+) import", (ROOT / script).read_text())
+    assert text.startswith(command(module).split('"""')[1])
+    assert shows(text, conf, name)
+    for said in ("key=value", "--cfg job", f"# {name}.yaml\n", "  trainer: cpu, gpu, gpu_node\n"):
         assert said in text
 
 
-def test_help_shows_the_yamls_that_a_yaml_begins_from(answer: Answers) -> None:
-    script = "examples/nlp/gpt/offline/evaluate_policy.py"
-    assert shows(answer(script, "--help"), lines_of(script, "megatron_random_sampler"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_key_is_left_unexplained(script: str) -> None:
+    assert [key.name for key in valued(*yaml_of(script)) if not key.comment] == []
+
+
+def test_help_shows_the_keys_of_the_yamls_that_a_yaml_begins_from(answer: Answers) -> None:
+    text = answer("examples/nlp/gpt/offline/evaluate_policy.py", "--help")
+    assert "\ninference.temperature=1.0 " in text
+    assert "\npolicy_files=??? " in text
+    assert "data.max_seq_length=4096 " in text, "its own default"
+    assert "data.max_seq_length=2048" not in text
 
 
 @pytest.mark.parametrize("name", ["--config-name=gpt_reinforce_actor", "-cn=gpt_reinforce_actor.yaml"])
 def test_help_is_about_the_yaml_that_is_chosen(name: str, answer: Answers) -> None:
-    script = "examples/nlp/gpt/train_gpt_reinforce_actor.py"
-    text = answer(script, "trainer.devices=2", name, "--help")
-    for part in ("gpt_reinforce_actor", "gpt_rs_actor"):
-        assert shows(text, lines_of(script, part))
+    text = answer("examples/nlp/gpt/train_gpt_reinforce_actor.py", "trainer.devices=2", name, "--help")
+    assert shows(text, CONF / "gpt", "gpt_reinforce_actor")
+    assert "\nname=megatron_gpt_reinforce_actor " in text
 
 
 @pytest.fixture
@@ -96,24 +118,24 @@ def conf(tmp_path: Path) -> Path:
     return tmp_path / "conf"
 
 
-OWN = "# own.yaml\n\na: 1 # first"
-OTHER = "# other.yaml\n\ndefaults:\n  - own\n  - _self_\n  - group: b\nb: é"
-THIRD = "# third.yaml\n\ndefaults: [other]"
+OWN, OTHER, THIRD = (f"# {name}.yaml" for name in ("own", "other", "third"))
+A, B = f"{'a=1':44}first", "b=é"
 HOW = """\
 Override a key with key=value (key=[1,2], key=null), drop one with ~key, take a group of conf/ with +trainer=cpu:
   model: tiny
   optim: constant, cosine
---cfg job prints the configuration as it would be used; --hydra-help, what else the command line takes."""
+-m key=4,8 runs it with each value, one after another, and puts what each writes into a folder of multirun/; --cfg job
+prints the configuration as it would be used; --hydra-help, what else the command line takes. Keys (???: required):"""
 
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], [OWN]),
-        (["a=2", "-h", "b=3"], [OWN]),
-        (["--help", "--config-name=other"], [OTHER, OWN]),
-        (["--help", "-cn", "other.yaml"], [OTHER, OWN]),
-        (["--config-name", "third", "--help"], [THIRD, OTHER, OWN]),
+        (["--help"], [OWN, HOW, A]),
+        (["a=2", "-h", "b=3"], [OWN, HOW, A]),
+        (["--help", "--config-name=other"], [OTHER, OWN, HOW, f"{A}\n{B}"]),
+        (["--help", "-cn", "other.yaml"], [OTHER, OWN, HOW, f"{A}\n{B}"]),
+        (["--config-name", "third", "--help"], [THIRD, OTHER, OWN, HOW, f"{A}\n{B}"]),
         ([], None),
         (["a=2", "--config-name=other"], None),
         (["--hel"], None),
@@ -124,15 +146,15 @@ Override a key with key=value (key=[1,2], key=null), drop one with ~key, take a 
         (["--help", "-cd=/conf"], None),
     ],
 )
-def test_help_is_the_scripts_own_words_then_how_keys_are_given_then_the_yamls(
+def test_help_is_the_scripts_own_words_then_the_yamls_then_how_keys_are_given_then_the_keys(
     conf: Path, arguments: list[str], shown: list[str] | None
 ) -> None:
     found = usage(arguments, "\n Trains.\n", conf, "own", conf.parent / "shared")
-    assert found == (None if shown is None else "\n\n".join(["Trains.", HOW, *shown]))
+    assert found == (None if shown is None else "\n\n".join(["Trains.", *shown]))
 
 
 def test_a_script_without_words_of_its_own_has_help_too(conf: Path) -> None:
-    assert usage(["-h"], None, conf, "own", conf.parent / "shared") == "\n\n".join(["", HOW, OWN])
+    assert usage(["-h"], None, conf, "own", conf.parent / "shared") == "\n\n".join(["", OWN, HOW, A])
 
 
 @pytest.mark.processes

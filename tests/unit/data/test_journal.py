@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import sys
 from types import SimpleNamespace
 from nemo_aligner.data.journal import Journal
 rank, size = int(sys.argv[2]), int(sys.argv[3])
-cluster = SimpleNamespace(dp_rank=rank, is_main=True, speaks_for_replica=True, broadcast=lambda value: value)
+cluster = SimpleNamespace(dp_rank=rank, is_main=True, speaks_for_replica=True, gather_ranks=lambda value: [value])
 journal = Journal(sys.argv[1], {"seed": 1}, cluster)
 print("begins", flush=True)
 for i in itertools.count():
@@ -51,11 +52,11 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
         promised |= {int(line) for line in rest.splitlines(keepends=True) if line.endswith("\n")}
         _leave_a_torn_line(tmp_path / "out.jsonl_temp" / f"rank_{attempt // 2 % size}.json", rng)
     journal = Journal(output, {"seed": 1}, OneProcess())
-    merged = list(journal.merged())
-    assert all(row == {"value": "x" * (i % 50), "i": i} for i, row in merged)
-    assert promised <= {i for i, _ in merged}, "what was flushed is there"
-    lines = sum(len(p.read_text().splitlines()) for p in journal.folder.glob("rank_*.json"))
-    assert lines == len({i for i, _ in merged}) == len(merged), "no index was written twice"
+    lines = [line for path in journal.folder.glob("rank_*.json") for line in path.read_text().splitlines()]
+    found = {entry["index"]: entry["row"] for entry in map(json.loads, lines)}
+    assert all(row == {"value": "x" * (i % 50), "i": i} for i, row in found.items())
+    assert promised <= found.keys() == journal.done, "what was flushed is there"
+    assert len(lines) == len(found), "no index was written twice"
     assert len(promised) > 50
 
 
@@ -157,7 +158,23 @@ def test_rows_are_merged_in_order_of_their_index_over_all_ranks(tmp_path: Path) 
             if index % 2 == rank:
                 journal.add(index, {"i": index})
         journal.flush()
-    assert [index for index, _ in Journal(tmp_path / "o", {}, OneProcess()).merged()] == list(range(10))
+    assert [index for index, _ in Journal(tmp_path / "o", {}, OneProcess()).merged(10)] == list(range(10))
+
+
+def test_rows_that_somebody_removed_during_the_run_are_missed_before_a_row_is_given(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "o", {}, OneProcess())
+    journal.add(0, {})
+    journal.flush()
+    (journal.folder / "rank_0.json").unlink()
+    journal.add(1, {})
+    journal.flush()
+    with pytest.raises(OutputError, match=r"o_temp: 1 of 2 rows are not there any more, .*; run the same command"):
+        next(journal.merged(2))
+    again = Journal(tmp_path / "o", {}, OneProcess())
+    assert again.done == {1}
+    again.add(0, {})
+    again.flush()
+    assert [index for index, _ in again.merged(2)] == [0, 1]
 
 
 def test_rows_not_flushed_are_not_done(tmp_path: Path) -> None:

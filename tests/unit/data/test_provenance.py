@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.offline import SamplerConfig
-from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.data.provenance import RUN_RECORD, write_provenance, write_run_record
 
 
 def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: 
     output.write_text("Ünicode")
     cfg = SamplerConfig(gpt_model_file="m.nemo", output_file=str(output), seed=7)
     cfg.data.file_names, cfg.data.prompt_template = [str(prompts)], "é{input}"
-    write_provenance(output, config=cfg, archive="abc", inputs=[str(prompts)], counts={"rows": 3})
+    write_provenance(output, config=cfg, archive="abc", inputs=[(str(prompts), file_sum(prompts))], counts={"rows": 3})
     text = (tmp_path / "out.jsonl.meta.json").read_text()
     found = json.loads(text)
     assert found["archive_sha256"] == "abc"
@@ -31,3 +31,11 @@ def test_archive_config_inputs_output_and_counts_are_those_of_the_run(tmp_path: 
     assert found["versions"]["torch"]
     assert "é" in text
     assert text.endswith("}\n")
+
+
+def test_a_training_run_says_its_config_and_versions_where_it_logs(tmp_path: Path) -> None:
+    write_run_record(tmp_path / "log", {"model": {"seed": 3, "é": Path("a.nemo")}})
+    found = json.loads((tmp_path / "log" / RUN_RECORD).read_text())
+    assert found["config"] == {"model": {"seed": 3, "é": "a.nemo"}}
+    assert found["started"].endswith("+00:00")
+    assert found["versions"]["torch"]

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_settings import INDEX
 from nemo_aligner.engine.conversion import export_hf, read_checkpoint, write_archive
+from nemo_aligner.engine.policy import load_policy_for_training
+from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.errors import CheckpointError
 from scripts.bench.large_checkpoints import write_random_hf_folder
 from tests.live_bytes import LiveBytes
@@ -59,3 +62,19 @@ def test_no_more_than_a_few_tensors_are_alive_at_once(tmp_path: Path) -> None:
         write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
         export_hf(tmp_path / "m.nemo", tmp_path / "back")
     assert largest < live.peak < 5 * largest < sum(tensor.nbytes for tensor in given) / 2
+
+
+def test_the_archive_of_a_training_takes_the_memory_of_its_largest_tensor(tmp_path: Path) -> None:
+    """Though its weights are parts of one buffer, as with any optimizer those of a gated layer are of one weight."""
+    arch = replace(SHAPE, num_layers=6)
+    write_random_hf_folder(tmp_path / "hf", arch)
+    with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1) as cluster, LiveBytes() as live:
+        given = ModelOverrides(restore_from_path=str(tmp_path / "hf"), precision="bf16")
+        model = load_policy_for_training(given, TrainerConfig(precision="bf16"), cluster)
+        model.add_optimizer(OptimConfig(name="mcore_distributed_optim"), clip_grad=1.0, max_steps=1)
+        sizes = [parameter.detach().nbytes for parameter in model.module.parameters()]
+        live.restart()
+        before = live.now
+        model.save_nemo(tmp_path / "m.nemo")
+    assert live.peak - before <= max(sizes) < sum(sizes) / 3
+    assert (tmp_path / "m.nemo").stat().st_size > sum(sizes)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner.commands.plan import main, shape_of
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.config import PlanConfig
 from nemo_aligner.planning.plan import make_plan
-from scripts.plan_layout import main, shape_of
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = str(ROOT / "conf/model/llama3_8b.yaml")
@@ -103,6 +103,12 @@ def test_a_shape_with_dropout_is_refused_for_training_alone() -> None:
     with pytest.raises(ConfigError, match="dropout"):
         make_plan(config, arch)
     make_plan(replace(config, task="labeler"), arch)
+
+
+def test_experts_are_not_counted_and_so_refused() -> None:
+    config = PlanConfig(model=MODEL, gpus=8, gpu_memory_gb=80, seq_length=2048)
+    with pytest.raises(ConfigError, match="model: it has 8 experts"):
+        make_plan(config, replace(shape_of(MODEL), num_moe_experts=8))
 
 
 def test_work_is_done_twice_only_where_it_has_to_be() -> None:

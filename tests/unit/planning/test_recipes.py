@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.commands.plan import shape_of
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.load import load_config
 from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
@@ -18,7 +19,6 @@ from nemo_aligner.config.supervised import RMConfig, SFTConfig
 from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.planning.plan import make_plan
 from nemo_aligner.planning.tasks import TASKS, overrides, task_of
-from scripts.plan_layout import shape_of
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(path.stem for path in (ROOT / "conf/recipes").glob("*.yaml"))

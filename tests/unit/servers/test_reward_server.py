@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sysconfig
@@ -16,6 +17,7 @@ import pytest
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.servers import reward_server
 from nemo_aligner.servers.reward_server import (
     Heartbeat,
@@ -23,7 +25,6 @@ from nemo_aligner.servers.reward_server import (
     answer_requests,
     check_port_is_free,
     find_shared_python,
-    remove_leftovers,
     serve,
 )
 from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
@@ -65,6 +66,30 @@ def test_what_is_refused_costs_nothing_else_its_reward_and_says_why() -> None:
     assert found[1]["error"].tolist() == [[b""], [b"sentences: row 1 is empty"]]
     assert np.isnan(found[2]["rewards"]).all()
     assert found[2]["error"].tolist() == [[b"sentences: shape [2, 2] is not [B, 1]"]] * 2
+
+
+def test_with_functions_each_answer_tells_what_each_source_says_of_its_own_row() -> None:
+    reader = RequestReader(ByteTokenizer(), 8, 258, False, 100, lambda fields: None)
+
+    def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
+        assert [list((c.prompt + c.response).encode()) for c in candidates] == rows
+        known = [None if c.response == "?" else float(c.fields["n"]) for c in candidates]
+        return [Judgement(reward, {"n": reward}) for reward in known]
+
+    def request(*rows: tuple[bytes, bytes, bytes]) -> dict[str, np.ndarray]:
+        names = ("prompts", "responses", "fields")
+        return {name: np.array([[row[i]] for row in rows], dtype=object) for i, name in enumerate(names)}
+
+    first = request((b"p", b"a", b'{"n": 1}'), (b"p", b"?", b""), (b"", b"", b""))
+    found = answer_requests([first, request((b"q", b"b", b'{"n": 2}'))], reader, length, judge)
+    assert [json.loads(raw or b"null") for raw in found[0]["parts"][:, 0]] == [
+        {"reward": 1.0, "parts": {"n": 1.0}, "failed": []},
+        {"reward": None, "parts": {"n": None}, "failed": []},
+        None,
+    ]
+    assert found[0]["error"][:, 0].tolist() == [b"", b"", b"responses: row 2 is empty"]
+    assert (found[0]["rewards"][0, 0], found[1]["rewards"].tolist()) == (1.0, [[2.0]])
+    assert np.isnan(found[0]["rewards"][1:]).all()
 
 
 def test_of_a_fault_in_scoring_clients_hear_that_there_was_one_and_nothing_of_its_insides() -> None:
@@ -153,20 +178,6 @@ def test_tritons_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             find_shared_python()
 
 
-def test_folders_of_servers_that_are_gone_are_removed_and_no_others(tmp_path: Path) -> None:
-    gone = 2**22 + 1  # above every process number of Linux
-    left = [
-        f"nemo_aligner_server_{gone}_ab",
-        f"nemo_aligner_server_{os.getpid()}_ab",
-        "nemo_aligner_server_x_ab",
-        "other_1_ab",
-    ]
-    for name in left:
-        (tmp_path / name / "workspace").mkdir(parents=True)
-    remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
-
-
 @pytest.fixture
 def at_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ServingConfig:
     """A server's config; its folders go below `tmp_path`."""
@@ -182,10 +193,17 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
     at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tritons, config = FakeTriton.put_in_place(monkeypatch), at_a_free_port
-    (tmp_path / f"nemo_aligner_server_{2**22 + 1}_ab").mkdir()
+    gone = 2**22 + 1  # above every process number of Linux
+    (tmp_path / f"nemo_aligner_server_{gone}_ab").mkdir()
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    for pid in (gone, gone + 1):
+        (memory / f"pytrtion{pid}-0123").touch()
+    monkeypatch.setattr(reward_server, "_SHARED_MEMORY", memory)
 
     def run() -> None:
-        [triton], [folder] = tritons, tmp_path.iterdir()  # the folder of a server that is gone went
+        [triton], [folder] = tritons, [path for path in tmp_path.iterdir() if path != memory]
+        assert [path.name for path in memory.iterdir()] == [f"pytrtion{gone + 1}-0123"], "of servers that are gone"
         assert triton.runs
         given = triton.config
         assert (given.http_address, given.exit_timeout_secs) == ("127.0.0.1", 5)
@@ -215,7 +233,7 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
 
     serve(config, READER, length, run)
     assert (tritons[0].runs, tritons[0].stopped) == (False, 1)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [memory]
     folder, own = os.environ["LD_LIBRARY_PATH"], sysconfig.get_config_var("INSTSONAME")
     assert (Path(folder) / own).exists(), "Triton's Python is this one"
 

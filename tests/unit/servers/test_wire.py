@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_aligner.servers.wire import RequestError, RequestReader, answer, refusal
+from nemo_aligner.errors import DataError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement, Outcome
+from nemo_aligner.servers.wire import RequestError, RequestReader, answer, outcome_of, refusal, told
 from tests.fakes import EOS, ByteTokenizer
 
 READER = RequestReader(ByteTokenizer(), limit=8, vocab_size=258, append_eod=False, max_text_bytes=100)
@@ -107,3 +109,54 @@ def test_a_row_that_cannot_be_scored_says_why_and_costs_the_others_nothing(
 
 def test_ids_past_the_length_are_padding_and_may_be_anything() -> None:
     assert READER.read(tokens([[1, 2, 99999]], [[2]])).rows == [[1, 2]]
+
+
+def apart(**columns: list[bytes]) -> dict[str, np.ndarray]:
+    return {name: np.array([[text] for text in column], dtype=object) for name, column in columns.items()}
+
+
+def needs_answer(fields: Any) -> None:
+    if "answer" not in fields:
+        raise DataError("no field 'answer'")
+
+
+def test_prompt_response_and_fields_are_a_candidate_and_one_text() -> None:
+    reader = RequestReader(ByteTokenizer(), 8, 258, False, 100, needs_answer)
+    found = reader.read(apart(prompts=[b"ab", b"p"], responses=[b"c", b""], fields=[b'{"answer": 1}', b""]))
+    assert found.candidates == [Candidate("ab", "c", {"answer": 1}, "row 0"), Candidate("p", "", {}, "row 1")]
+    assert found.rows == [[*b"abc"], []]
+    assert found.errors == ["", "no field 'answer'"]
+    [alone] = RequestReader(ByteTokenizer(), 8, 258, False, 100, lambda fields: None).read(sentences(b"abc")).candidates
+    assert (alone.prompt, alone.response) == ("", "abc")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (apart(responses=[b"a"]), "prompts: needed with responses"),
+        ({**apart(responses=[b"a"], prompts=[b"a"]), **sentences(b"a")}, "sentences: give either sentences, or"),
+        (apart(responses=[b"a"], prompts=[b"a", b"b"]), "prompts: 2 for 1 responses"),
+        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"{"]), "fields: row 0 is not valid JSON"),
+        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"[1]"]), "fields: row 0 is no JSON object"),
+        (apart(responses=[b"a", b"\xff"], prompts=[b"a"] * 2), "responses: row 1 is not valid UTF-8"),
+        (tokens([[1]], [[1]]), "tokens: reward functions read texts; give prompts and responses"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_to_functions_is_refused_by_the_name_of_its_input(
+    inputs: dict[str, np.ndarray], said: str
+) -> None:
+    with pytest.raises(RequestError) as fault:
+        RequestReader(ByteTokenizer(), 8, 258, False, 100, needs_answer).read(inputs)
+    assert str(fault.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("judgement", "outcome"),
+    [
+        (Judgement(1.5, {"a": 1.5}), Outcome(1.5)),
+        (Judgement(None, {"a": None}), Outcome(None)),
+        (Judgement(None, {"a": 1.0, "b": None}, ("b",)), Outcome(None, "the server could not have the reward of b")),
+    ],
+)
+def test_a_judgement_arrives_as_it_was_sent(judgement: Judgement, outcome: Outcome) -> None:
+    assert outcome_of(told(judgement)) == outcome

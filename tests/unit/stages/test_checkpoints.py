@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_aligner.config.schema import CheckpointCallbackParams, ExpManagerConfig, OptimConfig
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.engine.checkpoints.checkpoint_folder import read_state
+from nemo_aligner.errors import ConfigError, StoppedEarly, TrainingError
 from nemo_aligner.stages.checkpoint_names import log_dir
 from nemo_aligner.stages.checkpoints import Checkpoints
 from nemo_aligner.stages.run_checks import check_monitor, check_training_settings
@@ -20,12 +24,29 @@ from tests.fakes import OneProcess
 VALUES = [3.0, 1.0, 5.0, 2.0, 4.0]  # of steps 1 to 5
 
 
+class Written:
+    """A save whose parts are written after it was asked for once, and which cannot be given its name twice."""
+
+    def __init__(self, appear: Callable[[], None]) -> None:
+        self._appear, self._asked = appear, 0
+
+    def done(self) -> bool:
+        self._asked += 1
+        return self._asked > 1
+
+    def finish(self) -> None:
+        self._appear()
+
+
 class Saver:
     """A model that saves nothing but its state."""
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
+
+    def save_in_background(self, folder: Path, state: dict[str, Any]) -> Written:
+        return Written(lambda: self.save_training_state(folder, state))
 
 
 def checkpoints(folder: Path, *, validates: bool = True, resume: bool = True, **params: Any) -> Checkpoints:
@@ -116,6 +137,38 @@ def test_damaged_checkpoints_go_first_and_those_of_others_are_left_alone(tmp_pat
     assert steps(made) == [1, 2, 9]
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_what_a_kill_kept_a_save_from_dropping_is_dropped_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    made = checkpoints(tmp_path, mode="min", save_top_k=0)
+    for step in (1, 2):
+        Saver().save_training_state(made.root / f"m--{step}", {"step": step, "run": "m", "monitored": 0.0})
+        (made.root / f"m--{step}" / "shards").mkdir()
+    changes = 0
+
+    def killed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal changes
+            changes += 1
+            if changes == at:
+                raise SystemExit(137)
+            return change(*arguments, **named)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink", "rmdir"):
+            patch.setattr(os, name, killed(getattr(os, name)))
+        with pytest.raises(SystemExit):
+            save(made, [3.0], first=3)
+    newest = made.newest()
+    assert newest is not None
+    assert read_state(newest)["step"] == 3
+    made.drop_others(newest)
+    assert list(made.root.iterdir()) == [newest]
+
+
 @pytest.mark.parametrize("monitor", ["val_loss", "loss"])
 def test_without_validation_the_newest_stand_in_for_the_best_by_a_validation_value(
     tmp_path: Path, monitor: str
@@ -204,3 +257,36 @@ def test_the_best_of_no_checkpoints_is_refused(interval: int, callback: bool) ->
     )
     with pytest.raises(ConfigError, match=r"save_best_model: the best of the checkpoints, and none is saved"):
         check_training_settings(exp, OptimConfig(), monitors(()), interval)
+
+
+def test_in_the_background_nothing_is_dropped_before_the_newer_one_is_there(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, save_top_k=0, async_save=True)
+    save(made, [1.0])
+    assert steps(made) == []
+    made.settle(wait=False)
+    assert steps(made) == [], "not written yet"
+    made.settle(wait=False)
+    assert steps(made) == [1]
+    save(made, [2.0], first=2)
+    assert steps(made) == [1]
+    save(made, [3.0], first=3)
+    assert steps(made) == [2], "one at a time"
+    made.settle()
+    assert steps(made) == [3]
+    made.settle()
+
+
+@pytest.mark.parametrize(
+    ("end", "there"),
+    [(None, True), (StoppedEarly, True), (TrainingError, True), (OSError, False), (KeyboardInterrupt, False)],
+)
+def test_however_the_steps_end_on_all_ranks_what_is_being_written_appears(
+    tmp_path: Path, end: type[BaseException] | None, there: bool
+) -> None:
+    """After a fault of one rank alone, none may wait for the others."""
+    made = checkpoints(tmp_path, async_save=True)
+    with contextlib.nullcontext() if end is None else pytest.raises(end), made:
+        save(made, [1.0])
+        if end is not None:
+            raise end
+    assert bool(steps(made)) == there

@@ -111,7 +111,9 @@ def test_another_runs_journal_is_refused_before_the_load_and_left_as_it_is(
     stage = {"sampler": random_sampler, "labeler": reward_labeler}[name]
     given = archive_hash(archive)
     made_with = (
-        random_sampler.fingerprint(cfg, given) if name == "sampler" else reward_labeler.fingerprint(cfg, True, given)
+        random_sampler.fingerprint(cfg, given)
+        if name == "sampler"
+        else reward_labeler.fingerprint(cfg, (given, True), None)
     )
     with pytest.raises(LoadsAModel):
         stage.run(cfg)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.checksums import write_sums
+from nemo_aligner.checksums import file_sum, write_sums
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.journal import Journal
 from nemo_aligner.data.jsonl import write_jsonl
@@ -38,7 +38,11 @@ def results(tmp_path: Path, archives: Archives) -> Path:
     write_jsonl(folder / "out.jsonl", rows)
     counts = {"rows": 3}
     write_provenance(
-        folder / "out.jsonl", config=LabelerConfig(), archive="", inputs=[f"{folder}/in.jsonl"], counts=counts
+        folder / "out.jsonl",
+        config=LabelerConfig(),
+        archive="",
+        inputs=[(f"{folder}/in.jsonl", file_sum(folder / "in.jsonl"))],
+        counts=counts,
     )
     journal = Journal(folder / "out.jsonl", {"seed": 1}, OneProcess())
     for index in range(3):

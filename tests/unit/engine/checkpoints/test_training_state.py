@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.checkpoints import training_state
+from nemo_aligner.engine.checkpoints import streamed, training_state
 from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, latest_whole
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
@@ -47,7 +48,11 @@ def disk_full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["save_sharded", "_rng_state", "fsync_tree"])
+MOMENTS = {"shards": (streamed, "_write_item"), "random state": (training_state, "_rng_state"),
+           "end": (training_state, "fsync_tree")}  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_next(
     moment: str, cluster: MegatronCluster, model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +60,7 @@ def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_n
     at_first = weights(model)
     model.train_step([rows(seed=1)], sft_objective)
     with monkeypatch.context() as patch:
-        patch.setattr(training_state, moment, killed)
+        patch.setattr(*MOMENTS[moment], killed)
         with pytest.raises(SystemExit):
             model.save_training_state(tmp_path / "second", {"step": 2})
     assert latest(tmp_path) == tmp_path / "first"
@@ -66,16 +71,57 @@ def test_a_killed_save_leaves_the_one_before_usable_and_is_cleared_away_by_the_n
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "third"]
 
 
-@pytest.mark.parametrize("moment", ["save_sharded", "_rng_state", "fsync_tree"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_is_said_and_leaves_nothing_behind(
     moment: str, model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if moment == "save_sharded":
-        monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", disk_full)
-    else:
-        monkeypatch.setattr(training_state, moment, disk_full)
+    monkeypatch.setattr(*MOMENTS[moment], disk_full)
     with pytest.raises(OutputError, match=rf"^cannot write {tmp_path / 'full'}\S*: No space left on device$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What the disk waits for."""
+    go, write = threading.Event(), streamed._write_item
+
+    def slow(*args: Any) -> Any:
+        assert go.wait(20)
+        return write(*args)
+
+    monkeypatch.setattr(streamed, "_write_item", slow)
+    return go
+
+
+def test_what_is_saved_in_the_background_is_how_it_was_and_not_there_before_it_is_whole(
+    cluster: MegatronCluster, tmp_path: Path, held: threading.Event
+) -> None:
+    model, other = trainable(cluster), trainable(cluster)
+    model.train_step([rows()], sft_objective)
+    saving = model.save_in_background(tmp_path / "a", {"step": 1})
+    model.train_step([rows(seed=1)], sft_objective)
+    went_on = weights(model)
+    model.train_step([rows(seed=2)], sft_objective)
+    assert not saving.done()
+    assert latest(tmp_path) is None, "a kill now leaves what was there before"
+    held.set()
+    saving.finish()
+    assert saving.done()
+    assert latest_whole(tmp_path) == tmp_path / "a"
+    assert other.load_training_state(tmp_path / "a")["step"] == 1
+    other.train_step([rows(seed=1)], sft_objective)
+    assert all(torch.equal(a, b) for a, b in zip(went_on, weights(other), strict=True))
+
+
+def test_a_full_disk_in_the_background_is_said_when_the_save_ends(
+    model: MegatronTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "_write_item", disk_full)
+    saving = model.save_in_background(tmp_path / "full", {"step": 1})
+    model.train_step([rows(seed=1)], sft_objective)
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path / 'full'}\S*: No space left on device$"):
+        saving.finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,9 +133,12 @@ def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
 
     monkeypatch.setattr("nemo_aligner.engine.checkpoints.sharded.dist_checkpointing.save", fails)
     fault = "[enforce fail at inline_container.cc:626] . write failed: No space left on device"
-    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: no space left on device$"):
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: No space left on device$"):
         model.save_training_state(tmp_path / "full", {"step": 1})
     assert list(tmp_path.iterdir()) == []
+    fault = f"Worker failure: [Errno 122] Disk quota exceeded: '{tmp_path}/full.partial/shards/__0_0.distcp'"
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/full\S*: Disk quota exceeded$"):
+        model.save_training_state(tmp_path / "full", {"step": 1})
     fault = "a fault of the program"
     with pytest.raises(RuntimeError, match=r"^a fault of the program$"):
         model.save_training_state(tmp_path / "full", {"step": 1})

@@ -28,7 +28,9 @@ SHAPES = {
     "norms of heads": replace(WIDE, qk_layernorm=True),
     "layernorm and biases": replace(WIDE, bias=True, normalization="layernorm", activation="gelu"),
     "tied": replace(WIDE, share_embeddings_and_output_weights=True),
+    "experts": replace(WIDE, num_moe_experts=4, moe_ffn_hidden_size=20),
 }
+ALL = [pytest.param(name, marks=pytest.mark.processes if name == "experts" else ()) for name in SHAPES]  # takes seconds
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +63,7 @@ def model_of(arch: Architecture, dtype: torch.dtype = torch.float32) -> RowForwa
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL)
 def test_rewards_and_logprobs_do_not_depend_on_the_other_rows(
     shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +87,7 @@ def test_rewards_and_logprobs_do_not_depend_on_the_other_rows(
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL)
 def test_they_are_those_of_a_full_forward_pass(shape: str) -> None:
     arch, asked = SHAPES[shape], texts(1)
     judge, policy = model_of(replace(arch, reward_model_type="binary_ranking")), model_of(arch)

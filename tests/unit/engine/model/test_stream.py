@@ -24,7 +24,7 @@ from nemo_aligner.engine.model.forward import forward_outputs, run_objective
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import ranking_objective
-from tests.tiny import ARCH, trainable
+from tests.tiny import ARCH, EXPERTS, trainable
 
 SHAPES = {
     "grouped queries": ARCH,
@@ -35,6 +35,8 @@ SHAPES = {
     "tied embeddings": replace(ARCH, share_embeddings_and_output_weights=True),
     "learned positions": replace(ARCH, position_embedding_type="learned_absolute"),
     "half rotary": replace(ARCH, rotary_percentage=0.5),
+    "experts": EXPERTS,
+    "experts in every layer": replace(EXPERTS, moe_layer_freq=1, moe_router_pre_softmax=False),
 }
 
 
@@ -124,15 +126,17 @@ def test_rewards_and_gradients_of_a_reward_model_are_those_of_plain_rows(shape: 
     check(model, batch, ranking_objective, plain_rewards, arch)
 
 
+@pytest.mark.parametrize("shape", ["grouped queries", "biases"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_gives_the_same_gradients(recompute: str) -> None:
-    batch = microbatch(0)
+def test_recomputation_gives_the_same_gradients(recompute: str, shape: str) -> None:
+    batch, arch = microbatch(0), SHAPES[shape]
 
     def found(**more: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = build_model(ARCH, RunOptions(**more))
-        run_objective(model, [batch], reinforce_objective, ARCH.vocab_size, forward_only=False)
-        return gradients(model)
+        model = build_model(arch, RunOptions(**more))
+        run_objective(model, [batch], reinforce_objective, arch.vocab_size, forward_only=False)
+        [outputs] = forward_outputs(model, [batch], arch.vocab_size)
+        return {**gradients(model), "outputs without a gradient": outputs}
 
     assert_same(found(activations_checkpoint_granularity=recompute, activations_checkpoint_method="uniform"), found())
 

@@ -13,7 +13,7 @@ import pytest
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.stages.offline.data import open_rows
-from nemo_aligner.stages.offline.evaluation import Rewards, draw, gain, report, score, starts_of, tokens_of
+from nemo_aligner.stages.offline.evaluation import draw, report, score, starts_of, tokens_of
 from tests.fakes import ByteTokenizer, EchoPolicy, on_ranks
 
 
@@ -40,10 +40,10 @@ def figures(cfg: EvaluationConfig, cluster: Cluster, *, kl: bool = True) -> dict
     drawn = draw(cfg, rows, EchoPolicy(), cluster, "one.nemo")  # type: ignore[arg-type]
     assert starts_of(drawn) == [2] * len(drawn)
     assert tokens_of(drawn) == [[*d.prompt_tokens, *d.response.tokens] for d in drawn]
-    rewards = score(cfg, rows, drawn, ByteSum())  # type: ignore[arg-type]
+    rewards = score(cfg, rows, drawn, ByteSum(), cluster)  # type: ignore[arg-type]
     kls = [float(10 * d.response.prompt_index + d.response.sample_index) for d in drawn] if kl else None
-    found, all_rewards = report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
-    assert all_rewards.prompts == [p for p in range(5) for _ in range(2)]
+    found, answers = report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
+    assert answers.prompts == [p for p in range(5) for _ in range(2)]
     return found
 
 
@@ -59,16 +59,25 @@ def test_figures_are_over_all_samples_and_each_sample_has_its_own_prompt_reward_
     of_prompts = [sum(rewards[2 * p : 2 * p + 2]) / 2 for p in range(5)]
     between = sum((m - mean) ** 2 for m in of_prompts) / 4
     for found in everyone:
-        assert found == {
-            "policy": "/models/one.nemo",
-            "reward_mean": pytest.approx(mean),
-            "reward_standard_error": pytest.approx(math.sqrt(between / 5)),
-            "reward_std": pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / 9)),
-            "kl": pytest.approx(20.5),
-            "response_length": 5.0,
-            "finished": 0.5,
-            "samples": 10,
-        }
+        assert (
+            found
+            == {
+                "policy": "/models/one.nemo",
+                "reward_mean": pytest.approx(mean),
+                "reward_standard_error": pytest.approx(math.sqrt(between / 5)),
+                "reward_std": pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / 9)),
+                "kl": pytest.approx(20.5),
+                "response_length": 5.0,
+                "finished": 0.5,
+                "samples": 10,
+                "distinct_1": 1.0,
+                "distinct_2": pytest.approx(math.nan, nan_ok=True),  # responses of one word
+                "best_of": {
+                    "1": pytest.approx(mean),
+                    "2": pytest.approx(sum(max(rewards[2 * p : 2 * p + 2]) for p in range(5)) / 5),
+                },
+            }
+        )
     samples = [json.loads(line) for line in (tmp_path / "figures.json.one.jsonl").read_text().splitlines()]
     assert samples == [
         {
@@ -87,25 +96,13 @@ def test_without_an_initial_policy_there_is_no_kl(tmp_path: Path) -> None:
     assert first["kl"] is None
 
 
-def test_a_policy_is_compared_with_the_first_prompt_by_prompt() -> None:
-    prompts = [0, 0, 1, 1, 2, 2]
-    first = Rewards([10.0, 12.0, 1.0, 1.0, 5.0, 5.0], prompts)
-    other = Rewards([12.0, 12.0, 1.0, 1.0, 9.0, math.nan], prompts)
-    differences = [1.0, 0.0, 4.0]
-    mean = 5 / 3
-    found = gain(other, first)
-    assert found["gain"] == pytest.approx(mean)
-    assert found["gain_standard_error"] == pytest.approx(
-        math.sqrt(sum((d - mean) ** 2 for d in differences) / 2) / math.sqrt(3)
-    )
-    assert found["better_on"] == pytest.approx(2 / 3)
-    assert gain(first, first) == {"gain": 0.0, "gain_standard_error": 0.0, "better_on": 0.0}
-
-
-def test_prompts_without_a_reward_do_not_count() -> None:
-    found = gain(Rewards([math.nan, 3.0, 4.0], [0, 1, 2]), Rewards([1.0, 1.0, math.nan], [0, 1, 2]))
-    assert (found["gain"], found["better_on"]) == (2.0, 1.0)
-    nothing = gain(Rewards([math.nan], [0]), Rewards([1.0], [0]))
-    assert math.isnan(nothing["gain"])
-    assert math.isnan(nothing["gain_standard_error"])
-    assert nothing["better_on"] == 0.0
+def test_with_a_threshold_it_is_told_how_often_one_of_k_samples_passes(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.pass_threshold = float(sum(b"q2<2.0>"))
+    [found] = on_ranks(1, lambda cluster: figures(cfg, cluster))
+    passed = [sum(sum(f"q{p}<{p}.{s}>".encode()) > cfg.pass_threshold for s in range(2)) for p in range(5)]
+    assert 0 < sum(passed) < 10
+    assert found["pass_at"] == {
+        "1": pytest.approx(sum(passed) / 10),
+        "2": pytest.approx(sum(c > 0 for c in passed) / 5),
+    }

@@ -71,6 +71,17 @@ def test_no_more_samples_are_kept_than_asked_for(tmp_path: Path, keep: int) -> N
     assert (len(lines(path)) if path.exists() else 0) == keep
 
 
+def test_how_an_iteration_was_made_outlives_what_it_was_made_of(tmp_path: Path) -> None:
+    kept = {"sample.meta.json": "g.jsonl.meta.json", "label.meta.json": "l.jsonl.meta.json"}
+    kept |= {name: f"iter_1/{name}" for name in ("run.json", "metrics.jsonl")}
+    (tmp_path / "iter_1").mkdir()
+    for name in list(kept.values())[:3]:  # of a training without a logger there are no metrics
+        (tmp_path / name).write_text(f'"{name}"')
+    iteration(tmp_path, 1)
+    found = {path.name: path.read_text() for path in (tmp_path / "iterations" / "1").iterdir()}
+    assert found == {name: f'"{source}"' for name, source in kept.items() if name != "metrics.jsonl"}
+
+
 def test_without_any_reward_there_is_no_mean(tmp_path: Path) -> None:
     iteration(tmp_path, 0, rewards=[None] * 4)
     [found] = lines(tmp_path / "iterations.jsonl")

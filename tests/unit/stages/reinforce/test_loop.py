@@ -24,6 +24,7 @@ from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError, ServerError, TrainingError
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.stages.batches import microbatches
 from nemo_aligner.stages.reinforce.loop import Actor, reinforce_objective
 from tests.fakes import ByteTokenizer, RecordingLogger
@@ -36,22 +37,24 @@ PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("ab", "the film", 
 class Judge:
     """Rewards texts by a function of theirs; may fail."""
 
-    archive: str | None = None
-
     def __init__(self, reward: Callable[[str], float], fault: Exception | None = None) -> None:
         self.reward, self.fault = reward, fault
         self.asked: list[str] = []
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        texts = [candidate.prompt + candidate.response for candidate in candidates]
         self.asked += texts
-        answer: Future[list[float]] = Future()
+        answer: Future[list[Judgement]] = Future()
         if self.fault is not None:
             answer.set_exception(self.fault)
         else:
-            answer.set_result([self.reward(text) for text in texts])
+            answer.set_result([Judgement(self.reward(text)) for text in texts])
         return answer
 
     def hurry(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster
-from nemo_aligner.errors import ServerError
+from nemo_aligner.errors import RewardError, ServerError
 from nemo_aligner.metrics import Timers
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.stages.reinforce.rollout import KL, Rollout, RolloutWorker, token_count
 from tests.fakes import EchoPolicy, OneProcess, RankOfSeveral, on_ranks
 
@@ -29,16 +30,20 @@ class Judge:
         self.batches: list[list[str]] = []
         self.fault = fault
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        self.batches.append(list(texts))
-        answer: Future[list[float]] = Future()
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        texts = [candidate.prompt + candidate.response for candidate in candidates]
+        self.batches.append(texts)
+        answer: Future[list[Judgement]] = Future()
         if self.fault is None:
-            answer.set_result([reward_of(text) for text in texts])
+            answer.set_result([Judgement(reward_of(text)) for text in texts])
         else:
             answer.set_exception(self.fault)
         return answer
 
     def hurry(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -134,8 +139,8 @@ def test_only_the_rank_that_speaks_for_its_replica_asks_for_rewards() -> None:
 def test_rewards_that_one_rank_cannot_have_end_the_step_on_every_rank() -> None:
     def fails_on_rank_1(cluster: RankOfSeveral) -> str:
         judge = Judge(ServerError("no answer from the reward server") if cluster.rank == 1 else None)
-        with pytest.raises(ServerError) as fault:
+        with pytest.raises((ServerError, RewardError)) as fault:
             worker(cluster, judge).run(PROMPTS, 2, SAMPLING, 4)
         return str(fault.value)
 
-    assert on_ranks(2, fails_on_rank_1) == ["another rank got no rewards", "no answer from the reward server"]
+    assert on_ranks(2, fails_on_rank_1) == ["no answer from the reward server"] * 2

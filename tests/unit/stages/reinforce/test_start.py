@@ -16,6 +16,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine import policy
 from nemo_aligner.engine.interfaces import Microbatch
 from nemo_aligner.errors import CheckpointError, DataError, ServerError
+from nemo_aligner.rewards.interfaces import Candidate, Outcome
 from nemo_aligner.servers import reward_client
 from nemo_aligner.stages.reinforce import start
 from tests.unit.stages.conftest import Archives
@@ -38,8 +39,6 @@ class Judge:
     made: list[Judge]
     fault: Exception | None = None  # what waiting for the server ends with
 
-    archive: str | None = None
-
     def __init__(self, config: Any, token: str | None) -> None:
         self.config, self.token, self.did = config, token, list[str]()
         self.made.append(self)
@@ -49,10 +48,10 @@ class Judge:
         if self.fault is not None:
             raise self.fault
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
+    def judge(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         self.did += ["asked"] * (self.did[-1] != "asked")
-        answer: Future[list[float]] = Future()
-        answer.set_result([letters(text) for text in texts])
+        answer: Future[list[Outcome]] = Future()
+        answer.set_result([Outcome(letters(c.prompt + c.response)) for c in candidates])
         return answer
 
     def hurry(self) -> None: ...
@@ -119,7 +118,7 @@ def test_a_run_updates_the_policy_as_plain_torch_would(
     start.run(cfg)
     assert [judge.did for judge in judges] == [["waited", "asked", "closed"]]
     assert judges[0].config is cfg.remote_critic_rm
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "seed": 77}
+    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.policy), "key": key, **own}]
     rates = [4e-3 * (1 - t / 4) for t in range(4)]
@@ -225,3 +224,36 @@ def test_a_checkpoint_of_other_settings_is_refused_before_a_model_is_loaded(
         ("model.restore_from_path", str(archives.other), "the archive to start from = "),
     )
     check_other_runs_refused(start.run, cfg, changes)
+
+
+@pytest.mark.processes
+def test_rewards_come_from_a_function_without_a_server_and_a_changed_one_is_refused(
+    archives: Archives, tmp_path: Path, alone: None, judges: list[Judge]
+) -> None:
+    cfg, own = config(tmp_path, archives), tmp_path / "own.py"
+    own.write_text("def letters(responses, text=None, **f):\n    return [float(f['n'][0]) - 9.0 * (f['n'][0] == 3)]\n")
+    rows = [{**row, "n": n} for n, row in enumerate(PROMPTS)]
+    cfg.model.data.data_prefix = {"train": [write_rows(tmp_path / "numbered.jsonl", rows)]}
+    cfg.reward_function = {"own": {"function": f"{own}:letters", "weight": 0.5}}
+    cfg.trainer.ppo.save_interval, cfg.trainer.ppo.max_epochs = 1, 1
+    start.run(cfg)
+    assert judges == []
+    found = [row for step in (1, 2) for row in read_rows(tmp_path / "log" / "rollouts" / f"step_{step}.jsonl")]
+    worth = {row["text"]: float(n if n < 3 else -6) for n, row in enumerate(PROMPTS)}
+    assert {(row["input"], row["reward_own"], row["reward"]) for row in found} == {
+        (text, reward, 0.5 * reward) for text, reward in worth.items()
+    }
+    assert logged(tmp_path / "log", "train_rollouts/rewards_unknown") == [0.0, 0.0]
+    cfg.reward_function["own"]["weight"] = 1.0
+    with pytest.raises(CheckpointError, match=r"was made with reward_function = \{.*'weights': \{'own': 0.5\}"):
+        start.run(cfg)
+
+
+@pytest.mark.processes
+def test_a_prompt_without_a_field_that_the_function_needs_is_named(
+    archives: Archives, tmp_path: Path, never_starts: None
+) -> None:
+    cfg = config(tmp_path, archives)
+    cfg.reward_function = "nemo_aligner.rewards.text:exact_match"
+    with pytest.raises(DataError, match=r"train.jsonl:1: no field 'answer', which reward function exact_match needs"):
+        start.run(cfg)

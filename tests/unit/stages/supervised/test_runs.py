@@ -132,7 +132,7 @@ def test_sft_trains_on_the_answers_as_plain_torch_would(
     cfg.exp_manager.create_dllogger_logger = True
     sft.run(cfg)
     check_training(tmp_path / "log", archives.policy, answer_loss, QUESTIONS, HELD_OUT)
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "seed": 77}
+    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
     assert started == [{"devices": 1, "path": str(archives.policy), "key": "model.restore_from_path", **own}]
     assert sink.config["model"]["data"]["train_ds"]["global_batch_size"] == 2
     assert read_architecture(tmp_path / "log" / "checkpoints" / "m.nemo").precision == "32"
@@ -146,7 +146,7 @@ def test_a_reward_model_trains_on_pairs_as_plain_torch_would_and_stores_mean_and
     reward_training.run(cfg)
     log, pairs, held_out = tmp_path / "log", pairs_of(PAIRS), pairs_of(HELD_OUT_PAIRS)
     check_training(log, archives.judge, pair_loss, pairs, held_out)
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "seed": 77}
+    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.judge), "key": key, **own}]
     assert sink.config["model"]["global_batch_size"] == 2

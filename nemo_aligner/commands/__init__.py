@@ -1,0 +1,1 @@
+"""What `aligner` can do, a module each; the scripts of examples/ and scripts/ start the same modules."""

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Online rejection sampling: sample, label, train, and again with the better policy.
+#
+# Settings come from the environment:
+#   TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED            iterations, prompts per iteration, base seed
+#   PROMPTS_PATH POLICY_MODEL_PATH REWARD_MODEL_PATH  prompts.jsonl, sft_model.nemo, reward_model.nemo (none where
+#                                                     LABELER_ARGS has a reward_function that needs none)
+#   RESULT_PATH                                       everything this script writes, unless said otherwise below
+#   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
+#   ITER_LOG_PATH                                     holds the number of finished iterations
+#   KEEP_SAMPLES                                      samples of each iteration to keep in $RESULT_PATH/iterations
+#   PROCESSOR                                         rs, or rest, dt (see online_rest.sh, online_dt.sh)
+#   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
+#   LATER_SAMPLER_ARGS                                more of them for the sampler, from the second iteration on
+#   LAUNCH                                            put before every stage's command: "srun ..."; or empty
+#   PYTHON                                            the interpreter of the stages
+#
+# Relative paths are those of the folder it is started in. Each iteration leaves a line in $RESULT_PATH/iterations.jsonl
+# (rewards, best of n, share kept, lengths, seconds), the same in $RESULT_PATH/tensorboard, and how it was made in
+# $RESULT_PATH/iterations/<i>; `aligner report $RESULT_PATH` makes a page of them.
+#
+# A failed stage stops the loop with that stage's exit status (75: stopped on purpose, run again to go on). Run again
+# after any kill, it goes on in the stage it was in: a stage's output appears whole or not at all, and the policy is
+# replaced by one rename. SIGTERM, SIGINT and SIGUSR1 end the stage as they would by themselves, and then the loop. While a
+# loop runs, another one in the same RESULT_PATH is refused.
+set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; fi # a checkout
+
+: "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
+: "${KEEP_SAMPLES:=256}"
+: "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
+: "${RESULT_PATH:?a folder for results}"
+if [[ ${LABELER_ARGS:-} != *reward_function=* ]]; then
+  : "${REWARD_MODEL_PATH:?the reward model, a .nemo file, or reward_function=... in LABELER_ARGS}"
+fi
+: "${GENERATE_SAMPLES_PATH:=$RESULT_PATH/generated_samples.jsonl}"
+: "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
+: "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
+eval "sampler_args=(${SAMPLER_ARGS:-})" "later_args=(${LATER_SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
+
+MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
+mkdir -p "$RESULT_PATH/checkpoints"
+
+# The lock belongs to the open file, so it ends with this script; stages are started without it.
+lock=$RESULT_PATH/loop.lock
+locked=3
+while ((locked == 3)); do # the loop before this one removed it while we opened it
+  exec {owner}<>"$lock"
+  locked=0
+  "$PYTHON" -m nemo_aligner.owner "$lock" --descriptor "$owner" --pid $$ || locked=$?
+done
+if ((locked)); then exit "$locked"; fi
+trap 'rm -f "$lock"' EXIT
+
+# A signal goes to the stage, which saves and leaves; then the loop does. One that is killed outright takes its stage along,
+# where this machine knows how; Slurm ends its own job steps.
+child="" told="" signals=0
+tell() {
+  told=$1 signals=$((signals + 1))
+  if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
+}
+for name in TERM INT USR1 HUP; do trap "tell SIG$name" "$name"; done
+tied=()
+if [[ -z ${LAUNCH:-} ]] && setpriv --pdeathsig KILL true 2>/dev/null; then tied=(setpriv --pdeathsig KILL); fi
+
+# A command that gets the signals of this script; told to stop, the script ends with it: 75, or what else it ended with.
+attended() {
+  local status=0
+  if [[ -z $told ]]; then
+    "${tied[@]}" ${LAUNCH:-} "$PYTHON" "$@" {owner}>&- &
+    child=$!
+    if [[ -n $told ]]; then kill -TERM "$child" 2>/dev/null || true; fi # it came before we knew whom to tell
+    local before=-1
+    while ((before != signals)); do # a signal ends `wait`, not the stage
+      before=$signals status=0
+      wait "$child" || status=$?
+    done
+    child=""
+  fi
+  if [[ -n $told ]]; then
+    echo "stopped early: $told; run the same command again to go on" >&2
+    ((status == 0 || status == 143)) && status=75
+  fi
+  if ((status)); then exit "$status"; fi
+}
+
+iter=0
+if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
+
+# Seconds of each stage, one line a stage: "<iteration> <stage> <seconds>"
+run_stage() {
+  local name=$1 started=$SECONDS
+  shift
+  echo "== iteration $iter: $name"
+  attended "$@"
+  echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
+}
+
+# One training of an iteration, or several of the same samples with rising thresholds, each from the policy of the one before
+# (online_rest.sh). $LABELED_SAMPLES_PATH.step says whose rows lie there.
+read -ra thresholds <<<"${improve_thresholds:-}"
+((${#thresholds[@]})) || thresholds=("")
+
+improve() {
+  local step=$1 folder=$2 threshold=()
+  if [[ -n ${thresholds[step]} ]]; then threshold=(threshold="${thresholds[step]}"); fi
+  if ((step)) && [[ $(cat "$LABELED_SAMPLES_PATH.step" 2>/dev/null) != "$step" ]]; then
+    rm -f "$LABELED_SAMPLES_PATH"
+    echo "$step" >"$LABELED_SAMPLES_PATH.step"
+  fi
+  if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
+    run_stage label -m nemo_aligner label \
+      ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
+      data.file_names="[$GENERATE_SAMPLES_PATH]" \
+      data.concat_sampling_probabilities=[1] \
+      processor="$PROCESSOR" \
+      output_file="$LABELED_SAMPLES_PATH" \
+      "${threshold[@]}" "${labeler_args[@]}"
+  fi
+  run_stage train -m nemo_aligner sft \
+    model.restore_from_path="$POLICY_MODEL_PATH" \
+    model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
+    ++trainer.sft.skip_validation=True \
+    model.answer_only_loss=True \
+    model.seed="$((SEED + iter))" \
+    exp_manager.explicit_log_dir="$folder" \
+    exp_manager.checkpoint_callback_params.monitor=global_step \
+    exp_manager.checkpoint_callback_params.mode=max \
+    ++exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True \
+    "${sft_args[@]}"
+}
+
+while ((iter < TRAINING_ITERS)); do
+  later=()
+  if ((iter > 0)); then POLICY_MODEL_PATH=$MODEL_OUTPUT_PATH later=("${later_args[@]}"); fi
+  sft_dir=$RESULT_PATH/iter_$iter
+  archive=checkpoints/megatron_gpt_sft.nemo trained=
+  for step in "${!thresholds[@]}"; do
+    folder=$sft_dir
+    if ((step)); then folder=$sft_dir/improve_$step; fi
+    if [[ ! -f $folder/$archive ]]; then
+      if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
+        run_stage sample -m nemo_aligner sample \
+          gpt_model_file="$POLICY_MODEL_PATH" \
+          data.file_names="[$PROMPTS_PATH]" \
+          data.concat_sampling_probabilities=[1] \
+          data.sample_split_size="$ROLLOUT_BATCH_SIZE" \
+          data.sample_split_iter="$iter" \
+          seed="$((SEED + iter))" \
+          output_file="$GENERATE_SAMPLES_PATH" \
+          "${sampler_args[@]}" "${later[@]}"
+      fi
+      improve "$step" "$folder"
+    fi
+    POLICY_MODEL_PATH=$folder/$archive trained=$folder/$archive
+  done
+
+  # The new policy takes the old one's place in one rename; until the count below is written, $trained says that this
+  # iteration's work is done, so a kill anywhere here repeats only these lines.
+  ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
+  mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  if [[ -f $GENERATE_SAMPLES_PATH && -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after the record was made
+    attended -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
+      --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
+  fi
+  rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*
+  echo $((iter + 1)) >"$ITER_LOG_PATH.new"
+  mv -f "$ITER_LOG_PATH.new" "$ITER_LOG_PATH"
+  rm -rf "$sft_dir"
+  iter=$((iter + 1))
+done

@@ -1,0 +1,22 @@
+"""Fine-tune a policy on prompts and answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemo_aligner.config.aliases import TRAINING
+from nemo_aligner.config.entry import script
+from nemo_aligner.config.folders import CONF
+from nemo_aligner.config.load import load_config
+from nemo_aligner.config.supervised import SFTConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@script("gpt_sft", CONF / "gpt", TRAINING, output="exp_manager.explicit_log_dir")
+def main(cfg: DictConfig) -> None:
+    config = load_config(cfg, SFTConfig, TRAINING)
+    from nemo_aligner.stages.supervised.sft import run
+
+    run(config)

@@ -1,0 +1,3 @@
+from nemo_aligner.report.cli import main
+
+main()

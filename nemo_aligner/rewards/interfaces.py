@@ -1,0 +1,63 @@
+"""Who gives rewards, as the stages see it: the same for a reward model, a server, functions, and several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response to be judged, with the other fields of its prompt's row; `where` names the row in messages."""
+
+    prompt: str
+    response: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one source says of a response: a reward, None for "cannot tell", or why it failed (and no reward)."""
+
+    reward: float | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The reward of a response, None where nobody can tell, and that of each source by its name."""
+
+    reward: float | None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()  # sources that were to give a reward and could not
+
+
+class Source(Protocol):
+    """One giver of rewards; an outcome for each candidate, in their order."""
+
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]: ...
+
+    def hurry(self) -> None:
+        """Do not wait any longer for what does not come. For signal handlers."""
+
+    def close(self) -> None: ...
+
+
+class Judgements(Protocol):
+    """Judgements to come; a Future is one."""
+
+    def result(self) -> list[Judgement]:
+        """Raises an AlignerError where they cannot be had."""
+
+
+class Rewarder(Protocol):
+    """What a stage asks for rewards."""
+
+    def submit(self, candidates: Sequence[Candidate]) -> Judgements: ...
+
+    def hurry(self) -> None: ...
+
+    def close(self) -> None: ...

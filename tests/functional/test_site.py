@@ -1,0 +1,66 @@
+"""The site builds without a warning, its links lead somewhere, and every key is on its page."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_aligner.commands.cli import CONFIGURED
+from nemo_aligner.config.folders import CONF
+from nemo_aligner.config.keys import keys_of
+from scripts.docs_site import PAGES, relinked
+from tests.functional.conftest import ROOT
+
+pytest.importorskip("mkdocs")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return folder
+
+
+def test_every_key_of_every_command_is_on_its_page(site: Path) -> None:
+    page = html.unescape((site / "keys.html").read_text())
+    for command in CONFIGURED:
+        assert f"aligner {command}" in page
+    for path in (*(CONF / "gpt").glob("*.yaml"), *(CONF / "offline").glob("*.yaml")):
+        keys = (key.name for key in keys_of(path.parent, path.stem) if key.default is not None)
+        assert [key for key in keys if f"<code>{key}</code>" not in page] == []
+
+
+def test_every_file_beside_the_guides_is_a_page(site: Path) -> None:
+    for name, page in PAGES.items():
+        title = (ROOT / name).read_text().partition("\n")[0].removeprefix("# ")
+        assert title in html.unescape((site / page.replace(".md", ".html")).read_text())
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    for page in site.glob("*.html"):
+        fetched = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"?(https?://[^\">\s]+)", page.read_text())
+        assert fetched == [], page.name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("[a](docs/offline.md#loop)", "[a](offline.md#loop)"),
+        ("[a](../SECURITY.md)", "[a](security.md)"),
+        ("[a](../README.md#the-commands)", "[a](index.md#the-commands)"),
+        ('<img src="docs/report.png">', '<img src="report.png">'),
+        ("[a](https://x.org/docs/y.md)", "[a](https://x.org/docs/y.md)"),
+        ("`docs/offline.md`", "`docs/offline.md`"),
+    ],
+)
+def test_links_between_files_are_links_between_pages(before: str, after: str) -> None:
+    assert relinked(before) == after

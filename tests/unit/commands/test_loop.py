@@ -1,0 +1,129 @@
+"""`aligner loop` starts the shell loops with settings of the command line, and refuses those that they do not know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_aligner.commands.loop import LOOPS, environment_of, script_of, settings_of, usage
+from nemo_aligner.errors import ConfigError
+
+STAGE = """#!/usr/bin/env bash
+# plays every stage: notes its arguments, and makes the file that the loop looks for; dies where it is told so
+[[ $2 == nemo_aligner.owner ]] && exit
+[[ -n $DIES_AT && "$*" == *"$DIES_AT"* ]] && exit 9
+printf '%s\\n' "${*:2}" >>"$NOTES"
+for word in "$@"; do
+  case $word in
+    output_file=*) touch "${word#*=}" ;;
+    exp_manager.explicit_log_dir=*)
+      mkdir -p "${word#*=}/checkpoints"
+      touch "${word#*=}/checkpoints/megatron_gpt_sft.nemo"
+      ;;
+  esac
+done
+"""
+
+
+def test_settings_are_those_that_the_scripts_read() -> None:
+    common = {"TRAINING_ITERS", "PROMPTS_PATH", "RESULT_PATH", "SAMPLER_ARGS", "LAUNCH", "PYTHON"}
+    for loop, own in zip(LOOPS, (set(), {"THRESHOLD", "THRESHOLDS"}, {"TARGET_REWARD"}), strict=True):
+        assert common | own <= settings_of(loop)
+    assert "THRESHOLD" not in settings_of("rs")
+
+
+def test_every_setting_is_explained() -> None:
+    text = usage()
+    assert [name for loop in LOOPS for name in settings_of(loop) if name not in text] == []
+
+
+def test_a_value_may_hold_what_it_likes() -> None:
+    assert environment_of("rs", ["SAMPLER_ARGS=data.n=4 seed=3", "SEED="]) == {
+        "SAMPLER_ARGS": "data.n=4 seed=3",
+        "SEED": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("THRESHOLD=1", "THRESHOLD: no such setting of aligner loop rs; it takes GENERATE_SAMPLES_PATH, "),
+        ("data.n", "'data.n' is not of the form NAME=value"),
+    ],
+)
+def test_what_the_loop_does_not_know_is_refused(word: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        environment_of("rs", [word])
+
+
+class Played:
+    """Loops whose stages are played: what each was told, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stage, self._notes, self.result = folder / "stage", folder / "notes", folder / "loop"
+        self._stage.write_text(STAGE)
+        self._stage.chmod(0o755)
+
+    def __call__(self, loop: str, *words: str, dies_at: str = "") -> subprocess.CompletedProcess[str]:
+        common = ("PROMPTS_PATH=p", "POLICY_MODEL_PATH=sft.nemo", "REWARD_MODEL_PATH=rm.nemo")
+        settings = environment_of(loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", *common, *words])
+        environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at}
+        command = ["bash", str(script_of(loop))]
+        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+
+    def told(self, stage: str) -> list[str]:
+        return [line for line in self._notes.read_text().splitlines() if line.startswith(f"nemo_aligner {stage} ")]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Played:
+    return Played(tmp_path)
+
+
+@pytest.mark.processes
+def test_a_decision_transformer_asks_for_its_target_once_it_has_been_trained(play: Played) -> None:
+    done = play("dt", "TRAINING_ITERS=2", "TARGET_REWARD=2", "SFT_ARGS=model.optim.lr=1")
+    assert done.returncode == 0, done.stderr
+    samples, labels, trainings = (play.told(name) for name in ("sample", "label", "sft"))
+    assert ['data.prompt_template="{input} <rm_score>: 2.0 "' in line for line in samples] == [False, True]
+    policies = ("sft.nemo", f"{play.result}/checkpoints/megatron_gpt_sft.nemo")
+    assert [f"gpt_model_file={policy} " in line for line, policy in zip(samples, policies, strict=True)] == [True] * 2
+    assert ["processor=dt" in line and "standardization.enable=True" in line for line in labels] == [True] * 2
+    whole = 'model.data.train_ds.prompt_template="{input}{output}" model.optim.lr=1'
+    assert [whole in line for line in trainings] == [True] * 2
+
+
+def words_of(lines: list[str], key: str) -> list[str]:
+    return [word.partition("=")[2] for line in lines for word in line.split() if word.startswith(f"{key}=")]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("dies_at", ["", "threshold=0.5", "iter_0/improve_1", "iter_0/improve_2"])
+def test_each_improve_step_trains_the_policy_of_the_one_before_also_after_a_kill(dies_at: str, play: Played) -> None:
+    settings = ("TRAINING_ITERS=2", "THRESHOLDS=0 0.5 1")
+    if dies_at:
+        assert play("rest", *settings, dies_at=dies_at).returncode == 9
+    done = play("rest", *settings)
+    assert done.returncode == 0, done.stderr
+    samples, labels, trainings = (play.told(name) for name in ("sample", "label", "sft"))
+    last = f"{play.result}/checkpoints/megatron_gpt_sft.nemo"
+    assert words_of(samples, "gpt_model_file") == ["sft.nemo", last], "samples are drawn once an iteration"
+    assert words_of(labels, "threshold") == ["0", "0.5", "1"] * 2
+    folders = [f"{play.result}/iter_{i}{step}" for i in range(2) for step in ("", "/improve_1", "/improve_2")]
+    assert words_of(trainings, "exp_manager.explicit_log_dir") == folders
+    before = [f"{folder}/checkpoints/megatron_gpt_sft.nemo" for folder in folders]
+    assert words_of(trainings, "model.restore_from_path") == ["sft.nemo", *before[:2], last, *before[3:5]]
+    assert not list(play.result.glob("iter_*"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("thresholds", ["1 0", "0 0", "0 a"])
+def test_thresholds_that_do_not_rise_are_refused(thresholds: str, play: Played) -> None:
+    done = play("rest", f"THRESHOLDS={thresholds}")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        [f"error: THRESHOLDS={thresholds}: numbers are needed, each above the one before"],
+    )
