@@ -20,7 +20,7 @@ _FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later
 FP8_MULTIPLE = 16
 """What the sizes of its products are a multiple of."""
 
-EXTRA = "pip install --no-build-isolation -e '.[te]'"
+_EXTRA = "pip install --no-build-isolation -e '.[te]'"
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ def choose(
     """
     wanted, missing = keys.transformer_engine, machine.transformer_engine
     if wanted is True and missing:
-        raise ConfigError(f"True, and {missing}; {EXTRA} on a GPU, or auto", "model.transformer_engine")
+        raise ConfigError(f"True, and {missing}; {_EXTRA} on a GPU, or auto", "model.transformer_engine")
     engine = bool(wanted) and missing is None
     if keys.fp8:
         _check_fp8(machine, arch, tp)
 
-    def use(asked: bool | None, key: str, *against: str | None) -> bool:
-        """Whether a fusion is in use that each of `against` would keep from it."""
+    def use(asked: bool | None, key: str, *against: str | None, exact: bool = True) -> bool:
+        """Whether a fusion is in use that each of `against` would keep from it; by default it has to be `exact`."""
         why = next((reason for reason in against if reason), None)
         if asked and why:
             raise ConfigError(f"True, and {why}; leave it out", f"model.{key}")
-        return why is None and (machine.on_gpu if asked is None else asked)
+        return why is None and (machine.on_gpu and exact if asked is None else asked)
 
     return Libraries(
         transformer_engine=engine,
@@ -131,6 +131,7 @@ def choose(
             "bias_activation_fusion",
             machine.compiler,
             _no_fused_activation(arch, activation),
+            exact=activation["activation_func"] is not F.gelu,  # whose fused form is the approximation by tanh
         ),
         bias_dropout_add=use(keys.bias_dropout_add_fusion, "bias_dropout_add_fusion", machine.compiler),
         rope=use(

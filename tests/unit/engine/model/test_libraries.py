@@ -80,6 +80,12 @@ def test_each_fusion_is_switched_off_by_its_own_key(key: str) -> None:
     assert chosen(ALL, **{key: False}) == replace(chosen(ALL), **{name: False})
 
 
+def test_a_fused_form_that_computes_something_else_is_for_those_who_ask() -> None:
+    gelu = replace(WIDE, activation="geglu")
+    assert chosen(ALL, gelu) == replace(chosen(ALL), bias_activation=False)
+    assert chosen(ALL, gelu, bias_activation_fusion=True) == chosen(ALL)
+
+
 def test_without_a_gpu_a_fusion_that_needs_none_is_in_use_where_it_is_asked_for() -> None:
     assert chosen(ON_CPU, bias_activation_fusion=True) == Libraries(bias_activation=True)
     assert chosen(ON_CPU, bias_dropout_add_fusion=True) == Libraries(bias_dropout_add=True)
