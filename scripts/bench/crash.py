@@ -79,6 +79,9 @@ class Place:
         if self.server is None:
             return []
         command, self.server = self.server, None
+        until = time.monotonic() + _PATIENCE_S  # it has to have started, to remove what the one before it left
+        while command.runs() and not _listens(self.port) and time.monotonic() < until:
+            time.sleep(0.1)
         if command.runs():
             command.process.terminate()
         faults = [] if wait(command, _PATIENCE_S) else [f"the server hangs: {command.said()}"]
@@ -166,6 +169,11 @@ class Case:
             self.result.other(f"ends with {command.process.returncode}: {command.said()}")
         for line in left_running(command):
             self.result.other(f"left running at the end: {line}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:
