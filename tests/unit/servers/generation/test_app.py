@@ -321,7 +321,7 @@ def test_a_bad_request_is_refused_as_openai_does(
         ('{"prompt": "x", "stream": true, "stream_options": {"include_usage": 1}}',
          "stream_options.include_usage: Input should be a valid boolean", "stream_options"),
         ('{"prompt"', "the body is not valid JSON: Expecting ':' delimiter", None),
-        ("", "Field required", None),
+        ("", "the body is not a JSON object; is the Content-Type application/json?", None),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_body_is_named_by_its_field(shop: Shop, body: str, message: str, param: str | None) -> None:

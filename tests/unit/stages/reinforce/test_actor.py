@@ -19,7 +19,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
 from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
-from nemo_aligner.rewards.interfaces import Candidate, Judgement
+from nemo_aligner.rewards.interfaces import Candidate, Judgement, ServedModel
 from nemo_aligner.stages.reinforce.drawing import sampling_params
 from nemo_aligner.stages.reinforce.loop import Actor
 from tests.fakes import EchoPolicy, OneProcess
@@ -122,9 +122,11 @@ def run(
     learner: Learner | None = None,
     validation: Sequence[PromptRow] = (),
     judge: Judge | None = None,
+    served: ServedModel | None = None,
 ) -> Learner:
     learner = learner or Learner()
-    Actor(cfg, learner, learner.cluster, PROMPTS, validation).train(judge or Judge())  # type: ignore[arg-type]
+    actor = Actor(cfg, learner, learner.cluster, PROMPTS, validation)  # type: ignore[arg-type]
+    actor.train(judge or Judge(), served)
     return learner
 
 
@@ -413,3 +415,17 @@ def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
     other = config(tmp_path, max_steps=2, save_interval=2, val_check_interval=7)
     other.model.micro_batch_size, other.model.ppo.rollout_micro_batch_size = 1, 9
     assert len(run(other, validation=HELD_OUT).trained) == 1
+
+
+@dataclasses.dataclass
+class Served:
+    """The archive that a server says it has."""
+
+    archive: str | None = None
+
+
+def test_a_run_that_goes_on_takes_rewards_of_the_reward_model_that_it_began_with(tmp_path: Path) -> None:
+    first, again = Served("a" * 64), Served()
+    run(config(tmp_path, max_steps=1, save_interval=1), served=first)
+    run(config(tmp_path, max_steps=2, save_interval=1), served=again)
+    assert again.archive == first.archive
