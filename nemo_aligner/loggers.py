@@ -67,7 +67,7 @@ class ExternalLogger:
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         if not (self.name == "mlflow" and self.continues):  # a parameter cannot be changed there
-            self._guarded(lambda logger: logger.log_hyperparams(_without_secrets(config)))
+            self._guarded(lambda logger: logger.log_hyperparams(without_secrets(config)))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         def send(logger: Any) -> None:
@@ -108,11 +108,11 @@ class ExternalLogger:
             log.warning("%s takes no more of this run (%s); metrics.jsonl has everything", self.name, said)
 
 
-def _without_secrets(config: Any) -> Any:
+def without_secrets(config: Any) -> Any:
     """`config` without the values of `api_key`s."""
     if not isinstance(config, Mapping):
         return config
-    return {key: "***" if key == "api_key" and value else _without_secrets(value) for key, value in config.items()}
+    return {key: "***" if key == "api_key" and value else without_secrets(value) for key, value in config.items()}
 
 
 Started = tuple[Any, str | None]

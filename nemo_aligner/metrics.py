@@ -103,11 +103,11 @@ class MetricsLogger:
             return EventFile(self._folder)
         times, others = shown_before(self._folder), list(self._folder.glob(PATTERN))
         events = EventFile(self._folder)
-        with (self._folder / "metrics.jsonl").open(encoding="utf-8") as stream:
-            for line in stream:
-                (_, step), *scalars = json.loads(line).items()
-                name = next((name for name, _ in scalars), "")
-                events.add(step, dict(scalars), times.get((step, name)))
+        path = self._folder / "metrics.jsonl"
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                step, scalars = _scalars(line, f"{path}:{number}")
+                events.add(step, scalars, times.get((step, next(iter(scalars), ""))))
         for path in others:
             path.unlink()
         return events
@@ -142,6 +142,15 @@ class MetricsLogger:
             self._file.close()
             if self._events is not None:
                 self._events.close()
+
+
+def _scalars(line: str, where: str) -> tuple[int, dict[str, float]]:
+    """(step, values by name) of a line of metrics.jsonl. Raises OutputError for one that is damaged."""
+    try:
+        row = json.loads(line)
+        return int(row.pop("step")), {name: float(value) for name, value in row.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OutputError(f"{where}: damaged; remove that line") from None
 
 
 def _rows_after(path: Path, position: int) -> Iterator[tuple[int, str]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it is not installed
 
+from nemo_aligner.commands import plan
 from nemo_aligner.commands.cli import COMMANDS, CONFIGURED, summary
-from nemo_aligner.config.keys import keys_of
+from nemo_aligner.config.keys import Key, keys_of
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -26,6 +27,13 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Files beside docs/, and what each is called in the site."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    named = str(config.nav)
+    [guides] = [section["Guides"] for section in config.nav or [] if "Guides" in section]
+    guides += [path.name for path in sorted(Path(config.docs_dir).glob("*.md")) if f"'{path.name}'" not in named]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -60,12 +68,18 @@ def keys_page() -> Iterator[str]:
     for command in CONFIGURED:
         entry = importlib.import_module(COMMANDS[command]).main
         yield f"\n## aligner {command}\n\n{summary(COMMANDS[command])}. YAML: `{entry.config_name}`.\n"
-        yield "| key | default | |"
-        yield "|---|---|---|"
-        for key in keys_of(entry.config_dir, entry.config_name):
-            if key.default is not None or key.comment:
-                default = "" if key.default is None else f"`{_cell(key.default)}`"
-                yield f"| `{key.name}` | {default} | {_cell(re.sub(r'([<>*_`])', _escaped, key.comment))} |"
+        yield from _table(keys_of(entry.config_dir, entry.config_name))
+    yield f"\n## aligner plan\n\n{summary(COMMANDS['plan'])}.\n"
+    yield from _table(plan.plan_keys())
+
+
+def _table(keys: Iterable[Key]) -> Iterator[str]:
+    yield "| key | default | |"
+    yield "|---|---|---|"
+    for key in keys:
+        if key.default is not None or key.comment:
+            default = "" if key.default is None else f"`{_cell(key.default)}`"
+            yield f"| `{key.name}` | {default} | {_cell(re.sub(r'([<>*_`])', _escaped, key.comment))} |"
 
 
 def _cell(text: str) -> str:

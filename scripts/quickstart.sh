@@ -191,8 +191,8 @@ arithmetic() {
       exp_manager.explicit_log_dir="$out/pupil"
     ln -f "$out/pupil/checkpoints/megatron_gpt_sft.nemo" "$out/sft_model.nemo"
   fi
-  local actor=$out/actor/checkpoints/megatron_gpt_rs_actor.nemo
-  if [[ ! -f $actor ]]; then
+  local trained=$out/actor/checkpoints/megatron_gpt_rs_actor.nemo
+  if [[ ! -f $trained ]]; then
     step "learn from a function that checks the answers"
     "$PYTHON" examples/nlp/gpt/train_gpt_reinforce_actor.py reward_function="$function" \
       "model.data.data_prefix={train: [$out/data/problems.jsonl], validation: [$out/data/held_out.jsonl], test: [$out/data/held_out.jsonl]}" \
@@ -206,7 +206,7 @@ arithmetic() {
   fi
   if [[ ! -f $out/evaluation.json ]]; then
     step "evaluation on sums that it never saw"
-    "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py policy_files="[$out/sft_model.nemo,$actor]" \
+    "$PYTHON" examples/nlp/gpt/offline/evaluate_policy.py policy_files="[$out/sft_model.nemo,$trained]" \
       initial_policy_file="$out/sft_model.nemo" reward_function="$function" data.file_names="[$out/data/held_out.jsonl]" \
       data.n=4 data.micro_batch_size=64 inference.tokens_to_generate=14 trainer.precision="$precision" seed="$seed" \
       output_file="$out/evaluation.json"

@@ -56,7 +56,9 @@ def make_loop(folder: Path, iterations: int = 3, prompts: int = 5, n: int = 4) -
     for i, policy in enumerate(policies):
         rows = samples(prompts, n, gain=i / 2, seed=100 + i, kl=0.5 * i, num_tokens=12 - i)
         write_rows(folder / f"evaluation.json.{policy}.jsonl", rows)
+    write_json(folder / "evaluation.json.meta.json", {"config": {"policy_files": policies}})
     write_json(folder / "evaluation.json", [{"policy": f"/x/{own}.nemo", "reward_mean": 1.7} for own in policies])
+    write_json(folder / "evaluation.json.meta.json", {"config": {"data": {"n": n}}})
     return folder
 
 

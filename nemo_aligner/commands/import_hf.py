@@ -7,6 +7,7 @@
     aligner import --input path/to/peft_folder --base sft_model.nemo --output adapter.nemo
 
 --num-layers K keeps the first K layers: a small backbone for a reward model out of a pretrained policy.
+--tensor-parallel N writes a large model with N processes, each of which has a part of one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.folders import model_shapes, shape_file
+from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.errors import CheckpointError
-from nemo_aligner.owner import lock_of, sole_owner
+from nemo_aligner.stages.run_owner import owning
 
 
 def package_gguf(package: str) -> Path:
@@ -48,12 +50,13 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="of an adapter (a folder with adapter_config.json): its model's .nemo"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share the work")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "32"], help="precision of the stored weights")
     parser.add_argument("--seed", type=int, default=1234, help="of random weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
-    with sole_owner(lock_of(args.output)):
+    with owning(args.output, TrainerConfig(devices=args.tensor_parallel)):
         convert(args)
 
 
@@ -65,6 +68,8 @@ def convert(args: argparse.Namespace) -> None:
             if is_adapter
             else f"--base {args.base}: only an adapter has one, and --input is no folder with adapter_config.json"
         )
+    if is_adapter and args.tensor_parallel != 1:
+        raise CheckpointError("--tensor-parallel: an adapter is written by one process; leave it out")
     if is_adapter and args.num_layers is not None:
         raise CheckpointError("--num-layers: an adapter has the layers of its base")
 
@@ -86,4 +91,4 @@ def convert(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(args.input or package_gguf(args.package))
     if args.num_layers is not None:
         checkpoint = with_first_layers(checkpoint, args.num_layers)
-    write_archive(checkpoint, args.output, precision=args.dtype, seed=args.seed)
+    write_archive(checkpoint, args.output, precision=args.dtype, seed=args.seed, tensor=args.tensor_parallel)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.errors import CheckpointError
@@ -41,18 +44,46 @@ EXPERT_KEYS = (
 )
 """Settings that mean nothing without experts."""
 
+_FROM_1 = frozenset({
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "encoder_seq_length",
+    "max_position_embeddings", "make_vocab_size_divisible_by", "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+})  # fmt: skip
+_MOST = 2**31 - 1
+_KINDS = {
+    bool: "True or False",
+    str: "a text",
+    int: f"a whole number from 0 to {_MOST}",
+    float: "a number from 0 on",
+    list: "a list of such numbers",
+    dict: "a mapping",
+}
 
-def _adapter(peft: Any) -> dict[str, Any] | None:
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value that was read from a file is what the annotation says, and within the bounds of its kind."""
+    bare = get_origin(kind) or kind
+    if bare is int:
+        return type(value) is int and 0 <= value <= _MOST
+    if bare is float:
+        return type(value) in (int, float) and 0 <= value < math.inf
+    if bare is list:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], one) for one in value)
+    return isinstance(value, bare)
+
+
+def _adapter(peft: Any, where: str) -> dict[str, Any] | None:
     """The `peft` of an archive: None where it holds a whole model. Raises CheckpointError for what is not LoRA's."""
     if peft in (None, {}) or (isinstance(peft, dict) and peft.get("peft_scheme") in (None, "none")):
         return None
-    if not (
-        isinstance(peft, dict) and peft.get("peft_scheme") == "lora" and {"path", "sha256"} <= {*peft.get("base", ())}
-    ):
-        raise CheckpointError(
-            f"model_config.yaml: peft={peft} is not supported; of adapters, those written here are read"
-        )
-    LoraTuning.from_nemo(peft)
+    base = peft.get("base") if isinstance(peft, dict) and peft.get("peft_scheme") == "lora" else None
+    if not (isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("path", "sha256"))):
+        raise CheckpointError(f"{where}: peft={peft} is not supported; of adapters, those written here are read")
+    LoraTuning.from_nemo(peft, where)
     return peft
 
 
@@ -69,7 +100,10 @@ def _check_experts(values: dict[str, Any]) -> None:
     topk, freq = values.get("moe_router_topk", 2), values.get("moe_layer_freq", 1)
     balancing = values.get("moe_router_load_balancing_type", "aux_loss")
     listed = isinstance(freq, list) and len(freq) == layers and set(freq) <= {0, 1} and 1 in freq
+    coefficients = [values.get(name) or 0.0 for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")]
     for fault, name, wanted in (
+        (not isinstance(coefficients[0], int | float), "moe_aux_loss_coeff", "one number"),
+        (not isinstance(coefficients[1], int | float), "moe_z_loss_coeff", "one number"),
         (not 1 <= topk <= experts, "moe_router_topk", f"from 1 to num_moe_experts={experts}"),
         # the weight of a single expert would be 1 whatever the router says, and Megatron does not take it
         (topk == 1 and not values.get("moe_router_pre_softmax"), "moe_router_topk", "above 1 without pre_softmax"),
@@ -146,8 +180,8 @@ class Architecture:
     )  # keys of the archive that are not ours; written back as they were
 
     @classmethod
-    def from_nemo(cls, config: dict[str, Any]) -> Architecture:
-        """From the mapping of `model_config.yaml`.
+    def from_nemo(cls, config: dict[str, Any], where: str = "model_config.yaml") -> Architecture:
+        """From the mapping of `model_config.yaml`, or another file that `where` names.
 
         Raises CheckpointError naming the missing keys, or one whose value means another model than is built here.
         """
@@ -155,22 +189,49 @@ class Architecture:
         required = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
         missing = sorted(required - config.keys())
         if missing:
-            raise CheckpointError(f"model_config.yaml lacks {', '.join(missing)}")
-        values = {k: v for k, v in config.items() if k in known}
+            raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+        values = {k: _plain(k, v) for k, v in config.items() if k in known and (v is not None or k in required)}
         if isinstance(values.get("rope_scaling"), dict):
+            unknown = sorted(map(str, values["rope_scaling"].keys() - {f.name for f in fields(RopeScaling)}))
+            if unknown:
+                raise CheckpointError(f"{where}: rope_scaling: {unknown[0]} is not understood")
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
         elif config.get("scale_positional_embedding"):  # NeMo's name for the scaling of Llama 3.1
-            values["rope_scaling"] = RopeScaling(factor=float(config.get("scale_factor", 8.0)))
+            values["rope_scaling"] = RopeScaling(factor=config.get("scale_factor", 8.0))
         for key, known_values in _ONLY.items():
             if key in config and config[key] not in known_values:
-                raise CheckpointError(f"model_config.yaml: {key}={config[key]} is not supported")
+                raise CheckpointError(f"{where}: {key}={config[key]} is not supported")
         if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
             wanted = " or ".join(_NORMALIZATIONS)
-            raise CheckpointError(f"model_config.yaml: normalization={values['normalization']} is not {wanted}")
+            raise CheckpointError(f"{where}: normalization={values['normalization']} is not {wanted}")
         _check_experts(values)
-        values["peft"] = _adapter(config.get("peft"))
+        values["peft"] = _adapter(config.get("peft"), where)
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
-        return cls(**values, other={k: v for k, v in config.items() if k not in known})
+        arch = cls(**values, other={k: v for k, v in config.items() if k not in known})
+        arch.check(where)
+        return arch
+
+    def check(self, where: str, theirs: Mapping[str, str] | None = None) -> None:
+        """Raises CheckpointError for a value of another kind, and for sizes that do not fit one another.
+
+        `where` names the file for messages, `theirs` its own names of our fields.
+        """
+        names = theirs or {}
+
+        def told(name: str) -> str:
+            return f"{names.get(name, name)}={str(getattr(self, name))[:80]}"
+
+        _check_kinds(self, where, names, "")
+        if self.rope_scaling is not None:
+            _check_kinds(self.rope_scaling, where, {}, "rope_scaling.")
+        given = self.reward_standardization
+        if given is not None and not (set(given) == {"mean", "std"} and all(_is_number(one) for one in given.values())):
+            raise CheckpointError(f"{where}: {told('reward_standardization')} is not a mean and a std, two numbers")
+        for size, parts in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
+            if size == "hidden_size" and self.kv_channels:
+                continue
+            if getattr(self, size) % (getattr(self, parts) or 1):
+                raise CheckpointError(f"{where}: {told(size)} is not a multiple of {told(parts)}")
 
     def to_nemo(self) -> dict[str, Any]:
         """The mapping to write as `model_config.yaml`."""
@@ -206,6 +267,31 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What YAML made of a value: of `1e-5`, a text; of the precision 32, a number."""
+    if name == "precision" and type(value) is int:
+        return str(value)
+    if isinstance(value, str) and get_type_hints(Architecture)[name] is float:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_kinds(block: Any, where: str, names: Mapping[str, str], prefix: str) -> None:
+    """Raises CheckpointError for the first field of a dataclass that is not what its annotation says."""
+    for name, annotation in get_type_hints(type(block)).items():
+        value = getattr(block, name)
+        kinds = get_args(annotation) if get_origin(annotation) not in (list, dict, None) else (annotation,)
+        fits = any(value is None if kind is NoneType else _is_of(kind, value) for kind in kinds)
+        if not fits or (name in _FROM_1 and value == 0):
+            kind = get_origin(kinds[0]) or kinds[0]
+            wanted = _KINDS.get(kind, "a mapping")
+            wanted = wanted.replace("from 0", "from 1") if name in _FROM_1 else wanted
+            raise CheckpointError(f"{where}: {prefix}{names.get(name, name)}={str(value)[:80]} is not {wanted}")
 
 
 def padded_vocab_size(arch: Architecture, tp: int) -> int:

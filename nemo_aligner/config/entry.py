@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_aligner.config.aliases import Aliases, let_through
 from nemo_aligner.config.folders import SHARED_CONF
 from nemo_aligner.config.multirun import is_job, is_override, run_job, sweep_overrides
-from nemo_aligner.config.overrides import explained
+from nemo_aligner.config.overrides import explained, group_fault
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, ConfigError, StoppedEarly
@@ -65,6 +65,10 @@ def one_line_errors() -> Iterator[None]:
             raise
         _say(f"error: {fault.filename or 'a file'}: {fault.strerror}")
         sys.exit(EXIT_FAILURE)
+    except MemoryError as fault:
+        what = f" ({_one_line(fault)})" if str(fault) else ""
+        _say(f"error: out of memory{what}; use smaller batches or shorter rows, or a machine with more")
+        sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")
         sys.exit(130)
@@ -78,8 +82,8 @@ def _say(line: str) -> None:
 
 def _one_line(fault: Exception) -> str:
     """Hydra and OmegaConf spread a message over lines, hints and causes; keep what names the key."""
-    text = str(fault)
-    if isinstance(fault, AlignerError):
+    text = str(fault).partition("\nConfig search path:")[0]
+    if not isinstance(fault, HydraException | OmegaConfBaseException):
         return " ".join(text.split())
     cause = fault.__cause__
     if isinstance(cause, Exception) and isinstance(cause, OmegaConfBaseException | HydraException):
@@ -115,7 +119,11 @@ class Entry:
             sys.stdout.write(f"{answer}\n")
             return
 
+        began = False
+
         def checked(cfg: DictConfig) -> None:
+            nonlocal began
+            began = True
             with one_line_errors():
                 if is_job():
                     run_job(cfg, self.output, arguments)
@@ -135,6 +143,10 @@ class Entry:
             except HydraException as fault:
                 said = explained(fault, folder / f"{name}.yaml")
                 raise fault if said is None else ConfigError(said) from None
+            except ValueError as fault:
+                if began:
+                    raise
+                raise ConfigError(group_fault(sys.argv[1:], SHARED_CONF) or str(fault)) from None
 
 
 def script(

@@ -96,7 +96,7 @@ def _wrong_values(cfg: DictConfig, schema: type) -> Iterator[str]:
     typed = OmegaConf.structured(schema)
     try:
         merged = OmegaConf.merge(typed, cfg)
-        missing = sorted(OmegaConf.missing_keys(merged))
+        missing = sorted(_missing(OmegaConf.to_container(merged, resolve=False)))
         if missing:
             yield from (f"{key}: required, but not given" for key in missing)
         else:
@@ -106,6 +106,14 @@ def _wrong_values(cfg: DictConfig, schema: type) -> Iterator[str]:
         faults = [*_faults_by_leaf(typed, cfg)]
         where = re.search(r"full_key: (\S+)", str(fault))
         yield from faults or [f"{where.group(1) if where else '(root)'}: {str(fault).splitlines()[0]}"]
+
+
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys without a value; those that refer to them have none of their own to give."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if value == "???":
+            yield f"{prefix}{key}"
+        yield from _missing(value, f"{prefix}{key}.")
 
 
 def _faults_by_leaf(typed: DictConfig, cfg: DictConfig) -> Iterator[str]:
@@ -118,7 +126,14 @@ def _faults_by_leaf(typed: DictConfig, cfg: DictConfig) -> Iterator[str]:
         except OmegaConfBaseException as fault:
             key = ".".join(path)
             wants_list = "is not a ListConfig" in str(fault)
-            yield f"{key}: " + (f"a list is needed, {key}=[{value}]" if wants_list else str(fault).splitlines()[0])
+            wants_block = "is not a subclass of" in str(fault)
+            yield f"{key}: " + (
+                f"a list is needed, {key}=[{value}]"
+                if wants_list
+                else f"{value!r} where keys are needed, {key}.NAME=..."
+                if wants_block
+                else str(fault).splitlines()[0]
+            )
 
 
 def _leaves(node: DictConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

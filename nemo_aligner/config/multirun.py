@@ -90,7 +90,7 @@ def output_in(folder: Path, key: str, value: str | None) -> list[str]:
 
 
 def _attended(command: Sequence[str]) -> int:
-    """Exit status of a command that gets the signals that this process is sent, and dies with it."""
+    """Exit status, as a shell has it, of a command that gets this process's signals, and dies with it."""
     child = subprocess.Popen(command, preexec_fn=dying_with_parent())
 
     def tell(number: int, frame: FrameType | None) -> None:
@@ -99,7 +99,8 @@ def _attended(command: Sequence[str]) -> int:
 
     old = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        return child.wait()
+        status = child.wait()
+        return status if status >= 0 else 128 - status
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_aligner.config.fixed import NO_MODEL, Fixed, check_amp_o2, check_fixed
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
+from nemo_aligner.errors import ConfigError
 
 
 @dataclass
@@ -30,6 +31,8 @@ class OfflineDataConfig:
     sample_split_iter: int = 0
 
     def validate(self) -> None:
+        if not self.file_names:
+            raise ConfigError("give one file or more", "data.file_names")
         at_least(1, data__micro_batch_size=self.micro_batch_size, data__max_seq_length=self.max_seq_length)
         at_least(1, data__num_samples=self.num_samples, data__sample_split_size=self.sample_split_size)
         at_least(0, data__sample_split_iter=self.sample_split_iter)

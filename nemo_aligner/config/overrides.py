@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ def explained(fault: HydraException, yaml: Path) -> str | None:
         return _unreadable(str(fault.override))
     found = _MISSING.search(str(fault)) if isinstance(fault, ConfigCompositionException) else None
     return _unknown(next(filter(None, found.groups())), yaml) if found else None
+
+
+def group_fault(arguments: Sequence[str], shared: Path) -> str | None:
+    """Of an override that gives a group of `shared` what names none of its files, such as a number."""
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and (shared / key).is_dir():
+            names = ", ".join(sorted(path.stem for path in (shared / key).glob("*.yaml")))
+            return f"{key}: {value} is not one of {names}"
+    return None
 
 
 def _unreadable(override: str) -> str:

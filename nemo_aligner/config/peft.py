@@ -80,13 +80,13 @@ class LoraTuning:
         }
 
     @classmethod
-    def from_nemo(cls, peft: Mapping[str, Any]) -> LoraTuning:
+    def from_nemo(cls, peft: Mapping[str, Any], where: str = "model_config.yaml") -> LoraTuning:
         """From the `peft` entry of an archive's `model_config.yaml`. Raises CheckpointError."""
         try:
             lora = cls(**peft["lora_tuning"])
             lora.check("peft.lora_tuning")
         except (KeyError, TypeError, ConfigError) as fault:
-            raise CheckpointError(f"model_config.yaml: peft is not that of an adapter ({fault})") from None
+            raise CheckpointError(f"{where}: peft is not that of an adapter ({fault})") from None
         return lora
 
 

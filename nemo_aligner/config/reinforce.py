@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,6 +147,15 @@ class RemoteRewardModelConfig:
     auth_token_file: str | None = None  # the token that the server asks for
     pad_to_length: int | None = None  # null, or model.encoder_seq_length as in NeMo-Aligner; texts are not padded
 
+    def validate(self) -> None:
+        if not 0 < self.reward_model.port < 65536:
+            raise ConfigError(
+                f"{self.reward_model.port} is not a port, 1 to 65535", "remote_critic_rm.reward_model.port"
+            )
+        for name in ("init_timeout_s", "inference_timeout_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{getattr(self, name)} is not a number of seconds", f"remote_critic_rm.{name}")
+
 
 @dataclass
 class ReinforceConfig(RewardSources):
@@ -171,6 +181,7 @@ class ReinforceConfig(RewardSources):
         self.model.check_model(self.exp_manager)
         check_fixed(self.model.data, WORKERS, "model.data")
         check_fixed(rollout.sampling_params, SAMPLING, "model.ppo.sampling_params")
+        self.remote_critic_rm.validate()
         if self.remote_critic_rm.pad_to_length not in (None, self.model.encoder_seq_length):
             raise ConfigError("texts are sent, and nothing is padded; leave it out", "remote_critic_rm.pad_to_length")
         at_least(

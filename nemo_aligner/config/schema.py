@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
+from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
 from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
@@ -23,6 +24,10 @@ LEAST_TEMPERATURE = 1e-5
 """Below it logits no longer fit a float once divided by it, and the likeliest token is all that could be drawn."""
 
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
+
+
+ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
+OPTIMIZERS = ("distributed_fused_adam", "mcore_distributed_optim", "fused_adam", "adamw", "adam")  # all are AdamW
 
 
 def at_least(low: int, **values: int | None) -> None:
@@ -53,6 +58,8 @@ class TrainerConfig:
 
     def validate(self) -> None:
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__devices=self.devices)
+        if self.accelerator not in ACCELERATORS:
+            raise ConfigError(f"{self.accelerator!r} is not one of {', '.join(ACCELERATORS)}", "trainer.accelerator")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"{self.precision!r} is not one of {', '.join(PRECISIONS)}", "trainer.precision")
         check_fixed(self, TRAINER, "trainer")
@@ -146,7 +153,9 @@ class OptimConfig:
     )
 
     def check(self) -> None:
-        """Raises ConfigError for numbers that no optimizer takes."""
+        """Raises ConfigError for an unknown optimizer, and for numbers that none takes."""
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"{self.name!r} is not one of {', '.join(OPTIMIZERS)}", "model.optim.name")
         for name in ("lr", "weight_decay", "eps"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
@@ -207,7 +216,7 @@ class ExpManagerConfig:
 
 
 @dataclass
-class ModelOverrides(ExpertOverrides):
+class ModelOverrides(ExpertOverrides, LibraryKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -237,7 +246,13 @@ class ModelOverrides(ExpertOverrides):
         self.optim.check()
         self.peft.check()
         self.check_experts()
+        self.check_libraries()
         at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
+        if self.activations_checkpoint_granularity not in (None, "selective", "full"):
+            raise ConfigError(
+                f"{self.activations_checkpoint_granularity!r} is not selective or full",
+                "model.activations_checkpoint_granularity",
+            )
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if exp.checkpoint_callback_params.model_parallel_size not in (None, own):

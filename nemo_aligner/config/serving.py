@@ -21,6 +21,7 @@ class ServingConfig:
     max_batch_size: int = 1024  # texts scored together, and in one request at most
     max_queue_delay_microseconds: int = 2000  # how long a request waits for others to be scored with it
     max_request_bytes: int = 64 << 20  # larger requests are refused
+    max_concurrent_requests: int = 256  # more at once are refused, with HTTP status 503, and may be sent again
     auth_token_file: str | None = None  # clients must send the token in it; null = whoever reaches the port may ask
     max_text_bytes: int = 1 << 20  # longer texts are refused; those beyond the model's context are cut and flagged
 
@@ -57,6 +58,7 @@ class ServerConfig(RewardSources):
             inference__max_batch_size=serving.max_batch_size,
             inference__max_text_bytes=serving.max_text_bytes,
             inference__max_request_bytes=serving.max_request_bytes,
+            inference__max_concurrent_requests=serving.max_concurrent_requests,
         )
         at_least(0, inference__max_queue_delay_microseconds=serving.max_queue_delay_microseconds)
         if not 0 < serving.port < 65536:

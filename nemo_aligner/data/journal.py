@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from nemo_aligner.data.jsonl import Row, dump_row
 from nemo_aligner.errors import OutputError
-from nemo_aligner.files import write_atomically
+from nemo_aligner.files import write_atomically, writing
+from nemo_aligner.ranks import together
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Cluster(Protocol):
 
     def barrier(self) -> None: ...
 
-    def broadcast(self, value: Any) -> Any: ...
+    def gather_ranks(self, value: Any) -> list[Any]: ...
 
 
 def refuse_other_run(output_file: str | Path, fingerprint: Callable[[], Mapping[str, Any]], cluster: _Cluster) -> None:
@@ -47,7 +48,9 @@ def refuse_other_run(output_file: str | Path, fingerprint: Callable[[], Mapping[
     For the time before a model is loaded; nothing is written.
     """
     folder = _folder(output_file)
-    _on_main(cluster, lambda: (folder / FINGERPRINT).exists() and _same_run(folder, fingerprint()))
+    with together(cluster):
+        if cluster.is_main and (folder / FINGERPRINT).exists():
+            _same_run(folder, fingerprint())
 
 
 class Journal:
@@ -61,20 +64,20 @@ class Journal:
         self.made_with, self._cluster = fingerprint, cluster
         self._own = self.folder / f"rank_{cluster.dp_rank}.json"
         self._buffer: list[str] = []
-        _on_main(cluster, lambda: self._prepare(fingerprint))
+        with together(cluster):
+            if cluster.is_main:
+                self._prepare(fingerprint)
         self.done: set[int] = {index for index, _, _ in _entries(self.folder)}
         """Indices whose rows are on disk."""
 
     def _prepare(self, fingerprint: Mapping[str, Any]) -> None:
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = _same_run(self.folder, fingerprint)
             for file in _files(self.folder):
                 _cut_torn_line(file)
             if not begun:
                 write_atomically(self.folder / FINGERPRINT, [json.dumps(fingerprint, indent=1)])
-        except OSError as fault:
-            raise OutputError(f"cannot write {self.folder}: {fault.strerror or fault}") from fault
 
     def add(self, index: int, row: Row) -> None:
         """Keep a row until the next flush; only the rank that speaks for its replica writes."""
@@ -85,13 +88,10 @@ class Journal:
         """Make all rows added so far durable."""
         if not self._buffer:
             return
-        try:
-            with self._own.open("ab") as stream:
-                stream.write("".join(self._buffer).encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as fault:
-            raise OutputError(f"cannot write {self._own}: {fault.strerror or fault}") from fault
+        with writing(self._own), self._own.open("ab") as stream:
+            stream.write("".join(self._buffer).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
         self._buffer.clear()
 
     def merged(self, count: int) -> Iterator[tuple[int, Row]]:
@@ -156,19 +156,6 @@ def _entries(folder: Path, *, until_torn: bool = False) -> Iterator[tuple[int, P
 
 def _folder(output_file: str | Path) -> Path:
     return Path(f"{output_file}_temp")
-
-
-def _on_main(cluster: _Cluster, work: Callable[[], object]) -> None:
-    """Do `work` on the main rank; every rank raises the OutputError that it raised there. Collective."""
-    fault = None
-    if cluster.is_main:
-        try:
-            work()
-        except OutputError as found:
-            fault = str(found)
-    fault = cluster.broadcast(fault)
-    if fault:
-        raise OutputError(fault)
 
 
 def _same_run(folder: Path, fingerprint: Mapping[str, Any]) -> bool:

@@ -110,7 +110,7 @@ def load_rows(
 
 def _check_readable(path: Path) -> None:
     if not path.is_file():
-        raise DataError("no such file", path)
+        raise DataError("a folder, a file is needed" if path.is_dir() else "no such file", path)
     if not os.access(path, os.R_OK):
         raise DataError("no permission to read it", path)
 
@@ -131,23 +131,35 @@ def _offset_rows(path: Path) -> Rows:
     def line(index: int) -> str:
         start, size = places[index]
         reader.seek(start)
-        return _decoded(reader.read(size), path, numbers[index])
+        return _decoded(reader.read(size).rstrip(b"\r\n"), path, numbers[index])
 
     return Rows(path, numbers, line)
 
 
 def _plain(path: Path) -> IO[bytes]:
-    """The file for reading at any place; a compressed one as a temporary file. Raises DataError for a damaged one."""
+    """The file for reading at any place; a compressed one as a temporary file.
+
+    Raises DataError for one that is damaged, or for which the temporary folder has no room.
+    """
     if path.suffix not in (".gz", ".zst"):
         return path.open("rb")
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the rows)
+    try:
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the rows)
+        _unpack(path, unpacked)
+        unpacked.seek(0)
+        return unpacked
+    except OSError as fault:
+        where = tempfile.tempdir or "the temporary folder, $TMPDIR,"
+        raise DataError(f"cannot be unpacked to {where}: {fault.strerror or fault}", path) from None
+
+
+def _unpack(path: Path, unpacked: IO[bytes]) -> None:
+    """Raises DataError for a damaged file."""
     try:
         with path.open("rb") as packed:
             (_unzip if path.suffix == ".gz" else _unpack_zstd)(packed, unpacked)
     except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
-        raise DataError(f"cannot be unpacked: {str(fault) or 'it ends too soon'}", path) from None
-    unpacked.seek(0)
-    return unpacked
+        raise DataError(f"cannot be unpacked: {' '.join(str(fault).split())}", path) from None
 
 
 def _unzip(packed: IO[bytes], unpacked: IO[bytes]) -> None:
@@ -156,14 +168,21 @@ def _unzip(packed: IO[bytes], unpacked: IO[bytes]) -> None:
 
 
 def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
+    """Of one frame or several, one after the other. Raises EOFError for the last one cut short, and other damage."""
     import zstandard
 
+    frame = None
     try:
-        # a file may be several frames, one after the other
-        with zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream:
-            shutil.copyfileobj(stream, unpacked)
+        while piece := packed.read(1 << 20):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                unpacked.write(frame.decompress(piece))
+                piece = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
     except zstandard.ZstdError as fault:
         raise EOFError(str(fault)) from None
+    if frame is not None:
+        raise EOFError("Compressed file ended before the end of its last frame")
 
 
 def _decoded(raw: bytes, path: Path, number: int) -> str:
@@ -175,6 +194,9 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
 
 def _arrow_rows(path: Path, cache_dir: str | None) -> Rows:
     _check_readable(path)
+    if path.suffix == ".zst":  # of one that was cut short, datasets would give what is left
+        with open(os.devnull, "wb") as nowhere:
+            _unpack(path, nowhere)
     import datasets
 
     datasets.disable_progress_bars()

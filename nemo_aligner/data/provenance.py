@@ -37,7 +37,7 @@ def write_provenance(
     inputs: Iterable[tuple[str, str]],
     counts: Mapping[str, Any],
 ) -> None:
-    """Write `<output_file>.meta.json`: config, seed, versions, `inputs` (path, hash), counts, the hash of the archive.
+    """Write `<output_file>.meta.json`: config, seed, versions, `inputs` (path, hash), counts, hash of the archive.
 
     `archive` is null where there was no model, hashes by path where there were several.
     """

@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.config.yaml_file import read_mapping
 from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import SHARD_BYTES, read_hf_folder, write_hf_folder
@@ -25,10 +24,11 @@ from nemo_aligner.engine.checkpoints.nemo_archive import (
     save_archive,
 )
 from nemo_aligner.engine.checkpoints.peft_folder import read_peft_folder, write_peft_folder
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
 from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
-from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
 
@@ -56,8 +56,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def random_checkpoint(shape: Path) -> Checkpoint:
-    """Random weights in the shape of a YAML such as those of conf/model, with the byte tokenizer."""
-    arch = Architecture.from_nemo({**yaml.safe_load(shape.read_text()), "tokenizer": BYTE_TOKENIZER})
+    """Random weights in the shape of a YAML such as those of conf/model, with the byte tokenizer.
+
+    Raises ConfigError, CheckpointError.
+    """
+    given = read_mapping(shape, "--random-init")
+    arch = Architecture.from_nemo({**given, "tokenizer": BYTE_TOKENIZER}, f"--random-init {shape}")
     return Checkpoint(arch, None, byte_tokenizer())
 
 
@@ -73,20 +77,45 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     return replace(checkpoint, arch=arch)
 
 
-def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int) -> None:
-    """Save the archive from this one process, a tensor at a time; random weights as a whole. `precision` is bf16 or 32.
+def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int, tensor: int = 1) -> None:
+    """Save the archive, each of `tensor` processes its part, a tensor at a time; random weights as a whole.
 
-    Raises CheckpointError for weights that are not those of the shape.
+    `precision` is bf16 or 32. Raises CheckpointError for weights that are not those of the shape, and for a shape that
+    cannot be cut so; the weights of an archive are the same however many processes wrote it.
     """
-    arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu")
+    arch, trainer = checkpoint.arch, TrainerConfig(accelerator="cpu", devices=tensor)
+    _check_cut(checkpoint, tensor)
     log.info("writing %s: %d layers of %d, vocabulary %d", output, arch.num_layers, arch.hidden_size, arch.vocab_size)
     launch_local_ranks(trainer)
-    with start_cluster(trainer, tensor=1, pipeline=1, seed=seed) as cluster:
-        tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
-        given = checkpoint.tensors
-        model = build_model(arch, RunOptions(dtype=parse_precision(precision), shapes_only=given is not None))
-        weights = None if given is None else to_megatron(arch, given, padded_vocab_size(arch, 1))
-        save_archive(output, model, replace(arch, precision=precision), tokenizer, cluster, weights)
+    with start_cluster(trainer, tensor=tensor, pipeline=1, seed=seed) as cluster:
+        write_part(checkpoint, output, cluster, precision=precision)
+
+
+def _check_cut(checkpoint: Checkpoint, tensor: int) -> None:
+    """Raises CheckpointError where the tensors of `checkpoint` cannot be cut into so many parts."""
+    arch = checkpoint.arch
+    if tensor > 1 and checkpoint.tensors is None:
+        raise CheckpointError("--tensor-parallel: random weights would not be those of one process; leave it out")
+    sizes = {
+        "key/value groups": arch.query_groups,
+        "FFN size": arch.ffn_hidden_size,
+        "padded vocabulary": padded_vocab_size(arch, 1),
+    }
+    for name, size in sizes.items():
+        if tensor < 1 or size % tensor:
+            raise CheckpointError(f"--tensor-parallel {tensor}: it does not divide the {name}, {size}")
+
+
+def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *, precision: str) -> None:
+    """This rank's part of `write_archive`. Collective."""
+    arch, given = checkpoint.arch, checkpoint.tensors
+    rows = padded_vocab_size(arch, 1)
+    # as many rows as one process would have, where a model that is cut so pads to more
+    cut = replace(arch, make_vocab_size_divisible_by=rows // cluster.tp) if cluster.tp > 1 else arch
+    run = RunOptions(dtype=parse_precision(precision), tp=cluster.tp, shapes_only=given is not None)
+    weights = None if given is None else to_megatron(arch, given, rows)
+    tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
+    save_archive(output, build_model(cut, run), replace(arch, precision=precision), tokenizer, cluster, weights)
 
 
 def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) -> None:
@@ -99,7 +128,7 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
-        with open_archive(base, cluster, key="--base") as opened:
+        with open_archive(base, cluster, key="--base") as opened, placed(f"--base {base}"):
             tokenizer = load_tokenizer(opened, arch)
         arch = replace(arch, vocab_size=arch.vocab_size or tokenizer.vocab_size)
         model = build_model(arch, RunOptions(dtype=parse_precision(precision), lora=lora))

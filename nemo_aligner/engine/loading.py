@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -14,13 +15,18 @@ from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints.hf_settings import named
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, load_tokenizer
 from nemo_aligner.engine.checks import parallel_sizes
-from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
+from nemo_aligner.engine.model.build import RunOptions, activation_of, build_model, parse_precision
+from nemo_aligner.engine.model.libraries import choose, this_machine
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -113,6 +119,17 @@ def load_for_training(
     `new_head`: a reward model type; the archive is then a policy's, and gets a fresh reward head instead of its
     output layer.
     """
+    arch = nemo_archive.read_architecture(model.restore_from_path, key=key)
+    libraries = choose(
+        model,
+        this_machine(),
+        arch,
+        activation=activation_of(arch),
+        tp=cluster.tp,
+        lora=model.peft.lora is not None,
+    )
+    if cluster.is_main:
+        log.info("%s", libraries)
     loaded = _load(
         model.restore_from_path,
         cluster,
@@ -131,6 +148,7 @@ def load_for_training(
             attention_dropout=model.attention_dropout,
             lora=model.peft.lora,
             lora_seed=model.seed,
+            libraries=libraries,
         ),
         key=key,
         encoder_seq_length=model.encoder_seq_length,
@@ -196,12 +214,13 @@ def _with_vocabulary(
     path: str | Path, folder: Path, arch: Architecture, key: str
 ) -> tuple[Architecture, ArchiveTokenizer]:
     """The shape with its vocabulary, which archives of NeMo leave to the tokenizer, and this tokenizer."""
-    tokenizer = load_tokenizer(folder, arch)
+    with placed(named(key, path)):
+        tokenizer = load_tokenizer(folder, arch)
     if not arch.vocab_size:
         arch = replace(arch, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > arch.vocab_size:
         raise CheckpointError(
-            f"{key}={path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
+            f"{named(key, path)}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
         )
     return arch, tokenizer
 

@@ -17,28 +17,28 @@ class PlanConfig:
     """null = chosen, or as the task has it."""
 
     model: str = MISSING  # a shape: llama3_8b, or a YAML of one; or an archive
-    gpus: int | None = None  # in all; with `run` as there
+    gpus: int | None = None  # in all; null = as in `run`
     gpu_memory_gb: float = MISSING  # of one, as its maker counts: 80 for an H100
-    gpus_per_node: int = 8
+    gpus_per_node: int = 8  # tensor parallelism stays within a node
     reserve_gb: float = 6.0  # of each GPU, for what is not tensors: CUDA, NCCL, workspaces, gaps between allocations
     task: str = "sft"  # sft, rm, actor, sampler, labeler or server
     run: str | None = None  # file of what a script's --cfg job prints: does that run fit?
-    precision: str = "bf16-mixed"
+    precision: str = "bf16-mixed"  # 32, bf16 or bf16-mixed
     seq_length: int | None = None  # tokens of a row, prompt and response together; null = the model's context
-    prompt_length: int | None = None  # actor, sampler
-    response_length: int | None = None  # actor, sampler: null = half of the row; sft: tokens with a loss, null = all
-    micro_batch_size: int | None = None
-    global_batch_size: int | None = None
-    samples_per_prompt: int | None = None  # actor, sampler
+    prompt_length: int | None = None  # tokens of a prompt: actor, sampler
+    response_length: int | None = None  # tokens of a response: null = half of the row; sft: with a loss, null = all
+    micro_batch_size: int | None = None  # rows of a pass with a gradient; pairs for rm
+    global_batch_size: int | None = None  # rows of an optimizer step; null = the task's own
+    samples_per_prompt: int | None = None  # responses to a prompt: actor, sampler
     prompts_in_flight: int | None = None  # on each data-parallel rank; null = as fit, 256 responses at most
     forward_micro_batch_size: int | None = None  # rows of a pass without a gradient
-    optimizer: str = "distributed_fused_adam"
+    optimizer: str = "distributed_fused_adam"  # as model.optim.name
     tensor_model_parallel_size: int = -1  # -1 = chosen
-    pipeline_model_parallel_size: int = -1
-    sequence_parallel: bool | None = None
+    pipeline_model_parallel_size: int = -1  # -1 = chosen
+    sequence_parallel: bool | None = None  # null = with tensor parallelism, where something is trained
     activations_checkpoint_granularity: str = "auto"  # auto = chosen; none, selective or full
-    activations_checkpoint_method: str | None = None
-    activations_checkpoint_num_layers: int | None = None
+    activations_checkpoint_method: str | None = None  # with full: uniform or block
+    activations_checkpoint_num_layers: int | None = None  # with full: layers per recomputed part
 
     def validate(self) -> None:
         if (self.gpus is None) == (self.run is None):

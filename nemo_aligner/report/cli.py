@@ -25,6 +25,7 @@ from nemo_aligner.report.samples import ROWS
 
 NAME = "report.html"
 _INTERVAL_S = 10.0
+_TRIES = 5
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,10 +78,20 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def write(folders: Sequence[Path], output: Path, samples: int, every_s: float | None = None) -> list[Run]:
     """Write the page of `folders` to `output`, and say where it is."""
-    runs = [read_run(folder, name, samples) for folder, name in zip(folders, names(folders), strict=True)]
+    runs = [_read(folder, name, samples) for folder, name in zip(folders, names(folders), strict=True)]
     write_atomically(output, page(runs, every_s=every_s))
     print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)", flush=True)
     return runs
+
+
+def _read(folder: Path, name: str, samples: int) -> Run:
+    """As `read_run`; a stage that ends meanwhile may remove what was about to be read."""
+    for _ in range(_TRIES):
+        try:
+            return read_run(folder, name, samples)
+        except FileNotFoundError as fault:
+            gone = fault.filename
+    raise DataError(f"files go while they are read, such as {gone}; try again", folder)
 
 
 def watch(folders: Sequence[Path], output: Path, samples: int, every_s: float) -> None:

@@ -32,9 +32,10 @@ def page(runs: Sequence[Run], *, every_s: float | None = None) -> Iterator[str]:
         "runs": [head_of(run) for run in runs],
         **_sets(runs),
     }
-    before, _, rest = _asset("page.html").replace("{{title}}", html.escape(title)).partition("{{style}}")
+    before, _, rest = _asset("page.html").partition("{{style}}")
     between, _, rest = rest.partition("{{data}}")
-    yield from (before, _asset("report.css"), between, _element("data-head", head))
+    titled = [piece.replace("{{title}}", html.escape(title)) for piece in (before, between)]
+    yield from (titled[0], _asset("report.css"), titled[1], _element("data-head", head))
     every = (sample_set for run in runs for sample_set in run.sets)
     for number, sample_set in enumerate(every):
         yield _element(f"data-{number}", vars(sample_set.columns))
@@ -44,14 +45,18 @@ def page(runs: Sequence[Run], *, every_s: float | None = None) -> Iterator[str]:
 
 
 def _sets(runs: Sequence[Run]) -> dict[str, Any]:
-    """Figures of all sets, by their number in the page, and histograms over bins that a series shares."""
+    """Figures of all sets, by their number in the page; the histograms of a series share their bins."""
     own = [(number, sample_set) for number, run in enumerate(runs) for sample_set in run.sets]
+    bins: dict[int, list[Any]] = {}
+    for series in {sample_set.series for _, sample_set in own}:
+        members = [sample_set for _, sample_set in own if sample_set.series == series]
+        found = histograms([member.columns.reward for member in members])
+        bins |= {id(member): [found["edges"], shares] for member, shares in zip(members, found["shares"], strict=True)}
     figures = []
     for run, sample_set in own:
-        found = {"run": run, **sample_set.figures()}
-        found["best_of"] = [[n, best_of_n_kl(n), reward] for n, reward in found["best_of"]]
-        figures.append(found)
-    return {"sets": figures, "histograms": histograms([sample_set.columns.reward for _, sample_set in own])}
+        figures.append({"run": run, "histogram": bins[id(sample_set)], **sample_set.figures()})
+        figures[-1]["best_of"] = [[n, best_of_n_kl(n), reward] for n, reward in figures[-1]["best_of"]]
+    return {"sets": figures}
 
 
 def _element(identity: str, value: Mapping[str, Any]) -> str:

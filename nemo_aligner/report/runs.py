@@ -7,7 +7,6 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ class Run:
     name: str
     path: str
     writers: list[str]  # who writes in it now; empty where nobody does
-    changed: str  # when its newest file was written, UTC
     sets: list[SampleSet]
     scalars: dict[str, Scalars]  # by the log folder
     times: list[dict[str, Any]]  # {title, unit, labels: [...], stages: {name: [seconds, ...]}}
@@ -49,7 +47,7 @@ def read_run(root: Path, name: str, limit: int) -> Run:
         _title(folder, root): own for folder in folders if (own := read_scalars(folder)) is not None and own.curves
     }
     run = Run(
-        name, str(root.resolve()), list(_writers(root, folders)), _changed(folders), found.sets, scalars,
+        name, str(root.resolve()), list(_writers(root, folders)), found.sets, scalars,
         times=[*_loop_times(root, folders), *_timers(scalars)],
         tables=list(_tables(root, folders)), configs=[], provenance=[], faults=found.faults,
     )  # fmt: skip
@@ -69,7 +67,6 @@ def head_of(run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": run.path,
         "writers": run.writers,
-        "changed": run.changed,
         "curves": {
             part: {tag: asdict(curve) for tag, curve in own.curves.items()} for part, own in run.scalars.items()
         },
@@ -84,12 +81,6 @@ def head_of(run: Run) -> dict[str, Any]:
 
 def _title(path: Path, root: Path) -> str:
     return "" if path == root else file_name(path, root)
-
-
-def _changed(folders: list[Path]) -> str:
-    times = [path.stat().st_mtime for folder in folders for path in folder.iterdir() if path.is_file()]
-    newest = max(times, default=folders[0].stat().st_mtime)
-    return datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds")
 
 
 def _writers(root: Path, folders: list[Path]) -> Iterator[str]:
@@ -170,7 +161,8 @@ def _tables(root: Path, folders: list[Path]) -> Iterator[dict[str, Any]]:
 def _read_meta(run: Run, root: Path, path: Path) -> None:
     try:
         meta = read_json(path)
-        title = file_name(path, root).removesuffix(META)
+        training = f"training in {_title(path.parent, root) or run.name}"
+        title = training if path.name == RUN_RECORD else file_name(path, root).removesuffix(META)
         config = dict(flat(meta.pop("config", {})))
         if config:
             run.configs.append({"title": title, "values": config})

@@ -47,7 +47,6 @@ class SampleSet:
     columns: Columns
     of: int  # samples that there were, of which these are some
     is_whole: bool = True  # False: its run has not come to the end of it
-    note: str = ""
 
     def figures(self) -> dict[str, Any]:
         """What charts need of it, without the samples."""
@@ -59,7 +58,6 @@ class SampleSet:
             "name": self.name,
             "at": self.at,
             "source": self.source,
-            "note": self.note,
             "whole": self.is_whole,
             "samples": len(columns),
             "of": self.of,

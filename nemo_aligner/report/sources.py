@@ -9,6 +9,7 @@ validation/step_<s>.jsonl, rollouts/...    of REINFORCE
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import re
@@ -147,6 +148,8 @@ class _Reader:
         }
         for name in sorted(names):
             path = folder / name
+            if next(folder.glob(f"{glob.escape(name)}.*.jsonl"), None) is not None:  # figures of an evaluation
+                continue
             try:
                 meta_file = path.with_name(f"{name}{META}")
                 meta = read_json(meta_file) if meta_file.is_file() else {}
@@ -155,7 +158,9 @@ class _Reader:
                     for journal in sorted(path.with_name(f"{name}{JOURNAL}").glob("rank_*.json"))
                     for line in whole_lines(journal)
                 }
-                found.append(_Output(path, meta if isinstance(meta, dict) else {}, entries))
+                output = _Output(path, meta if isinstance(meta, dict) else {}, entries)
+                if "policy_files" not in output.config:  # an evaluation's are figures
+                    found.append(output)
             except (OSError, ValueError, KeyError, TypeError) as fault:
                 self._fault(path, fault)
         return found

@@ -8,6 +8,8 @@ A batch that fails is judged again one by one, so that the one that made it fail
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 64
 """So many responses in a row that a function fails on are its own fault, and no longer theirs."""
+
+_GRACE_S = 2.0
+"""What a call may still take once we are told to hurry: quick functions come to an end, and a step with them."""
 
 _SLOW = 0.5
 """Of the time limit; who takes longer is named."""
@@ -44,7 +49,8 @@ class Functions:
         self._local = threading.local()
         self._processes: list[Process] = []
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = False  # nothing is judged any more
+        self._hurried_at: float | None = None
         self._failures = dict.fromkeys(self.functions, 0)  # in a row
         self._said: dict[tuple[str, str], int] = {}
         try:
@@ -104,7 +110,13 @@ class Functions:
         return [self._threads.submit(self._judge, function, batch) for batch in batches]
 
     def hurry(self) -> None:
-        self._stopped = True
+        self._hurried_at = time.monotonic()
+
+    def _waits_no_longer(self) -> bool:
+        """Asked by a call that does not come back at once."""
+        late = self._hurried_at is not None and time.monotonic() - self._hurried_at > _GRACE_S
+        self._stopped = self._stopped or late
+        return self._stopped
 
     def close(self) -> None:
         self._stopped = True
@@ -116,7 +128,7 @@ class Functions:
     def _process(self) -> Process:
         """This thread's."""
         if getattr(self._local, "process", None) is None:
-            self._local.process = Process(list(self.functions.values()), lambda: self._stopped)
+            self._local.process = Process(list(self.functions.values()), self._waits_no_longer)
             with self._lock:
                 self._processes.append(self._local.process)
         return self._local.process  # type: ignore[no-any-return]
@@ -142,7 +154,7 @@ class Functions:
                 function.time_limit_s * len(batch),
             )
         except FailedCall as failure:
-            return self._failed(function, batch, failure)
+            return self._failed(process, function, batch, failure)
         spent = (time.monotonic() - begin) / len(batch)
         if spent > _SLOW * function.time_limit_s:
             self._tell(function, "slow", batch[0], f"took {spent:.1f} s, of {function.time_limit_s:g} s that it may")
@@ -153,10 +165,13 @@ class Functions:
             self._failures[function.name] = 0
         return [Outcome(reward) for reward in rewards]
 
-    def _failed(self, function: RewardFunction, batch: Sequence[Candidate], failure: FailedCall) -> list[Outcome]:
+    def _failed(
+        self, process: Process, function: RewardFunction, batch: Sequence[Candidate], failure: FailedCall
+    ) -> list[Outcome]:
         if self._stopped:
             raise RewardError("told to stop before all responses were judged") from None
-        self._drop_process()  # whatever state it is in
+        if process.is_killed:
+            self._drop_process()
         if len(batch) > 1:
             return [outcome for candidate in batch for outcome in self._judge(function, [candidate])]
         self._tell(function, "failed", batch[0], str(failure))
@@ -192,7 +207,16 @@ class Functions:
             count = self._said[function.name, kind] = self._said.get((function.name, kind), 0) + 1
         told, remainder = divmod(count, _TOLD)
         if count <= _TOLD or (remainder == 0 and told.bit_count() == 1):
-            log.warning("%s: reward function %s %s", candidate.where, function.name, said)
+            _say(f"{candidate.where}: reward function {function.name} {said}")
+
+
+def _say(line: str) -> None:
+    """A warning, also of ranks whose log nobody sees."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        log.warning("%s", line)
+    else:
+        print(f"[rank {rank}] {line}", file=sys.stderr, flush=True)
 
 
 class FunctionSource:

@@ -20,10 +20,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one source says of a response: a reward, None for "cannot tell", or why it failed (and no reward)."""
+    """What one source says of a response: a reward, None for "cannot tell", or why it failed (and no reward).
+
+    `parts` are the rewards of the sources behind it, by their names, where it is a server that has several.
+    """
 
     reward: float | None
     failure: str | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,12 @@ class Rewarder(Protocol):
     def hurry(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class ServedModel(Protocol):
+    """A reward model behind a server, such as servers.reward_client.RewardClient.
+
+    `archive` is the sha256 of its archive, as far as it is known; once it is, rewards of another are refused.
+    """
+
+    archive: str | None

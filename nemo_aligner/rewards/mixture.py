@@ -40,13 +40,14 @@ class _Pending:
     def _judgement(self, outcomes: Mapping[str, Outcome]) -> Judgement:
         parts = {name: outcome.reward for name, outcome in outcomes.items()}
         failed = tuple(name for name, outcome in outcomes.items() if outcome.failure is not None)
-        return Judgement(weighted(parts, self.weights, failed), parts if self.apart else {}, failed)
+        told = {name: reward for outcome in outcomes.values() for name, reward in outcome.parts.items()}
+        return Judgement(weighted(parts, self.weights, failed), {**told, **(parts if self.apart else {})}, failed)
 
 
 class Mixture:
     """Implements interfaces.Rewarder; `weights` of the sources, by their names.
 
-    `apart`: judgements tell the reward of each source too.
+    `apart`: judgements tell the reward of each source too, as those of a server that has several are told anyway.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], *, apart: bool = True) -> None:

@@ -75,6 +75,8 @@ class Process:
         asked = {"name": name, "prompts": list(prompts), "responses": list(responses), "columns": columns}
         answer = self._ask(asked, limit_s)
         if "error" in answer:
+            if answer["left"]:
+                self.kill()
             raise FailedCall(answer["error"])
         return answer["rewards"], answer["left"]
 
@@ -110,9 +112,13 @@ class Process:
         how = f"status {ended.si_status}" if by_itself else signal.Signals(ended.si_status).name
         return f"ended its process ({how})"
 
+    @property
+    def is_killed(self) -> bool:
+        return self._process.returncode is not None
+
     def kill(self) -> None:
         """End the process and everything that functions started in it, whatever group or session it went to."""
-        if self._process.returncode is not None:
+        if self.is_killed:
             return
         with contextlib.suppress(psutil.Error):
             self._kill_descendants()

@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def send(channel: socket.socket, message: Any) -> None:
-    body = json.dumps(message, allow_nan=False).encode()
+    body = json.dumps(message).encode()
     channel.sendall(len(body).to_bytes(4, "big") + body)
 
 

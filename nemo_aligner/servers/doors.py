@@ -5,6 +5,7 @@ The thread that draws or scores has the signals, the collectives and the GPU.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import logging
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _CLOSING_S = 5
 """How long open connections have to end when the server closes."""
+
+_BODY_S = 300.0
+"""How long a client may take to send the body of a request."""
 
 _DROPPED = 32
 """Bounds that a body may fill before the connection is closed under it."""
@@ -52,6 +56,7 @@ class Door:
     password: str | None = None
     token: str | None = None
     max_bytes: int = 16 << 20  # of the body of a request
+    max_requests: int = 256  # that are answered at once
     host_key: str = "host"
     model: str | None = None  # that is served, where the server has a name for it
     refusal: Callable[[str, int], Response] = plain_refusal  # of a message and a status, as clients here expect it
@@ -63,6 +68,7 @@ class Guard:
     def __init__(self, app: ASGIApp, doors: list[Door]) -> None:
         self._app = app
         self._doors = {door.port: door for door in doors}
+        self._inside = dict.fromkeys(self._doors, 0)  # requests; touched on the event loop alone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,12 +85,29 @@ class Guard:
             refusal = door.refusal("bearer token needed", 401)
             refusal.headers["WWW-Authenticate"] = "Bearer"
             await refusal(scope, receive, send)
+        elif scope["path"] in _PROBES:
+            await self._let_in(door, scope, receive, send)
+        elif self._inside[door.port] >= door.max_requests:
+            refusal = door.refusal(f"more than {door.max_requests} requests at once; send it again", 503)
+            refusal.headers["Retry-After"] = "1"
+            await refusal(scope, receive, send)
         else:
-            body = await _read(receive, door.max_bytes)
-            if isinstance(body, bytes):
-                await self._app(scope, _again(body, receive), send)
-            elif body:
-                await door.refusal(f"more than {door.max_bytes} bytes", 413)(scope, receive, send)
+            self._inside[door.port] += 1
+            try:
+                await self._let_in(door, scope, receive, send)
+            finally:
+                self._inside[door.port] -= 1
+
+    async def _let_in(self, door: Door, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await asyncio.wait_for(_read(receive, door.max_bytes), _BODY_S)
+        except TimeoutError:
+            await door.refusal(f"the body did not come within {_BODY_S:.0f} s", 408)(scope, receive, send)
+            return
+        if isinstance(body, bytes):
+            await self._app(scope, _again(body, receive), send)
+        elif body:
+            await door.refusal(f"more than {door.max_bytes} bytes", 413)(scope, receive, send)
 
 
 def _basic(door: Door) -> str:

@@ -1,13 +1,15 @@
 """The actor's side of the reward server: texts go out while generation goes on, and are asked for again until answered.
 
 Scoring has no side effects, so a request may be repeated at will: a server that is killed and started again costs time,
-never a reward.
+never a reward. Answers say which archive the rewards are of; another one in its place ends the run.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
+import random
 import threading
 import time
 import urllib.error
@@ -23,6 +25,7 @@ from nemo_aligner.data.jsonl import dump_row
 from nemo_aligner.errors import ServerError
 from nemo_aligner.rewards.interfaces import Candidate, Outcome
 from nemo_aligner.servers.wire import (
+    ARCHIVE,
     ERROR,
     FIELDS,
     PARTS,
@@ -46,6 +49,8 @@ _TELL_EVERY_S = 10.0
 _REQUEST_TIMEOUT_S = 120.0
 _SURE_AFTER_S = 20.0
 _UNAUTHORIZED, _TOO_LARGE = 401, "413"  # HTTP
+_NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
+"""What a request over HTTP may end with: nobody there, or something else than was asked for."""
 
 
 class RewardClient:
@@ -60,6 +65,8 @@ class RewardClient:
         self._hurried = False
         self.reads_parts = False  # known once it is ready: it takes prompt, response and fields apart
         self._without_since: float | None = None  # the server is ready, and has no such model
+        self._lock = threading.Lock()
+        self.archive: str | None = None  # sha256: of the model that gave the first reward of the run
 
     def wait_until_ready(self) -> None:
         """Return once the model is served.
@@ -68,9 +75,8 @@ class RewardClient:
         """
         begin = told = time.monotonic()
         while True:
-            fault = self._not_ready()
+            fault = self._not_ready() or self._unlike()
             if fault is None:
-                self._check_model()
                 return
             waited = time.monotonic() - begin
             if waited >= self._config.init_timeout_s:
@@ -91,8 +97,8 @@ class RewardClient:
         except urllib.error.HTTPError as fault:
             self._check_name()
             return f"it serves no model {self._server.name!r} yet (HTTP status {fault.code})"
-        except (OSError, ValueError) as fault:
-            return str(getattr(fault, "reason", fault))
+        except _NO_ANSWER as fault:
+            return _reason(getattr(fault, "reason", fault))
 
     def _check_name(self) -> None:
         """Raises ServerError for a name that will never come: the server lists others, or has long been ready without.
@@ -119,23 +125,28 @@ class RewardClient:
         """The models that the server lists, as far as it does."""
         try:
             return [str(model["name"]) for model in self._json("v2/repository/index", data=b"{}")]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (*_NO_ANSWER, KeyError, TypeError):
             return []
 
     def _answers(self, path: str) -> bool:
         try:
             with self._open(path):
                 return True
-        except (OSError, ValueError):
+        except _NO_ANSWER:
             return False
 
-    def _check_model(self) -> None:
-        """Raises ServerError for a model that answers something else than rewards of batches of texts."""
+    def _unlike(self) -> str | None:
+        """None for a model that answers rewards of batches of texts; why not, where that cannot be found out now.
+
+        Raises ServerError for another model.
+        """
         path = f"v2/models/{self._server.name}"
         try:
             about, batching = self._json(path), self._json(f"{path}/config")
-        except (OSError, ValueError) as fault:
-            raise ServerError(f"{self._url}/{path} does not say what it takes: {fault}") from None
+        except _NO_ANSWER as fault:
+            return f"it does not say what it takes: {_reason(fault)}"
+        if not (isinstance(about, dict) and isinstance(batching, dict)):
+            return "it does not say what it takes"
         for kind, wanted in (("inputs", SENTENCES), ("outputs", REWARDS)):
             names = [part.get("name") for part in about.get(kind, [])]
             if wanted not in names:
@@ -143,6 +154,7 @@ class RewardClient:
         self.reads_parts = RESPONSES in [part.get("name") for part in about.get("inputs", [])]
         if not batching.get("max_batch_size"):
             raise ServerError(f"{self._url}/{path} takes no batches (max_batch_size 0), and texts are sent in batches")
+        return None
 
     def _json(self, path: str, data: bytes | None = None) -> Any:
         with self._open(path, data) as reply:
@@ -195,15 +207,17 @@ class RewardClient:
                 waited = time.monotonic() - begin
                 if isinstance(fault, RequestError):
                     raise ServerError(f"the reward server at {self._url} refused a text: {reason}") from None
+                if isinstance(fault, ServerError):
+                    raise
                 if self._hurried or self._closed.is_set() or waited >= self._config.inference_timeout_s:
                     raise ServerError(
-                        f"no answer from the reward server at {self._url} for {waited:.0f} s ({reason}); "
-                        "start it again, or wait longer with remote_critic_rm.inference_timeout_s"
+                        f"no answer from the reward server at {self._url} ({KEY}.ip and .port) for {waited:.0f} s "
+                        f"({reason}); start it again, or wait longer with remote_critic_rm.inference_timeout_s"
                     ) from None
                 if waited - told >= _TELL_EVERY_S or not told:
                     told = waited + 1e-6
                     log.warning("the reward server at %s does not answer, asking again (%s)", self._url, reason)
-                self._closed.wait(pause)
+                self._closed.wait(pause * random.uniform(0.5, 1.0))  # or all ranks would come back at once
                 pause = min(2 * pause, 5.0)
 
     def _ask(self, inputs: dict[str, np.ndarray]) -> Any:
@@ -216,12 +230,24 @@ class RewardClient:
             raise
         for raw in answer[ERROR][:, 0] if ERROR in answer else []:  # other people's servers have no such output
             if raw:
-                said = raw.decode()
+                said = _text(raw)
                 raise ConnectionError(said) if said == SERVER_FAILED else RequestError(said)
         count = len(next(iter(inputs.values())))
         if len(answer[REWARDS]) != count:
             raise RequestError(f"{len(answer[REWARDS])} rewards came back for {count} texts")
+        if ARCHIVE in answer:  # nor this one
+            self._check_same(_text(answer[ARCHIVE][0, 0]))
         return answer
+
+    def _check_same(self, archive: str) -> None:
+        """Raises ServerError where the rewards are of another archive than the first ones."""
+        with self._lock:
+            first = self.archive = self.archive or archive
+        if archive != first:
+            raise ServerError(
+                f"the reward server at {self._url} has another reward model than when the run began: the archive with "
+                f"the sha256 {archive[:16]}, not {first[:16]}; serve that one again, or begin another run"
+            )
 
     def _connection(self) -> Any:
         """PyTriton's client is not for several threads, so each has its own."""
@@ -288,6 +314,11 @@ def _client_with(token: str) -> type[ModelClient]:
             return client
 
     return Client
+
+
+def _text(raw: bytes | str) -> str:
+    """Of an answer in the binary form, or in JSON."""
+    return raw.decode() if isinstance(raw, bytes) else raw
 
 
 def _reason(fault: Exception) -> str:

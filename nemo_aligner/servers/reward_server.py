@@ -29,6 +29,7 @@ from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
+    ARCHIVE,
     ERROR,
     EXCEEDED,
     FIELDS,
@@ -114,11 +115,15 @@ def answer_requests(
             rewards = iter([math.nan if j.reward is None else j.reward for j in judgements])
     except Exception as fault:
         log.error("scoring failed: %s", fault)
-        return [refusal(SERVER_FAILED, request) for request in requests]
+        return [refusal(SERVER_FAILED, request, reader.archive) for request in requests]
+
+    def own(found: Texts) -> list[float]:
+        return list(itertools.islice(rewards, sum(map(bool, found.rows))))
+
     answers = [
-        refusal(found, request)
+        refusal(found, request, reader.archive)
         if isinstance(found, str)
-        else answer(list(itertools.islice(rewards, sum(map(bool, found.rows)))), found.exceeded, found.errors)
+        else answer(own(found), found.exceeded, found.errors, reader.archive)
         for request, found in zip(requests, texts, strict=True)
     ]
     if judge is not None:
@@ -186,6 +191,7 @@ def serve(
                 Tensor(name=REWARDS, dtype=np.float32, shape=(1,)),
                 Tensor(name=EXCEEDED, dtype=np.int32, shape=(1,)),
                 Tensor(name=ERROR, dtype=bytes, shape=(1,)),
+                Tensor(name=ARCHIVE, dtype=bytes, shape=(1,)),
                 *(Tensor(name=name, dtype=bytes, shape=(1,)) for name in more_outputs),
             ],
             config=ModelConfig(
@@ -199,6 +205,7 @@ def serve(
             "inference.port",
             token=token,
             max_bytes=config.max_request_bytes,
+            max_requests=config.max_concurrent_requests,
             host_key="inference.ip",
             model=config.model_name,
         )

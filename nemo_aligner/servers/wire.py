@@ -12,6 +12,7 @@ outputs   rewards           float32 [B, 1]  NaN where there is an error
           error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
           parts             bytes   [B, 1]  of a server with reward functions: JSON {"reward", "parts", "failed"}, the
                                             reward of each source by its name, null where it gave none
+          archive           bytes   [B, 1]  sha256 of the reward model's archive: whose rewards these are
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from nemo_aligner.rewards.interfaces import Candidate, Judgement, Outcome
 
 SENTENCES, TOKENS, LENGTHS, ADD_EOS = "sentences", "tokens", "sequence_lengths", "add_EOS"
 PROMPTS, RESPONSES, FIELDS, PARTS = "prompts", "responses", "fields", "parts"
-REWARDS, EXCEEDED, ERROR = "rewards", "exceeded", "error"
+REWARDS, EXCEEDED, ERROR, ARCHIVE = "rewards", "exceeded", "error", "archive"
 
 SERVER_FAILED = "the server failed; its log says why"
 """The error of every row of a request that may be asked again, of this server or one started in its place."""
@@ -59,7 +60,8 @@ class Texts:
 class RequestReader:
     """Checks requests and turns them into token rows.
 
-    `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS.
+    `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS,
+    `archive` the sha256 of its archive.
     `check_fields` raises DataError for fields that reward functions cannot do without; None: no functions are served.
     """
 
@@ -68,6 +70,7 @@ class RequestReader:
     vocab_size: int
     append_eod: bool
     max_text_bytes: int
+    archive: str = ""
     check_fields: Callable[[Mapping[str, Any]], None] | None = None
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
@@ -204,10 +207,14 @@ def outcome_of(parts: bytes) -> Outcome:
     """What `told` says of the whole."""
     said = json.loads(parts)
     failed = ", ".join(said["failed"])
-    return Outcome(said["reward"], f"the server could not have the reward of {failed}" if failed else None)
+    return Outcome(
+        said["reward"], f"the server could not have the reward of {failed}" if failed else None, said["parts"]
+    )
 
 
-def answer(rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[str]) -> dict[str, np.ndarray]:
+def answer(
+    rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[str], archive: str
+) -> dict[str, np.ndarray]:
     """The outputs of one request; `rewards` of the rows without an error, `exceeded` and `errors` of all."""
     left = iter(rewards)
     every = [math.nan if error else next(left) for error in errors]
@@ -216,10 +223,11 @@ def answer(rewards: Sequence[float], exceeded: Sequence[bool], errors: Sequence[
         REWARDS: np.array(every, dtype=np.float32).reshape(-1, 1),
         EXCEEDED: np.array(flags, dtype=np.int32).reshape(-1, 1),
         ERROR: np.array([error.encode() for error in errors], dtype=object).reshape(-1, 1),
+        ARCHIVE: np.array([archive.encode()] * len(errors), dtype=object).reshape(-1, 1),
     }
 
 
-def refusal(error: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def refusal(error: str, inputs: Mapping[str, np.ndarray], archive: str) -> dict[str, np.ndarray]:
     """The outputs of a request of which no row could be scored."""
     count = len(next(iter(inputs.values()), np.empty(1)))
-    return answer([], [False] * count, [error] * count)
+    return answer([], [False] * count, [error] * count, archive)

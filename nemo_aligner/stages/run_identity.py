@@ -16,6 +16,7 @@ from nemo_aligner.engine.checkpoints.checkpoint_folder import latest, read_state
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, TrainableModel
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.ranks import together
 from nemo_aligner.stages.checkpoint_names import log_dir
 
 log = logging.getLogger(__name__)
@@ -76,17 +77,11 @@ def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, sett
 
     For the time before a model is loaded; the examples, which take its tokenizer, are compared afterwards. Collective.
     """
-    fault = None
-    newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
-    if newest is not None:
-        wanted = {"the archive to start from": _short(archive_hash(archive)), **settings}
-        try:
+    with together(cluster):
+        newest = latest(log_dir(exp) / "checkpoints", tell=False) if exp.resume_if_exists and cluster.is_main else None
+        if newest is not None:
+            wanted = {"the archive to start from": _short(archive_hash(archive)), **settings}
             check_same_run(newest, read_state(newest).get("fingerprint", {}), json.loads(json.dumps(wanted)))
-        except CheckpointError as found:
-            fault = str(found)
-    fault = cluster.broadcast(fault)
-    if fault:
-        raise CheckpointError(fault)
 
 
 def check_same_run(checkpoint: Path, made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.data.provenance import write_run_record
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.errors import OutputError, StoppedEarly
-from nemo_aligner.loggers import open_sinks
+from nemo_aligner.loggers import open_sinks, without_secrets
 from nemo_aligner.metrics import MetricsLogger
 from nemo_aligner.stages.checkpoint_names import log_dir
 
@@ -28,7 +28,7 @@ def run_logger(
     logger = MetricsLogger(folder, tensorboard=exp.create_tensorboard_logger, sinks=sinks, resumed_at=resumed_at)
     try:
         if config:
-            write_run_record(folder, config)
+            write_run_record(folder, without_secrets(config))
         yield logger
     except BaseException as fault:
         with contextlib.suppress(OutputError):  # what ended the run is what is reported

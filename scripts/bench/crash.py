@@ -23,13 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crash_jobs import JOBS, Job, make_inputs, server
+from crash_jobs import JOBS, Invocation, Job, make_inputs, server
 from crash_processes import BLOWS, Command, end_all, left_running, let_go, start, strike, wait, wait_for_moment
 from crash_results import Differences, Lines, compare, results
 
 _PATIENCE_S = 1200.0
 """After this long a command that should end is taken to hang."""
-
 
 _SERVER_ENDS_S = 45.0
 """A server that lives longer after a kill is taken to have lived through it."""
@@ -54,14 +53,14 @@ class Place:
         """The job's command; with `at`, it stops before its `at`-th change of a file."""
         if self.job.has_server and self.server is None:
             self.start_server()
-        return self._start(*_parts(self.job.run(self._inputs, self.out, ranks, self.port)), at=at)
+        return self._start(self.job.run(self._inputs, self.out, ranks, self.port), at)
 
-    def _start(self, command: list[str], environment: dict[str, str], at: int = 0) -> Command:
-        own = {**environment, "TMPDIR": str(self.temporary)}
-        return start(command, self.folder, [self.out, self.temporary / "nemo_"], own, at=at)
+    def _start(self, invocation: Invocation, at: int = 0) -> Command:
+        own = {**invocation.environment, "TMPDIR": str(self.temporary)}
+        return start(invocation.command, self.folder, [self.out, self.temporary / "nemo_"], own, at=at)
 
     def start_server(self) -> None:
-        self.server = self._start(*_parts(server(self._inputs, self.port)))
+        self.server = self._start(server(self._inputs, self.port))
 
     def renew_server(self) -> list[str]:
         """Start the server again if it ends within some time; what is left running of the one before."""
@@ -87,10 +86,6 @@ class Place:
 
     def results(self) -> Lines:
         return results(self.out, self.temporary)
-
-
-def _parts(invocation: Any) -> tuple[list[str], dict[str, str]]:
-    return invocation.command, invocation.environment
 
 
 class Reference:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -69,20 +68,6 @@ def test_shared_groups_are_reached_from_any_folder(tmp_path: Path, flags: list[s
     assert "num_query_groups: 2" in done.stdout
     assert "answer_only_loss: true" in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_killed_at_any_moment_the_rerun_gives_the_uninterrupted_result(workshop: Workshop, tmp_path: Path) -> None:
-    whole = tmp_path / "whole.jsonl"
-    run(*sampler(workshop, whole))
-    slow = sampler(workshop, tmp_path / "killed.jsonl", "checkpoint_interval=1", "inference.max_batch_slots=1")
-    process = subprocess.Popen(slow, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "killed.jsonl_temp" / "rank_0.json"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run(*sampler(workshop, tmp_path / "killed.jsonl", "trainer.devices=2"))
-    assert (tmp_path / "killed.jsonl").read_text() == whole.read_text()
 
 
 def test_a_time_limit_keeps_the_work_and_says_so_with_its_exit_status(workshop: Workshop, tmp_path: Path) -> None:

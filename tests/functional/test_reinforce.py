@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,9 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
 from nemo_aligner.errors import ServerError
+from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.reward_client import RewardClient
+from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
 
 DOCUMENT = ROOT / "tests" / "data" / "mission" / "reinforce.rst"
@@ -424,3 +428,27 @@ def test_a_name_that_the_server_does_not_know_is_refused(server: int) -> None:
         client.wait_until_ready()
     assert time.monotonic() - begin < 50
     client.close()
+
+
+def test_behind_a_network_that_fails_in_every_way_the_server_gives_the_same_rewards_of_the_same_archive(
+    workshop: Workshop, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_client, "_REQUEST_TIMEOUT_S", 3.0)
+    turn, numbers = itertools.cycle(FAULTS), itertools.count(1)
+    proxy = FaultyProxy(
+        free_port(), server, lambda path: next(turn) if path.endswith("/infer") and next(numbers) % 2 else None
+    )
+    proxy.up()
+    asked = [[f"film {number}", "a good one"] for number in range(8)]
+    found = []
+    for port in (server, proxy.port):
+        client = RewardClient(RemoteRewardModelConfig(ServerAddress(ip="127.0.0.1", port=port)))
+        client.wait_until_ready()
+        found.append([future.result(120) for future in [client.submit(both) for both in asked]])
+        client.close()
+    proxy.close()
+    assert found[0] == found[1]
+    assert len(set(map(tuple, found[0]))) == len(asked)
+    assert set(proxy.met) == set(FAULTS)
+    answer = ask(server, texts("a", "b"))
+    assert answer["archive"] == [file_sum(workshop.path("reward_model.nemo"))] * 2

@@ -53,7 +53,10 @@ def test_a_server_of_functions_takes_fields_and_says_what_each_function_says(tmp
         client = RewardClient(RemoteRewardModelConfig(ServerAddress(ip="127.0.0.1", port=port), init_timeout_s=60))
         client.wait_until_ready()
         rows = [Candidate(row["input"], row["output"], {"answer": row["answer"]}) for row in ROWS[:3]]
-        assert client.judge(rows).result(timeout=60) == [Outcome(reward) for reward in REWARDS[:3]]
+        parts = [{"right": 1.0, "short": 0.5}, {"right": 0.0, "short": 1.0}, {"right": 1.0, "short": 0.0}]
+        assert client.judge(rows).result(timeout=60) == [
+            Outcome(reward, None, own) for reward, own in zip(REWARDS, parts, strict=False)
+        ]
         client.close()
         columns = {"prompts": "q", "responses": "a b", "fields": '{"answer": "b"}'}
         inputs = [{"name": k, "datatype": "BYTES", "shape": [1, 1], "data": [v]} for k, v in columns.items()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.conftest import Workshop, free_port, run
+from tests.functional.test_launch import fails
 
 CLUSTER = "scripts/slurm/local_cluster.sh"
 
@@ -128,6 +129,12 @@ def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Wo
     assert told == "error: the reward server ended with status 1 before the actor"
     job = shown.partition("JobId=")[2].split()[0]
     assert first.startswith(f"{tmp_path}/critic_results/critic_error_{job}_0.err:error: rm_model_file=")
+
+
+def test_a_rank_that_is_killed_ends_the_others_also_where_srun_would_let_them_wait(cluster: dict[str, str]) -> None:
+    lines = fails("kill", "srun", "--ntasks=2", "--nodes=1", "--kill-on-bad-exit=0", "python", **cluster)
+    assert "error: rank 1 is gone without a word; was it killed?" in lines
+    assert any(line.startswith("srun: error: ") and line.endswith("task 1: Killed") for line in lines)
 
 
 def test_after_scancel_the_actor_saves_and_every_log_ends_in_a_line_that_says_so(

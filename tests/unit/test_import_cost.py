@@ -102,7 +102,7 @@ FAULTS = [
     (
         LABELER,
         "reward_function=a:b",
-        "gpt_model_file: {judge} would give no reward, as reward_function does not name it",
+        "gpt_model_file: {judge} would give no reward",
     ),
     (ACTOR, "reward_function=no_such:f", "no_such:f cannot be used: ModuleNotFoundError"),
     (ACTOR, "reward_function=nemo_aligner.rewards.text:exact_match", "{rows}:1: no field 'answer', which reward"),

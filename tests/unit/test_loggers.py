@@ -56,10 +56,11 @@ def log_steps(exp: ExpManagerConfig, steps: Sequence[int], resumed_at: int | Non
     return position
 
 
-def test_a_run_says_what_it_is_where_it_logs(tmp_path: Path) -> None:
+def test_a_run_says_what_it_is_where_it_logs_but_for_secrets(tmp_path: Path) -> None:
     exp = ExpManagerConfig(explicit_log_dir=str(tmp_path), name="m", create_tensorboard_logger=False)
     log_steps(exp, [1], None)
-    assert json.loads((tmp_path / "run.json").read_text())["config"] == CONFIG
+    secrets = {"exp_manager": {"neptune_logger_kwargs": {"api_key": "***"}}}
+    assert json.loads((tmp_path / "run.json").read_text())["config"] == CONFIG | secrets
 
 
 def in_two_parts(exp: ExpManagerConfig) -> None:

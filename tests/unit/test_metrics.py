@@ -119,6 +119,14 @@ def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(tmp_path: Path) -
     assert found.Scalars("train/loss")[1].wall_time == 1e9 + 2
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"train/loss": 1.0}', '{"step": 1, "train/loss": null}'])
+def test_a_damaged_line_that_a_resumed_run_would_show_again_is_named(tmp_path: Path, damage: str) -> None:
+    content = '{"step": 1, "train/loss": 1.0}\n' + damage + "\n"
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(OutputError, match=rf"^{tmp_path}/metrics\.jsonl:2: damaged; remove that line$"):
+        MetricsLogger(tmp_path, tensorboard=True, resumed_at=len(content))
+
+
 def test_phases_add_up_and_count_what_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -21,12 +21,17 @@ PARTIAL = ".partial"
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state file of a checkpoint. Raises CheckpointError when there is none or it is not ours."""
+    path = folder / STATE
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint, it has no {STATE}")
     try:
-        state = json.loads((folder / STATE).read_text())
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: checkpoint format {state['format']} is not {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({fault})") from None
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({fault})") from None
+    if not isinstance(state, dict) or "format" not in state or not isinstance(state.get("files", {}), dict):
+        raise CheckpointError(f"{path}: not the state of a checkpoint")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {state['format']} is not {FORMAT}")
     return state
 
 

@@ -20,6 +20,25 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is 
 _CONTROL = 3
 
 
+def checked_tokenizer(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same values, of which every one that is read here is of its kind. Raises CheckpointError."""
+    count = len(values["tokens"]) if isinstance(values.get("tokens"), list) else 0
+
+    def are(name: str, kind: type) -> bool:
+        return isinstance(values.get(name), list) and all(isinstance(one, kind) for one in values[name])
+
+    ids = {name: value for name, value in values.items() if name.endswith("_token_id")}
+    for name, fits, wanted in (
+        ("tokens", count and are("tokens", str), "a list of texts"),
+        ("token_type", are("token_type", int) and len(values["token_type"]) == count, "a number for each token"),
+        ("merges", "merges" not in values or are("merges", str), "a list of texts"),
+        *((name, type(value) is int and 0 <= value < count, "one of the tokens") for name, value in ids.items()),
+    ):
+        if not fits:
+            raise CheckpointError(f"tokenizer.ggml.{name}={str(values.get(name))[:80]} is not {wanted}")
+    return values
+
+
 def tokenizer_json(values: Mapping[str, Any]) -> bytes:
     """From the values of a file under `tokenizer.ggml.`. Raises CheckpointError for other kinds of tokenizers."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -33,7 +52,10 @@ def tokenizer_json(values: Mapping[str, Any]) -> bytes:
     tokens: list[str] = values["tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in _WHOLE_WORDS))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in _WHOLE_WORDS))
+    except Exception as fault:  # it raises bare ones
+        raise CheckpointError(f"tokenizer.ggml.merges: {' '.join(str(fault).split())[:200]}") from None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in _GPT2)
     steps: list[Any] = [byte_level]
     if split == "smollm":

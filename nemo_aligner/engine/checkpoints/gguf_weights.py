@@ -7,13 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture, RopeScaling
-from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, tokenizer_settings
+from nemo_aligner.engine.checkpoints.gguf_tokenizer import checked_tokenizer, tokenizer_json, tokenizer_settings
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
-from nemo_aligner.engine.checkpoints.settings import Settings
+from nemo_aligner.engine.checkpoints.settings import Settings, placed
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.extras import require_extra
 
@@ -33,6 +34,17 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_THEIRS = {  # ours → theirs
+    "num_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "ffn_hidden_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_query_groups": "attention.head_count_kv",
+    "encoder_seq_length": "context_length",
+    "rotary_base": "rope.freq_base",
+    "layernorm_epsilon": "attention.layer_norm_rms_epsilon",
+    "window_size": "attention.sliding_window",
+}
 _FREQUENCIES = "rope_freqs.weight"
 _HARMLESS = frozenset({"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"})
 
@@ -42,21 +54,37 @@ def read_gguf(path: Path) -> tuple[Architecture, LazyTensors, bytes]:
     require_extra("hf", f"--input {path}, a GGUF file,")
     import gguf
 
+    class Bounded(gguf.GGUFReader):
+        """Of a file that claims more than it has, the library's own would go on reading nothing, for years."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it claims more than the file has")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as fault:
-        raise CheckpointError(f"--input {path}: not a whole GGUF file ({fault})") from None
-    values = {name: field.contents() for name, field in reader.fields.items()}
+        reader = Bounded(path)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as fault:  # of a damaged file the reader may raise anything
+        said = " ".join(str(fault).split())[:200]
+        raise CheckpointError(f"--input {path}: not a whole GGUF file ({said})") from None
+    with placed(f"--input {path}"):
+        return _described(reader, values)
+
+
+def _described(reader: Any, values: dict[str, Any]) -> tuple[Architecture, LazyTensors, bytes]:
+    """Of a `gguf.GGUFReader` and its values. Raises CheckpointError."""
     kind = values.get("general.architecture")
     if kind != "llama":
-        raise CheckpointError(f"--input {path}: GGUF architecture {kind!r} is not llama")
-    settings = Settings(_below(values, "llama."), f"--input {path}: llama")
-    tokenizer = _below(values, "tokenizer.ggml.")
+        raise CheckpointError(f"GGUF architecture {kind!r} is not llama")
+    settings = Settings(_below(values, "llama."), "llama")
+    tokenizer = checked_tokenizer(_below(values, "tokenizer.ggml."))
     tensors = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}
     frequencies = tensors.pop(_FREQUENCIES, None)
     arch = _architecture(settings, tensors, len(tokenizer["tokens"]))
     arch.rope_freq_factors = None if frequencies is None else frequencies.make().tolist()
     arch.tokenizer = tokenizer_settings(tokenizer, values.get("tokenizer.chat_template"))
+    arch.check("llama", _THEIRS)
     settings.check_all_used(_HARMLESS)
     named = {_hf_name(name): _hf_order(name, value, arch) for name, value in tensors.items()}
     return arch, LazyTensors(named), tokenizer_json(tokenizer)
@@ -78,8 +106,8 @@ def _below(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int) -> Architecture:
-    heads, hidden = settings.needed("attention.head_count"), settings.needed("embedding_length")
-    head_dim = settings.get("attention.key_length", hidden // heads)
+    heads, hidden = settings.whole("attention.head_count"), settings.whole("embedding_length")
+    head_dim = settings.whole("attention.key_length", max(1, hidden // heads))
     if settings.get("attention.value_length", head_dim) != head_dim:
         raise CheckpointError("attention.key_length and attention.value_length differ, which is not supported")
     return Architecture(
@@ -92,10 +120,10 @@ def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int)
         vocab_size=vocabulary,
         encoder_seq_length=settings.needed("context_length"),
         max_position_embeddings=settings["context_length"],
-        rotary_base=float(settings.get("rope.freq_base", 10000.0)),
-        rotary_percentage=settings.get("rope.dimension_count", head_dim) / head_dim,
+        rotary_base=settings.get("rope.freq_base", 10000.0),
+        rotary_percentage=settings.whole("rope.dimension_count", head_dim) / head_dim,
         rope_scaling=_scaling(settings),
-        layernorm_epsilon=round(float(settings.needed("attention.layer_norm_rms_epsilon")), 12),
+        layernorm_epsilon=_rounded(settings.needed("attention.layer_norm_rms_epsilon")),
         window_size=settings.get("attention.sliding_window"),
         qkv_bias="blk.0.attn_q.bias" in tensors,
         proj_bias="blk.0.attn_output.bias" in tensors or None,
@@ -104,13 +132,18 @@ def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int)
     )
 
 
+def _rounded(value: Any) -> Any:
+    """To the digits that float32 has of it."""
+    return round(value, 12) if isinstance(value, float) else value
+
+
 def _scaling(settings: Settings) -> RopeScaling | None:
     kind, factor = settings.get("rope.scaling.type", "none"), settings.get("rope.scaling.factor", 1.0)
     old = settings.get("rope.scale_linear", 1.0)
     if kind not in ("none", "linear"):
         raise CheckpointError(f"rope.scaling.type={kind} is not none or linear")
     found = old if kind == "none" else factor
-    return None if found in (0.0, 1.0) else RopeScaling("linear", float(found))
+    return None if found in (0.0, 1.0) else RopeScaling("linear", found)
 
 
 def _hf_name(name: str) -> str:

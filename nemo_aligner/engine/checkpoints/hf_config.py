@@ -32,6 +32,17 @@ ACTIVATIONS = {  # theirs → ours, which is gated
     "relu2": "squared-reglu",
 }
 
+_THEIRS = {  # ours → theirs
+    "num_layers": "num_hidden_layers",
+    "ffn_hidden_size": "intermediate_size",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "encoder_seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "window_size": "sliding_window",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
+
 _HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
     "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
@@ -47,13 +58,14 @@ _HARMLESS = frozenset({
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """The shape a `config.json` describes. Raises CheckpointError for other models and for settings not understood."""
     settings = Settings(config, where)
-    name = (settings.get("architectures") or ["none"])[0]
+    names = settings.get("architectures") or ["none"]
+    name = str(names[0] if isinstance(names, list) else names)
     if name in NOT_SUPPORTED:
         raise CheckpointError(f"{where}: {name} is not supported: it has {NOT_SUPPORTED[name]}")
     if name not in SUPPORTED:
         raise CheckpointError(f"{where}: architecture {name} is not one of {', '.join(SUPPORTED)}")
     activation = settings.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(f"{where}: hidden_act={activation} is not one of {', '.join(ACTIVATIONS)}")
     length, biased = settings.needed("max_position_embeddings"), bool(settings.get("attention_bias"))
     base, fraction, scaling = _rope(settings, where)
@@ -83,6 +95,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
         attention_dropout=settings.get("attention_dropout") or 0.0,
         share_embeddings_and_output_weights=bool(settings.get("tie_word_embeddings", False)),
     )
+    arch.check(where, _THEIRS)
     settings.check_all_used(_HARMLESS)
     return arch
 
@@ -116,10 +129,13 @@ def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
 def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | None]:
     """Base, part of the head dimension that is turned, and scaling of the rotary embedding."""
     given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope = Settings(next((block for block in given if block), {}), f"{where}: rope_scaling")
+    found: Any = next((block for block in given if block), {})
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: rope_scaling={str(found)[:80]} is not a mapping")
+    rope = Settings(found, f"{where}: rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    base = float(rope.get("rope_theta", settings.get("rope_theta")) or 10000.0)
-    fraction = float(rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0)
+    base = rope.get("rope_theta", settings.get("rope_theta")) or 10000.0
+    fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
     if kind not in ("default", "llama3", "linear"):
         raise CheckpointError(f"{where}: rope_scaling type {kind!r} is not one of default, linear, llama3")
     scaling = None
@@ -134,15 +150,20 @@ def _windows(name: str, settings: Settings) -> tuple[int | None, list[int] | Non
     """Sliding window, and the layers that have it; None: all."""
     if name == "LlamaForCausalLM":
         return None, None
-    window, kinds, layers = settings.get("sliding_window"), settings.get("layer_types"), settings["num_hidden_layers"]
+    window, kinds, layers = (
+        settings.get("sliding_window"),
+        settings.get("layer_types"),
+        settings.whole("num_hidden_layers"),
+    )
     is_qwen = name.startswith("Qwen")
-    asked, first = settings.get("use_sliding_window"), settings.get("max_window_layers", 0)
+    asked, first = settings.get("use_sliding_window"), settings.whole("max_window_layers", 0, low=0)
     if window is None or (is_qwen and not asked):
         return None, None
     if kinds is not None:
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
-        if unknown or len(kinds) != layers:
-            raise CheckpointError(f"layer_types: {len(kinds)} of {sorted(set(kinds))} for {layers} layers")
+        found = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
+        if not {"full_attention", "sliding_attention"}.issuperset(found) or len(kinds) != layers:
+            said = f"{len(kinds)} of {found}" if found else str(kinds)[:80]
+            raise CheckpointError(f"layer_types: {said} for {layers} layers")
         chosen = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     else:
         chosen = list(range(first if is_qwen else 0, layers))

@@ -10,10 +10,19 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
-from nemo_aligner.engine.checkpoints.hf_settings import CONFIG, INDEX, SINGLE, TOKENS, read_hf_architecture, read_json
+from nemo_aligner.engine.checkpoints.hf_settings import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TOKENS,
+    named,
+    read_hf_architecture,
+    read_json,
+)
 from nemo_aligner.engine.checkpoints.hf_tensors import dequantised, load_tensors, write_tensors
 from nemo_aligner.engine.checkpoints.hf_weights import to_hf
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import write_atomically, writing
@@ -24,9 +33,10 @@ SHARD_BYTES = 5_000_000_000
 
 def read_hf_folder(folder: Path, *, key: str = "--input") -> tuple[Architecture, LazyTensors, bytes]:
     """Shape, tensors and tokenizer.json. Raises CheckpointError; `key` is what named the folder."""
-    arch = read_hf_architecture(folder, key=key)
-    quantization = read_json(folder / CONFIG, key=key).get("quantization_config")
-    return arch, dequantised(load_tensors(folder, key=key), quantization), (folder / HF_FILE).read_bytes()
+    with placed(named(key, folder)):
+        arch = read_hf_architecture(folder, key=key)
+        quantization = read_json(folder / CONFIG, key=key).get("quantization_config")
+        return arch, dequantised(load_tensors(folder, key=key), quantization), (folder / HF_FILE).read_bytes()
 
 
 def write_hf_folder(

@@ -6,11 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of
+from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,7 +26,7 @@ _BY_ID = ("generation_config.json", CONFIG)
 _TEMPLATE = "chat_template.jinja"
 
 
-def named(key: str, path: Path) -> str:
+def named(key: str, path: str | Path) -> str:
     """A path as it was given: after a flag, or as a key of the config."""
     return f"{key} {path}" if key.startswith("--") else f"{key}={path}"
 
@@ -37,7 +41,8 @@ def read_hf_architecture(folder: Path, *, key: str = "--input") -> Architecture:
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise CheckpointError(f"{named(key, folder)}: the folder has no {name}")
-    arch = architecture_of(read_json(folder / CONFIG, key=key))
+    with placed(named(key, folder)):
+        arch = architecture_of(read_json(folder / CONFIG, key=key))
     return replace(arch, tokenizer=_tokenizer_settings(folder, (folder / TOKENIZER).read_bytes(), key))
 
 
@@ -46,9 +51,11 @@ def weight_map(folder: Path, *, key: str = "--input") -> dict[str, str] | None:
     index = folder / INDEX
     if not index.is_file():
         return None
-    found = read_json(index, key=key)["weight_map"]
+    found = read_json(index, key=key).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{named(key, index)}: no weight_map that says which file holds which tensor")
     for name in sorted(set(found.values())):
-        if not (folder / name).is_file():
+        if "/" in name or "\0" in name or not (folder / name).is_file():
             raise CheckpointError(f"{named(key, folder)}: {INDEX} names {name}, which is not there")
     return found
 
@@ -77,7 +84,7 @@ def read_json(path: Path, *, key: str = "--input") -> dict[str, Any]:
     """Raises CheckpointError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise CheckpointError(f"{named(key, path)}: cannot be read as JSON ({fault})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{named(key, path)}: not a JSON object")
@@ -90,26 +97,35 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
     tokenizer_config.json and special_tokens_map.json name tokens, generation_config.json and config.json ids; the
     former come first. Several ids for EOS all end a response.
     """
-    from tokenizers import Tokenizer
-
     by_name, by_id = (
         [read_json(folder / name, key=key) if (folder / name).is_file() else {} for name in names]
         for names in (_NAMED, _BY_ID)
     )
-    vocabulary = Tokenizer.from_str(tokenizer_json.decode())
+    vocabulary = _vocabulary(tokenizer_json, named(key, folder / TOKENIZER))
 
-    def ids(kind: str) -> list[int]:
-        found: Any = next((c[f"{kind}_token_id"] for c in by_id if c.get(f"{kind}_token_id") is not None), [])
-        return found if isinstance(found, list) else [found]
+    def refused(name: str, value: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{named(key, folder)}: {name}={str(value)[:80]} is not {wanted}")
+
+    def of_ids(kind: str) -> list[str | None]:
+        name = f"{kind}_token_id"
+        found: Any = next((c[name] for c in by_id if c.get(name) is not None), [])
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(one) is int and 0 <= one < 2**31 for one in ids):
+            raise refused(name, found, "a token id, or a list of them")
+        return [vocabulary.id_to_token(one) for one in ids]
 
     def token(kind: str) -> str | None:
-        given = next((c[f"{kind}_token"] for c in by_name if c.get(f"{kind}_token")), None)
+        name = f"{kind}_token"
+        given = next((c[name] for c in by_name if c.get(name)), None)
         if given is None:
-            return next((vocabulary.id_to_token(one) for one in ids(kind)), None)
-        return given["content"] if isinstance(given, dict) else given
+            return next(iter(of_ids(kind)), None)
+        text = given.get("content") if isinstance(given, dict) else given
+        if not isinstance(text, str):
+            raise refused(name, given, "the text of a token")
+        return text
 
     settings: dict[str, Any] = {f"{kind}_token": token(kind) for kind in TOKENS}
-    ends = [text for text in map(vocabulary.id_to_token, ids("eos")) if text and text != settings["eos_token"]]
+    ends = [text for text in of_ids("eos") if text and text != settings["eos_token"]]
     return {
         "library": "huggingface",
         **settings,
@@ -118,16 +134,33 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
     }
 
 
+def _vocabulary(tokenizer_json: bytes, where: str) -> Tokenizer:
+    """Raises CheckpointError for what `tokenizers` cannot read; `where` names the file."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(tokenizer_json.decode())
+    except Exception as fault:  # it raises bare Exceptions
+        raise CheckpointError(f"{where}: not a tokenizer ({' '.join(str(fault).split())[:200]})") from None
+
+
 def _chat_template(folder: Path, given: Any, key: str) -> str | None:
     """A file of its own, or that of tokenizer_config.json; of several, the one called default."""
     file = folder / _TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as fault:
+            raise CheckpointError(f"{named(key, file)}: not valid UTF-8 ({fault})") from None
     if isinstance(given, list):
-        templates = {entry["name"]: entry["template"] for entry in given}
-        if "default" not in templates:
-            raise CheckpointError(
-                f"{named(key, folder)}: chat templates {sorted(templates)}, none of them called default"
-            )
-        return templates["default"]
+        entries = [entry for entry in given if isinstance(entry, dict)]
+        names = sorted(str(entry.get("name")) for entry in entries)
+        found = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        if not found:
+            raise CheckpointError(f"{named(key, folder)}: chat templates {names}, none of them called default")
+        given = found[-1]
+        if given is None:
+            raise CheckpointError(f"{named(key, folder)}: the chat template called default has no template")
+    if given is not None and not isinstance(given, str):
+        raise CheckpointError(f"{named(key, folder)}: chat_template={str(given)[:80]} is not a text")
     return given

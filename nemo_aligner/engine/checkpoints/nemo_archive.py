@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
-from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, read_hf_architecture
-from nemo_aligner.errors import AlignerError, CheckpointError, OutputError
-from nemo_aligner.files import fsync
+from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import fsync, writing
+from nemo_aligner.ranks import together
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
         config = path / CONFIG
         if not config.is_file():
             raise CheckpointError(
-                f"{key}={path}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder (config.json)"
+                f"{named(key, path)}: neither an extracted .nemo archive ({CONFIG}) nor a Hugging Face folder "
+                "(config.json)"
             )
         text = config.read_bytes()
     else:
@@ -73,13 +75,15 @@ def read_architecture(path: str | Path, *, key: str = "archive") -> Architecture
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as fault:
-        raise CheckpointError(f"{key}={path}: {CONFIG} is not valid YAML: {' '.join(str(fault).split())}") from None
+        raise CheckpointError(
+            f"{named(key, path)}: {CONFIG} is not valid YAML: {' '.join(str(fault).split())}"
+        ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{key}={path}: {CONFIG} is not a mapping")
+        raise CheckpointError(f"{named(key, path)}: {CONFIG} is not a mapping")
     try:
         return Architecture.from_nemo(content)
     except (CheckpointError, TypeError) as fault:
-        raise CheckpointError(f"{key}={path}: {fault}") from None
+        raise CheckpointError(f"{named(key, path)}: {fault}") from None
 
 
 def adapter_entry(lora: LoraTuning, base: Path, digest: str) -> dict[str, Any]:
@@ -99,29 +103,30 @@ def base_of(path: str | Path, arch: Architecture, *, key: str) -> Path:
         if place.exists():
             return place
     raise CheckpointError(
-        f"{key}={path} is an adapter, and its base is not there: {stored} (put it beside the adapter, if it has moved)"
+        f"{named(key, path)} is an adapter, and its base is not there: {stored} (put it beside the adapter, if it has "
+        "moved)"
     )
 
 
 def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluster, *, key: str) -> None:
     """Raises CheckpointError on every rank where `base` is not what the adapter at `path` was trained beside."""
     assert arch.peft is not None, "a whole model has no base"
-    found = archive_hash(base) if cluster.is_main else ""
-    if cluster.any(cluster.is_main and found != arch.peft["base"]["sha256"]):
-        raise CheckpointError(f"{key}={path} is an adapter of another archive than {base} as it is now")
+    with together(cluster):
+        if cluster.is_main and archive_hash(base) != arch.peft["base"]["sha256"]:
+            raise CheckpointError(f"{named(key, path)} is an adapter of another archive than {base} as it is now")
 
 
 @contextmanager
 def open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
     if not path.exists():
-        raise CheckpointError(f"{key}={path}: no such file")
+        raise CheckpointError(f"{named(key, path)}: no such file")
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
     except (tarfile.TarError, EOFError) as fault:
-        raise CheckpointError(f"{key}={path}: not a .nemo archive, or truncated or corrupt ({fault})") from None
+        raise CheckpointError(f"{named(key, path)}: not a .nemo archive, or truncated or corrupt ({fault})") from None
     except PermissionError:
-        raise CheckpointError(f"{key}={path}: no permission to read it") from None
+        raise CheckpointError(f"{named(key, path)}: no permission to read it") from None
 
 
 def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
@@ -131,11 +136,13 @@ def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
         except KeyError:
             continue
         if member.size > _MOST_TEXT:
-            raise CheckpointError(f"{key}={path}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}")
+            raise CheckpointError(
+                f"{named(key, path)}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}"
+            )
         stream = tar.extractfile(member) if member.isfile() else None
         if stream is not None:
             return stream.read()
-    raise CheckpointError(f"{key}={path}: the archive has no {name}, so it is not a .nemo archive")
+    raise CheckpointError(f"{named(key, path)}: the archive has no {name}, so it is not a .nemo archive")
 
 
 @contextmanager
@@ -147,7 +154,9 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
     """
     path = Path(path)
     if path.is_dir():
-        _check_folder(path, cluster, key)
+        with together(cluster):
+            if cluster.is_main:
+                _check_sums(path, path, key)
         yield path
         return
     extracts = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -155,23 +164,26 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
     token = cluster.broadcast(next(tempfile._get_candidate_names()))  # type: ignore[attr-defined]
     node = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or "0"
     folder = scratch_root() / f"{_OPENED}{token}_{node}"
-    fault: AlignerError | None = None
     with contextlib.ExitStack() as stack:
-        if extracts:
-            try:
+        with together(cluster):
+            if extracts:
                 remove_leftovers(folder.parent, _OPENED)
-                stack.enter_context(scratch_folder(folder))
+                try:
+                    stack.enter_context(scratch_folder(folder))
+                except OutputError as fault:
+                    raise CheckpointError(
+                        f"{named(key, path)}: cannot be extracted to {folder.parent}: {_reason(fault)}; "
+                        "give another as $TMPDIR"
+                    ) from fault
                 _extract(path, folder, key)
                 _check_sums(path, folder, key)
-            except AlignerError as found:
-                fault = found
-        failed = cluster.any(fault is not None)
-        if fault is not None:
-            raise fault
-        if failed:
-            raise CheckpointError(f"{key}={path}: could not be extracted on another node")
         yield folder
         cluster.barrier()  # nobody may still be reading when the folder goes
+
+
+def _reason(fault: OutputError) -> str:
+    """What the disk said."""
+    return fault.__cause__.strerror if isinstance(fault.__cause__, OSError) else str(fault)
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:
@@ -180,14 +192,16 @@ def _extract(path: Path, folder: Path, key: str) -> None:
             try:
                 tar.extract(member, folder, filter="data")
             except tarfile.FilterError as fault:
-                raise CheckpointError(f"{key}={path}: refused, {fault}") from None
+                raise CheckpointError(f"{named(key, path)}: refused, {fault}") from None
             except OSError as fault:
                 if isinstance(fault, tarfile.ReadError):
                     raise
-                raise CheckpointError(f"{key}={path}: cannot be extracted to {folder}: {fault}") from None
+                raise CheckpointError(f"{named(key, path)}: cannot be extracted to {folder}: {fault}") from None
     if not (folder / WEIGHTS).is_dir():
         found = "model_weights.ckpt" if (folder / "model_weights.ckpt").exists() else "nothing"
-        raise CheckpointError(f"{key}={path}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}")
+        raise CheckpointError(
+            f"{named(key, path)}: weights are read from {WEIGHTS}/ (megatron torch_dist); found {found}"
+        )
 
 
 def checked_members(
@@ -212,31 +226,18 @@ def checked_members(
         elif name in names:
             fault = "is there twice"
         if fault is not None:
-            raise CheckpointError(f"{key}={path}: member {member.name!r} {fault}")
+            raise CheckpointError(f"{named(key, path)}: member {member.name!r} {fault}")
         names.add(name)
         if room is not None:
             room -= member.size
         yield member
 
 
-def _check_folder(path: Path, cluster: Cluster, key: str) -> None:
-    """Raises CheckpointError on every rank for an extracted folder with damaged files. Collective."""
-    fault: CheckpointError | None = None
-    if cluster.is_main:
-        try:
-            _check_sums(path, path, key)
-        except CheckpointError as found:
-            fault = found
-    failed = cluster.any(fault is not None)
-    if failed:
-        raise fault or CheckpointError(f"{key}={path}: damaged; rank 0 says which file")
-
-
 def _check_sums(path: Path, folder: Path, key: str) -> None:
     try:
         check_sums(folder)
     except CheckpointError as fault:
-        raise CheckpointError(f"{key}={path}: {fault}") from None
+        raise CheckpointError(f"{named(key, path)}: {fault}") from None
 
 
 def load_weights(
@@ -292,7 +293,7 @@ def _fill_from_hf(state: ShardedStateDict, folder: Path, tp: int, key: str) -> N
     try:
         fill(state, to_megatron(arch, tensors, padded_vocab_size(arch, tp)), PREFIX)
     except CheckpointError as fault:
-        raise CheckpointError(f"{key}={folder}: {fault}") from None
+        raise CheckpointError(f"{named(key, folder)}: {fault}") from None
 
 
 def whole_tensors(model: MegatronModule, folder: Path) -> LazyTensors:
@@ -322,15 +323,11 @@ def save_archive(
 
     path = Path(path)
     staging, partial = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.partial")
-    fault: OutputError | None = None
-    if cluster.is_main:
-        try:
+    with together(cluster), writing(path):
+        if cluster.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)  # what a killed save left
             (staging / WEIGHTS).mkdir(parents=True)
-        except OSError as error:
-            fault = OutputError(f"cannot write {path}: {error.strerror or error}")
-    _raise_everywhere(fault, path, cluster)
     try:
         state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
         if arch.peft is not None:
@@ -343,8 +340,8 @@ def save_archive(
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 
             save_whole(state, staging / WEIGHTS, weights, PREFIX)
-        if cluster.is_main:
-            try:
+        with together(cluster), writing(path):
+            if cluster.is_main:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
                 for name, content in tokenizer.files.items():
                     (staging / name).write_bytes(content)
@@ -352,9 +349,6 @@ def save_archive(
                 _pack(staging, partial)
                 os.replace(partial, path)
                 fsync(path.parent)
-            except OSError as error:
-                fault = OutputError(f"cannot write {path}: {error.strerror or error}")
-        _raise_everywhere(fault, path, cluster)
     finally:
         if cluster.is_main:
             shutil.rmtree(staging, ignore_errors=True)
@@ -362,14 +356,6 @@ def save_archive(
                 partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
-
-
-def _raise_everywhere(fault: OutputError | None, path: Path, cluster: Cluster) -> None:
-    failed = cluster.any(fault is not None)
-    if fault is not None:
-        raise fault
-    if failed:
-        raise OutputError(f"cannot write {path}: rank 0 could not")
 
 
 def _pack(folder: Path, target: Path) -> None:

@@ -262,6 +262,8 @@ def _huggingface(block: _Block) -> NemoTokenizer:
     files = _hf_files(block.folder)
     if not files and Path(name).is_dir():
         files = _hf_files(Path(name))
+    if not files and not name:
+        raise CheckpointError(f"the archive holds no tokenizer: neither tokenizer.json nor {HF_CONFIG}")
     if not files:
         raise CheckpointError(
             f"tokenizer.type: {name!r} would be downloaded, and nothing is; put the tokenizer's files ({HF_CONFIG} and "

@@ -59,7 +59,7 @@ def restore(optimizer: MegatronOptimizer, asked: dict[str, Any], loaded: dict[st
     for part in _parts(optimizer, state):
         if "param_state" in part:
             for group in part["optimizer"]["param_groups"]:
-                group["step"] = float(steps)
+                group["step"] = steps
         else:
             part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(steps))
     optimizer.load_state_dict(state)

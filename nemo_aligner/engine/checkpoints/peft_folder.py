@@ -20,8 +20,9 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import read_json
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv
-from nemo_aligner.engine.checkpoints.settings import Settings
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.engine.checkpoints.settings import Settings, placed
+from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import writing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -70,13 +71,11 @@ def write_peft_folder(folder: Path, arch: Architecture, lora: LoraTuning, own: M
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=1))
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
-    except OSError as fault:
-        raise OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
 
 
 def to_peft(arch: Architecture, lora: LoraTuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +108,11 @@ def read_peft_folder(folder: Path, arch: Architecture) -> tuple[LoraTuning, dict
 
     Raises CheckpointError for a setting that is not understood, and for tensors that do not fit the model.
     """
+    with placed(f"--input {folder}"):
+        return _read(folder, arch)
+
+
+def _read(folder: Path, arch: Architecture) -> tuple[LoraTuning, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -119,10 +123,10 @@ def read_peft_folder(folder: Path, arch: Architecture) -> tuple[LoraTuning, dict
         raise CheckpointError(f"{CONFIG}: bias={settings['bias']} is not none")
     if settings.get("init_lora_weights") not in _BEGINNINGS:
         raise CheckpointError(f"{CONFIG}: init_lora_weights={settings['init_lora_weights']} changes the base's weights")
-    rank, alpha = int(settings.needed("r")), float(settings.needed("lora_alpha"))
+    rank, alpha = settings.whole("r"), settings.number("lora_alpha")
     if settings.get("use_rslora"):
         alpha *= rank**0.5  # there alpha / √r
-    dropout = float(settings.get("lora_dropout") or 0.0)
+    dropout = settings.number("lora_dropout") if settings.get("lora_dropout") else 0.0
     settings.check_all_used(_HARMLESS)
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from nemo_aligner.errors import CheckpointError
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """A CheckpointError that leaves the block says `where` first, if it does not yet."""
+    try:
+        yield
+    except CheckpointError as fault:
+        if str(fault).startswith(where):
+            raise
+        raise CheckpointError(f"{where}: {fault}") from None
 
 
 class Settings(Mapping[str, Any]):
@@ -34,6 +47,20 @@ class Settings(Mapping[str, Any]):
         if name not in self:
             raise CheckpointError(f"{self._where} has no {name}")
         return self[name]
+
+    def whole(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        """A whole number from `low` on. Raises CheckpointError for another value, and where there is none."""
+        value = self.needed(name) if default is None else self.get(name, default)
+        if type(value) is not int or value < low:
+            raise CheckpointError(f"{self._where}: {name}={str(value)[:80]} is not a whole number from {low} on")
+        return value
+
+    def number(self, name: str) -> float:
+        """A finite number. Raises CheckpointError for another value, and where there is none."""
+        value = self.needed(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise CheckpointError(f"{self._where}: {name}={str(value)[:80]} is not a number")
+        return float(value)
 
     def check_all_used(self, harmless: frozenset[str]) -> None:
         """Raises CheckpointError for an entry that was not looked at, is not `harmless`, and is not off."""

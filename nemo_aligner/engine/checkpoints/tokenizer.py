@@ -51,7 +51,10 @@ class FastTokenizer:
         if eos is None:
             raise CheckpointError(f"tokenizer.eos_token {settings.get('eos_token')!r} is not in the tokenizer")
         self.eos_id = eos
-        self.stop_ids = frozenset({eos, *(self._needed_id(token) for token in settings.get("stop_tokens") or ())})
+        stops = settings.get("stop_tokens") or []
+        if not isinstance(stops, list):
+            raise CheckpointError(f"tokenizer.stop_tokens: {stops!r} is not a list of tokens")
+        self.stop_ids = frozenset({eos, *map(self._needed_id, stops)})
         self.bos_id = self._id(settings.get("bos_token"))
         pad = self._id(settings.get("pad_token"))
         self.pad_id = eos if pad is None else pad
@@ -62,8 +65,8 @@ class FastTokenizer:
             raise CheckpointError(f"tokenizer.stop_tokens: {token!r} is not in the tokenizer")
         return found
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
+    def _id(self, token: Any) -> int | None:
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -81,7 +84,10 @@ class SentencePieceTokenizer:
     def __init__(self, content: bytes, settings: dict[str, Any], name: str = SENTENCEPIECE_FILE) -> None:
         import sentencepiece
 
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception:  # whose words are those of a parser
+            raise CheckpointError(f"{name}: not a SentencePiece model") from None
         self.files = {name: content}
         self.vocab_size = self._processor.vocab_size()
         self.chat_template: str | None = settings.get("chat_template")
@@ -156,8 +162,8 @@ def load_tokenizer(folder: Path, arch: Architecture) -> ArchiveTokenizer:
                 return SentencePieceTokenizer(piece.read_bytes(), settings, piece.name)
     except CheckpointError:
         raise
-    except Exception as fault:  # both libraries raise bare Exceptions for a damaged file
-        raise CheckpointError(f"the archive's tokenizer cannot be read: {fault}") from None
+    except Exception as fault:  # `tokenizers` raises bare Exceptions for a damaged file
+        raise CheckpointError(f"{HF_FILE}: not a tokenizer ({' '.join(str(fault).split())[:200]})") from None
     if library is None:
         raise CheckpointError(f"the archive holds no tokenizer: neither {HF_FILE} nor {SENTENCEPIECE_FILE}")
     from nemo_aligner.engine.checkpoints.nemo_tokenizer import load_nemo_tokenizer

@@ -52,7 +52,8 @@ from nemo_aligner.engine.checkpoints.streamed import Streamed
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import CheckpointError, OutputError
-from nemo_aligner.files import fsync, fsync_tree
+from nemo_aligner.files import fsync, fsync_tree, writing
+from nemo_aligner.ranks import together
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,13 @@ def _begin(
 ) -> Saving:
     partial = folder.with_name(folder.name + PARTIAL)
     with _nothing_left(partial, cluster):
-        with _on_every_rank(folder, cluster):
+        with together(cluster), writing(folder):
             if cluster.is_main:
                 remove_unfinished(folder.parent)
                 (partial / "shards").mkdir(parents=True)
         shards = _sharded(model, optimizer, loading=False)
         planned = plan_save(shards, partial / "shards", Streamed(copies=background))
-        with _on_every_rank(folder, cluster):
+        with together(cluster), writing(folder):
             # torch writing to a file says "unexpected pos" of a full disk; a plain write says what it is
             buffer = io.BytesIO()
             torch.save(_rng_state(), buffer)
@@ -146,12 +147,12 @@ class Saving:
         """Wait until it is written, and give it its name; collective. Raises OutputError on every rank."""
         with _nothing_left(self._partial, self._cluster):
             sums: dict[str, str] = {}
-            with _on_every_rank(self._folder, self._cluster):
+            with together(self._cluster), writing(self._folder):
                 sums = self._sums.result()
-            with _on_every_rank(self._folder, self._cluster):
+            with together(self._cluster), writing(self._folder):
                 end_save(self._planned, self._partial / "shards")
             known = {name: each for part in self._cluster.gather_ranks(sums) for name, each in part.items()}
-            with _on_every_rank(self._folder, self._cluster):
+            with together(self._cluster), writing(self._folder):
                 if self._cluster.is_main:
                     _publish(self._partial, self._folder, self._state, known)
 
@@ -165,20 +166,6 @@ def _nothing_left(partial: Path, cluster: Cluster) -> Iterator[None]:
         if cluster.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _on_every_rank(folder: Path, cluster: Cluster) -> Iterator[None]:
-    """The block succeeds on all ranks, or every rank raises OutputError."""
-    fault: str | None = None
-    try:
-        yield
-    except OutputError as error:
-        fault = str(error)
-    except OSError as error:
-        fault = f"cannot write {folder}: {error.strerror or error}"
-    if cluster.any(fault is not None):
-        raise OutputError(fault or f"cannot write {folder}: another rank could not")
 
 
 def _publish(partial: Path, folder: Path, state: dict[str, Any], known: Mapping[str, str]) -> None:

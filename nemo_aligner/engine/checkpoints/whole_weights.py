@@ -54,16 +54,25 @@ def pieces(state: ShardedStateDict, prefix: str) -> Iterator[Piece]:
             yield Piece(shard, _name(key, shard.key, list(front)).removeprefix(prefix), tuple(offsets))
 
 
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
 def _name(key: str, saved: str, front: list[int]) -> str:
     """The whole tensor that `key` of this rank's state is a part of; `front`: where it is along the axes in front.
 
     A layer's tensor is named by its own stage's count of layers, an expert's by its own rank's count of experts, and
-    its place says which it is of all. Layers that are not alike have no axis, and are not cut over stages.
+    its place says which it is of all. Layers that are not alike have no axis, and are not cut over stages. Norms are
+    named as modules of their own, also where they are part of Transformer Engine's products.
     """
     if ".local_experts." in key:
         key = re.sub(r"\.local_experts\.\d+\.", f".local_experts.{front.pop()}.", key)
     elif not front and ".layers." not in key:
         return saved
+    for fused, own in _FUSED_NORMS.items():
+        key = key.replace(fused, own)
     return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else key
 
 

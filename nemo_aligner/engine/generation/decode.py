@@ -67,7 +67,8 @@ class Layer:
         self.experts = Experts(mlp) if isinstance(mlp, MoELayer) else None
         if self.experts is None:
             self.fc1, self.fc2 = _linear(mlp.linear_fc1), _linear(mlp.linear_fc2)
-        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self.input_norm = Norm(layer.input_layernorm, attention.linear_qkv)
+        self.mlp_norm = Norm(layer.pre_mlp_layernorm, None if self.experts else mlp.linear_fc1)
         self.norms_heads = not isinstance(attention.q_layernorm, IdentityOp | None)
         self.query_norm, self.key_norm = attention.q_layernorm, attention.k_layernorm
         self.activation, self.gated = mlp.config.activation_func, mlp.config.gated_linear_unit
@@ -79,15 +80,26 @@ class Layer:
 
 
 def _linear(linear: Any) -> Linear:
-    return Linear(linear.weight, linear.bias)
+    # without a bias Transformer Engine has an empty one
+    return Linear(linear.weight, None if linear.bias is None or not linear.bias.numel() else linear.bias)
 
 
 class Norm:
     """A norm, and the weight that makes it a root-mean-square norm, if it is one."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, linear: Any) -> None:
+        """`linear` follows `module`, and is both where Transformer Engine makes them one."""
         self.module = module
         self.rms_weight = module.weight if isinstance(module, torch.nn.RMSNorm) else None
+        if isinstance(module, IdentityOp):
+            weight, eps = linear.layer_norm_weight, linear.config.layernorm_epsilon
+            if linear.config.normalization == "RMSNorm":
+                self.rms_weight = weight
+                self.module = functools.partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+            else:
+                bias = linear.layer_norm_bias
+                options = {"normalized_shape": weight.shape, "weight": weight, "bias": bias, "eps": eps}
+                self.module = functools.partial(F.layer_norm, **options)
 
 
 class CachedForward:

@@ -1,7 +1,8 @@
 """The C files of csrc/, compiled for this machine on first use, and their functions on torch tensors.
 
-Compiled rather than shipped, so that it uses what the processor has. Without a C compiler torch's own kernels
-do the same, with one line in the log.
+Compiled rather than shipped, so that it uses what the processor has. Without a C compiler, or a place to keep what it
+makes, torch's own kernels do the same, with one line in the log. A library ends with its sum: one that is damaged is
+compiled again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ _FLAGS = (
     # sums may be reordered to make vectors of them; infinities and NaN stay what they are
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
+_SUM_BYTES = hashlib.sha256().digest_size
 _DEFINES = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 
 
@@ -177,40 +180,61 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels | None:
 @functools.cache
 def _compiled(dtype: torch.dtype, processor: str = "native") -> CpuKernels | None:
     """Compile for a `processor`, as -march names it, or find what was compiled before."""
-    compiler, flags = _compiler(), (*_FLAGS, f"-march={processor}", *_DEFINES[dtype])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
-    identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *flags, _processor()])
-    library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
+        compiler, flags = _compiler(), (*_FLAGS, f"-march={processor}", *_DEFINES[dtype])
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_aligner"
+        identity = "\n".join([*(file.read_text() for file in _SOURCES), compiler, *flags, _processor(), "with its sum"])
+        library = cache / f"cpu_kernels_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        if library.exists() and not _is_whole(library):
+            log.warning("%s is damaged, and compiled again", library)
+            library.unlink()
         if not library.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            # a private name first: several processes may compile at once
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / library.name
-                command = [
-                    compiler,
-                    *flags,
-                    *(str(file) for file in _SOURCES if file.suffix == ".c"),
-                    "-o",
-                    str(made),
-                    "-lm",
-                ]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                fsync(made)  # half a library, which a power cut could leave, would crash every later run
-                made.replace(library)
+            _compile(library, compiler, flags)
         return CpuKernels(ctypes.CDLL(str(library)))
     except subprocess.CalledProcessError as fault:
-        reason = next((line for line in fault.stderr.splitlines() if "error" in line), str(fault))
-    except OSError as fault:
+        lines = [line for line in fault.stderr.splitlines() if line.strip()] or [f"{compiler} failed"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
+    except (OSError, RuntimeError, ValueError) as fault:  # no home; $CC with half a quotation
         reason = str(fault)
     log.warning("torch's kernels are used, slower: cannot compile %s (%s)", _SOURCES[0].parent, reason)
     return None
 
 
+def _compile(library: Path, compiler: str, flags: Sequence[str]) -> None:
+    """Raises OSError, CalledProcessError."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # a private name first: several processes may compile at once
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        sources = [str(file) for file in _SOURCES if file.suffix == ".c"]
+        subprocess.run(
+            [compiler, *flags, *sources, "-o", str(made), "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TMPDIR": folder},  # /tmp may be full
+        )
+        with made.open("ab") as stream:  # the loader looks at what the header names, and at nothing behind it
+            stream.write(_sum(made.read_bytes()))
+        fsync(made)
+        made.replace(library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is what was compiled: one that was cut short would end the process that calls it."""
+    content = library.read_bytes()
+    return content[-_SUM_BYTES:] == _sum(content[:-_SUM_BYTES])
+
+
+def _sum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
 def _compiler() -> str:
     """$CC, else the one Python was built with if it is here, else cc."""
-    if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])[0]
+    given = shlex.split(os.environ.get("CC") or "")
+    if given:
+        return given[0]
     pythons = shlex.split(sysconfig.get_config_var("CC") or "")[:1]
     return next((name for name in pythons if shutil.which(name)), "cc")
 

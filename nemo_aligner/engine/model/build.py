@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -24,6 +26,7 @@ from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.engine.model.experts import RouterLosses, expert_settings, expert_spec
 from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.libraries import Libraries
 from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
 
@@ -46,6 +49,7 @@ class RunOptions:
     attention_dropout: float | None = None
     lora: LoraTuning | None = None  # None: no adapters
     lora_seed: int = 1234  # of their A
+    libraries: Libraries = field(default_factory=Libraries)
     shapes_only: bool = False  # parameters on torch's meta device, which take no memory
 
     @classmethod
@@ -61,7 +65,8 @@ def parse_precision(value: str | int) -> torch.dtype:
     return torch.float32 if str(value).startswith("32") else torch.bfloat16
 
 
-def _activation(arch: Architecture) -> dict[str, Any]:
+def activation_of(arch: Architecture) -> dict[str, Any]:
+    """The activation in the settings of Megatron's config. Raises CheckpointError for one that is not known."""
     known: dict[str, dict[str, Any]] = {
         "fast-swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
         "swiglu": {"activation_func": F.silu, "gated_linear_unit": True},
@@ -79,7 +84,7 @@ def _activation(arch: Architecture) -> dict[str, Any]:
 
 
 def _has_silu_gate(arch: Architecture) -> bool:
-    activation = _activation(arch)
+    activation = activation_of(arch)
     return activation["activation_func"] is F.silu and activation.get("gated_linear_unit", False)
 
 
@@ -147,15 +152,17 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         variable_seq_lengths=True,  # micro-batches are padded to their own longest row only
         moe_token_dispatcher_type="alltoall",  # Megatron checks it against the line above, with or without experts
         calculate_per_token_loss=True,  # gradient = Σ loss / Σ count over the global batch
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        use_te_activation_func=_has_silu_gate(arch),  # that is, the one that the layer spec names
+        gradient_accumulation_fusion=run.libraries.gradient_accumulation,
+        bias_activation_fusion=run.libraries.bias_activation,
+        bias_dropout_fusion=run.libraries.bias_dropout_add,
+        masked_softmax_fusion=True,  # which says nothing of the attention here: it has no softmax of its own
+        apply_rope_fusion=run.libraries.rope,
+        persist_layer_norm=run.libraries.layer_norm,
+        **run.libraries.fp8,
+        # that is, the one that the layer spec names
+        use_te_activation_func=_has_silu_gate(arch) and not run.libraries.bias_activation,
         **expert_settings(arch, run.ep, run.etp or run.tp),
-        **_activation(arch),
+        **activation_of(arch),
         **_recomputation(run),
     )
 
@@ -190,14 +197,29 @@ def _lean(submodules: MLPSubmodules) -> type[LeanMLP]:
     return Lean
 
 
-def _block_spec(arch: Architecture, config: TransformerConfig, losses: RouterLosses) -> TransformerBlockSubmodules:
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, losses: RouterLosses, libraries: Libraries
+) -> TransformerBlockSubmodules:
     """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them.
 
-    `losses`: of the routers of layers with experts.
+    With Transformer Engine its products and norms, which are one module where the second follows the first; experts
+    have Megatron's products. `losses`: of the routers of layers with experts.
     """
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization="RMSNorm")
-    spec.submodules.input_layernorm = _Norm
-    spec.submodules.pre_mlp_layernorm = _Norm
+    norm: Any = FusedLayerNorm if libraries.layer_norm else _Norm
+    qk_norm: Any = _Norm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if libraries.transformer_engine:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        parts = TESpecProvider()
+        norm, qk_norm = parts.layer_norm(), parts.layer_norm(for_qk=True)
+        products = (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules)
+        column = parts.column_parallel_layer_norm_linear() if libraries.fuses_norms else parts.column_parallel_linear()
+        products[0].linear_qkv = products[1].linear_fc1 = column
+        products[0].linear_proj = products[1].linear_fc2 = parts.row_parallel_linear()
+        alone = IdentityOp if libraries.fuses_norms else norm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = alone
     own_bias = {} if arch.has_proj_bias == arch.has_mlp_bias else {"output_bias": arch.has_proj_bias}
     spec.submodules.self_attention = ModuleSpec(
         module=_SelfAttention if own_bias else StreamSelfAttention,
@@ -206,20 +228,21 @@ def _block_spec(arch: Architecture, config: TransformerConfig, losses: RouterLos
     )
     if config.use_te_activation_func:
         spec.submodules.mlp.submodules.activation_func = silu_gate
-    if config.recompute_granularity == "selective":
+    if config.recompute_granularity == "selective" and not libraries.transformer_engine:
         spec.submodules.mlp = _lean(spec.submodules.mlp.submodules)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = _Norm
+        attention.q_layernorm = attention.k_layernorm = qk_norm
     layers = [spec] * get_num_layers_to_build(config)
     if arch.num_moe_experts is not None:  # which are not cut over stages, so these are all layers
         experts = copy.deepcopy(spec)
+        experts.submodules.pre_mlp_layernorm = norm
         experts.submodules.mlp = expert_spec(arch, losses, silu_gate if config.use_te_activation_func else None)
         del experts.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # a part of no linear layer
         layers = [experts if arch.has_experts(layer) else spec for layer in range(arch.num_layers)]
     # of a layer alone Megatron would make a block whose last norm refuses sequence parallelism
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_Norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 class StreamGPTModel(GPTModel):
@@ -307,7 +330,7 @@ def _built(arch: Architecture, run: RunOptions) -> GPTModel:
     config, losses = transformer_config(arch, run), RouterLosses.of(arch)
     model = kind(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config, losses),
+        transformer_layer_spec=_block_spec(arch, config, losses, run.libraries),
         vocab_size=padded_vocab_size(arch, run.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -23,6 +23,7 @@ from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
 from nemo_aligner.engine.model.experts import RowsOfPlaces
+from nemo_aligner.engine.model.libraries import FP8_MULTIPLE
 from nemo_aligner.engine.model.logprobs import TokenLogprobs
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     """All that is to be found out of a micro-batch is found out here, before the device has to be waited for."""
     device, config = next(model.parameters()).device, get_model_config(model)
     multiple = places_multiple() * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    multiple *= FP8_MULTIPLE if config.fp8 else 1
     # dropout is drawn for every row anew, and what is shared would have one draw for all
     alone = model.training and has_dropout(model)
     tokens = [row[:length] for row, length in zip(microbatch.tokens.tolist(), microbatch.lengths.tolist(), strict=True)]

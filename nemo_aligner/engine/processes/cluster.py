@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, multiplies_bf16
+from nemo_aligner.engine.processes.watch import watching
 from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,6 @@ class MegatronCluster:
 
 
 def _pick_device(trainer: TrainerConfig) -> torch.device:
-    if trainer.accelerator not in ("auto", "gpu", "cuda", "cpu"):
-        raise ConfigError(f"{trainer.accelerator!r} is not one of auto, gpu, cpu", "trainer.accelerator")
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("gpu was asked for, but torch sees no CUDA device; use auto or cpu", "trainer.accelerator")
     if trainer.accelerator == "cpu" or not torch.cuda.is_available():
@@ -151,7 +150,9 @@ def start_cluster(
             torch.manual_seed(seed)
         else:
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield MegatronCluster(device)
+        cluster = MegatronCluster(device)
+        with watching(cluster):
+            yield cluster
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -50,6 +50,11 @@ def enable_cpu() -> None:
 
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0))
     _replace(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+    # experts that are cut themselves exchange parts of different sizes
+    from megatron.core.tensor_parallel import mappings
+
+    for name, uneven in (("_gather_along_first_dim", _gather), ("_reduce_scatter_along_first_dim", _reduce_scatter)):
+        _replace(mappings, name, functools.partial(uneven, getattr(mappings, name)))
     # `with torch.device(...)` knows the factories by what they are when it is first asked
     torch.utils._device._device_constructors()
     for name in _FACTORIES:  # buffers and counters are made with device="cuda"
@@ -69,6 +74,29 @@ class _Stream:
 def _counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """On a CPU it is there already; collectives take its numbers from an array."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather(
+    even: Callable[..., torch.Tensor], part: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: Any
+) -> torch.Tensor:
+    """`part`, `[sizes[rank], ...]` of each rank, one behind the other; gloo gathers equal `sizes` alone."""
+    if group.size() == 1 or sizes is None:
+        return even(part, group, sizes, *more)
+    whole = part.new_zeros(sum(sizes), *part.shape[1:])
+    whole.split(sizes)[group.rank()].copy_(part)
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
+
+
+def _reduce_scatter(
+    even: Callable[..., torch.Tensor], whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: Any
+) -> torch.Tensor:
+    """This rank's part `[sizes[rank], ...]` of the sum of all ranks' `whole` `[Σ sizes, ...]`."""
+    if group.size() == 1 or sizes is None:
+        return even(whole, group, sizes, *more)
+    total = whole.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -7,9 +7,11 @@ plain python, trainer.devices = N     this process becomes rank 0 and starts N -
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +20,12 @@ import time
 
 from nemo_aligner.children import dying_with_parent
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.errors import LaunchError
+from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, LaunchError
 
 log = logging.getLogger(__name__)
 
+_FIRST_WORD_S = 10.0  # for rank 0 to say itself what ended another rank
+_UNTIL_REAPED_S = 2.0
 _siblings: list[subprocess.Popen[bytes]] = []
 
 
@@ -40,7 +44,9 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
     """
     wanted = trainer.devices * trainer.num_nodes
     if _has_rank():
-        _check_world(int(os.environ["WORLD_SIZE"]), trainer, "torchrun")
+        numbers = {name: _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+        _check_world(numbers["WORLD_SIZE"], trainer, "torchrun")
+        _check_meeting_place()
         return
     if _is_slurm_task(trainer):
         _from_slurm(trainer)
@@ -62,6 +68,14 @@ def is_rank_zero(trainer: TrainerConfig) -> bool:
     return not _is_slurm_task(trainer) or os.environ["SLURM_PROCID"] == "0"
 
 
+def _number(name: str) -> int:
+    """Of the environment. Raises LaunchError."""
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise LaunchError(f"${name}={value!r} is not a whole number; torchrun and srun set it, and nobody else should")
+    return int(value)
+
+
 def _has_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -69,7 +83,7 @@ def _has_rank() -> bool:
 def _is_slurm_task(trainer: TrainerConfig) -> bool:
     """Whether srun started this process as one of several of a run."""
     # a batch script has SLURM_NTASKS and SLURM_PROCID too; only a task that srun started is one of several
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
+    several = "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" in os.environ and _number("SLURM_NTASKS") > 1
     return several and trainer.devices * trainer.num_nodes > 1
 
 
@@ -82,14 +96,24 @@ def _check_world(world: int, trainer: TrainerConfig, launcher: str) -> None:
         )
 
 
+def _check_meeting_place() -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and os.environ["WORLD_SIZE"] != "1":
+        raise LaunchError(
+            f"RANK and WORLD_SIZE are set, and {' and '.join(missing)} not; set them, or none of the four"
+        )
+    if os.environ.get("MASTER_PORT") == "0":
+        raise LaunchError("MASTER_PORT=0: no rank can be met there; torchrun --standalone finds a free port by itself")
+
+
 def _from_slurm(trainer: TrainerConfig) -> None:
     env = os.environ
-    world = int(env["SLURM_NTASKS"])
+    world = _number("SLURM_NTASKS")
     _check_world(world, trainer, "srun")
     one_node = env.get("SLURM_STEP_NUM_NODES", "") == "1"
     address = "127.0.0.1" if one_node else _first_address(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000  # the same on every task without talking
-    _be_rank(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), address, port)
+    _be_rank(_number("SLURM_PROCID"), world, _number("SLURM_LOCALID"), address, port)
 
 
 def _first_address(nodelist: str) -> str:
@@ -138,18 +162,41 @@ def _start_siblings(world: int) -> None:
         _siblings.append(
             subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env, stdout=subprocess.DEVNULL, preexec_fn=tied)
         )
-    threading.Thread(target=_watch, args=(_siblings,), daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
 
 
-def _watch(children: list[subprocess.Popen[bytes]]) -> None:
-    """End the run as soon as one sibling fails: rank 0 would wait for it in a collective."""
-    while any(child.poll() is None for child in children):
-        failed = [child.returncode for child in children if child.poll() not in (None, 0)]
-        if failed:
-            time.sleep(2)  # every rank may be failing with the same message; let rank 0 say it first
-            for child in children:
-                child.kill()
-            # a rank that stopped on purpose (time limit) did so together with rank 0, which exits by itself
-            time.sleep(3)
-            os._exit(failed[0] if 0 < failed[0] < 128 else 1)
+def how_sibling_ended(rank: int) -> str | None:
+    """How a rank ended that this process started, waiting for it a moment; None where it has not, or is not ours."""
+    if not 0 < rank <= len(_siblings):
+        return None
+    try:
+        status = _siblings[rank - 1].wait(timeout=_UNTIL_REAPED_S)
+    except subprocess.TimeoutExpired:
+        return None
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def end_process(said: str | None) -> None:
+    """Leave at once, with all that this process started, whatever its other threads wait for."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    if said is not None:
+        print(said, file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILURE)
+
+
+def _watch() -> None:
+    """End the run once a sibling has failed: until ranks have met rank 0 would wait for it, and nobody else says so."""
+    while True:
+        statuses = [sibling.poll() for sibling in _siblings]
+        for rank, status in enumerate(statuses, 1):
+            # who stopped early on purpose did so together with rank 0, which ends by itself
+            if status not in (None, 0, EXIT_STOPPED_EARLY):
+                time.sleep(_FIRST_WORD_S)
+                end_process(f"error: rank {rank} {how_sibling_ended(rank)}; what it said is above")
+        if None not in statuses:
+            return
         time.sleep(0.2)

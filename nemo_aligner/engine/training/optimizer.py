@@ -23,7 +23,6 @@ from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("distributed_fused_adam", "mcore_distributed_optim", "fused_adam", "adamw", "adam")  # all are AdamW
 _BYTES = 4  # of a gradient: they are summed in fp32
 
 
@@ -33,7 +32,7 @@ def build_optimizer(
     """Wrap `model` for data-parallel training and build its optimizer.
 
     Adam is AdamW (arXiv 1711.05101): decay is decoupled, and not applied to biases and norms. bf16 weights get fp32
-    master weights. Raises ConfigError for an unknown name, and for overlap_param_sync without sharded state.
+    master weights. Raises ConfigError for overlap_param_sync without sharded state.
     """
     sharded = is_sharded(optim, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
     ddp = data_parallel_settings(optim, sharded)
@@ -74,12 +73,10 @@ def build_optimizer(
 
 
 def is_sharded(optim: OptimConfig, ranks: int) -> bool:
-    """Whether Adam's state is cut over the data-parallel `ranks`. Raises ConfigError for an unknown name.
+    """Whether Adam's state is cut over the data-parallel `ranks`.
 
     On a CPU alone nothing can be cut, and weights that are not part of one buffer are generated with at less memory.
     """
-    if optim.name not in _NAMES:
-        raise ConfigError(f"{optim.name!r} is not one of {', '.join(_NAMES)}", "model.optim.name")
     if optim.name == "distributed_fused_adam":
         return ranks > 1 or torch.cuda.is_available()
     return optim.name == "mcore_distributed_optim"

@@ -89,7 +89,7 @@ function axisOf(series) {
 function perRun(series, of) {
   return report.runs.flatMap((run, place) => {
     const sets = ofRun(series, place);
-    return sets.length ? of(sets, place, many() ? `${run.name} ` : "") : [];
+    return sets.length ? of(sets, place, isOfSeveralRuns(series) ? `${run.name} ` : "") : [];
   });
 }
 
@@ -98,12 +98,12 @@ function meanReward(series) {
     const sets = all.filter(hasRewards), x = sets.map(own => own.at), text = sets.map(own => own.name), own = colour(run);
     const best = sets.map(one => one.best_of.at(-1));
     const found = [
-      {x, y: sets.map(one => one.quantiles[90]), mode: "lines", line: {width: 0}, hoverinfo: "skip", showlegend: false, legendgroup: many() ? run : undefined},
-      {x, y: sets.map(one => one.quantiles[10]), mode: "lines", line: {width: 0}, fill: "tonexty", fillcolor: faint(own, 0.13), hoverinfo: "skip", name: `${prefix}10–90 %`, legendgroup: many() ? run : undefined},
-      {x, y: sets.map(one => one.mean), text, error_y: {type: "data", array: sets.map(one => one.standard_error), thickness: 1.5}, mode: "lines+markers", line: {color: own, width: 2.5}, name: `${prefix}mean`, legendgroup: many() ? run : undefined, hovertemplate: "%{text}: %{y:.4g}<extra></extra>"},
+      {x, y: sets.map(one => one.quantiles[90]), mode: "lines", line: {width: 0}, hoverinfo: "skip", showlegend: false, legendgroup: prefix ? run : undefined},
+      {x, y: sets.map(one => one.quantiles[10]), mode: "lines", line: {width: 0}, fill: "tonexty", fillcolor: faint(own, 0.13), hoverinfo: "skip", name: "10–90 %", showlegend: !prefix, legendgroup: prefix ? run : undefined},
+      {x, y: sets.map(one => one.mean), text, error_y: {type: "data", array: sets.map(one => one.standard_error), thickness: 1.5}, mode: "lines+markers", line: {color: own, width: 2.5}, name: prefix || "mean", legendgroup: prefix ? run : undefined, hovertemplate: "%{text}: %{y:.4g}<extra></extra>"},
     ];
     if (best.some(pair => pair && pair[0] > 1))
-      found.push({x, y: best.map(pair => pair?.[2]), text: best.map(pair => pair ? `best of ${pair[0]}` : ""), mode: "lines+markers", line: {color: own, dash: "dot", width: 1.5}, marker: {size: 5}, name: `${prefix}best of ${best.find(Boolean)[0]}`, legendgroup: many() ? run : undefined, hovertemplate: "%{text}: %{y:.4g}<extra></extra>"});
+      found.push({x, y: best.map(pair => pair?.[2]), text: best.map(pair => pair ? `best of ${pair[0]}` : ""), mode: "lines+markers", line: {color: own, dash: "dot", width: 1.5}, marker: {size: 5}, name: `best of ${best.find(Boolean)[0]}`, showlegend: !prefix, legendgroup: prefix ? run : undefined, hovertemplate: "%{text}: %{y:.4g}<extra></extra>"});
     return found;
   });
   return {traces, layout: {xaxis: axisOf(series), yaxis: {title: "reward"}}};
@@ -143,10 +143,10 @@ function rewardAndKl(series) {
     const sets = all.filter(own => hasRewards(own) && known(own.kl)), own = colour(run);
     if (!sets.length) return [];
     const found = [{x: sets.map(one => one.kl), y: sets.map(one => one.mean), text: sets.map(one => one.name), mode: sets.length < 8 ? "lines+markers+text" : "lines+markers", textposition: "top center", textfont: {size: 11}, line: {color: own, width: 2}, marker: {size: 8}, cliponaxis: false,
-      error_y: {type: "data", array: sets.map(one => one.standard_error), thickness: 1}, name: `${prefix}policy`, hovertemplate: "%{text}<br>KL %{x:.4g} nats, reward %{y:.4g}<extra></extra>"}];
+      error_y: {type: "data", array: sets.map(one => one.standard_error), thickness: 1}, name: prefix || "policy", hovertemplate: "%{text}<br>KL %{x:.4g} nats, reward %{y:.4g}<extra></extra>"}];
     const bound = sets[0].best_of;
     if (bound.length > 1)
-      found.push({x: bound.map(one => one[1]), y: bound.map(one => one[2]), text: bound.map(one => `best of ${one[0]}`), mode: "lines+markers", line: {color: "#94a3b8", dash: "dash"}, marker: {size: 6, symbol: "diamond"}, name: `${prefix}best of n of ${sets[0].name}`, hovertemplate: "%{text}<br>KL ≤ %{x:.4g} nats, reward %{y:.4g}<extra></extra>"});
+      found.push({x: bound.map(one => one[1]), y: bound.map(one => one[2]), text: bound.map(one => `best of ${one[0]}`), mode: "lines+markers", line: {color: "#94a3b8", dash: "dash"}, marker: {size: 6, symbol: "diamond"}, opacity: 0.9, name: `best of n of ${sets[0].name}`, showlegend: !prefix, hovertemplate: "%{text}<br>KL ≤ %{x:.4g} nats, reward %{y:.4g}<extra></extra>"});
     return found;
   });
   return {traces, layout: {xaxis: {title: "KL to the initial policy (nats a response)", rangemode: "tozero"}, yaxis: {title: "reward"}}};
@@ -155,7 +155,7 @@ function rewardAndKl(series) {
 function overSeries(series, value, title) {
   const traces = perRun(series, (sets, run, prefix) => {
     const own = sets.filter(one => known(value(one)));
-    return own.length ? [{x: own.map(one => one.at), y: own.map(value), text: own.map(one => one.name), mode: "lines+markers", line: {color: colour(run), width: 2}, name: prefix || title, showlegend: many(), hovertemplate: "%{text}: %{y:.4g}<extra></extra>"}] : [];
+    return own.length ? [{x: own.map(one => one.at), y: own.map(value), text: own.map(one => one.name), mode: "lines+markers", line: {color: colour(run), width: 2}, name: prefix || title, showlegend: Boolean(prefix), hovertemplate: "%{text}: %{y:.4g}<extra></extra>"}] : [];
   });
   return traces.length ? {traces, layout: {xaxis: axisOf(series), yaxis: {title, rangemode: "tozero"}}} : null;
 }
@@ -168,11 +168,11 @@ function functionsOver(series) {
   })), layout: {xaxis: axisOf(series), yaxis: {title: "mean of each function"}}};
 }
 
-function histogramOf(numbers, sets) {
-  const {edges, shares} = report.histograms;
+// sets of one series: [{set, name, tone}]
+function histogramOf(own) {
+  const [edges] = own[0].set.histogram;
   const middles = edges.slice(1).map((edge, i) => (edge + edges[i]) / 2);
-  const tones = ["#94a3b8", COLOURS[0]];
-  return {traces: numbers.map((own, place) => ({type: "bar", x: middles, y: shares[own].map(share => 100 * share), width: edges[1] - edges[0], name: setName(sets[own]), opacity: 0.6, marker: {color: numbers.length > 1 ? tones[place] : tones[1]}, hovertemplate: "%{y:.3g} % near %{x:.3g}<extra></extra>"})),
+  return {traces: own.map(({set, name, tone}) => ({type: "bar", x: middles, y: set.histogram[1].map(share => 100 * share), width: edges[1] - edges[0], name, opacity: 0.6, marker: {color: tone}, hovertemplate: "%{y:.3g} % near %{x:.3g}<extra></extra>"})),
     layout: {barmode: "overlay", bargap: 0.04, xaxis: {title: "reward"}, yaxis: {title: "% of samples"}}};
 }
 
@@ -180,17 +180,20 @@ function drawSeries(series) {
   const place = at("reward-charts");
   forget(place);
   const sets = series.sets, rewarded = sets.filter(hasRewards), first = rewarded[0], last = rewarded.at(-1);
+  const lasts = report.runs.map((_, run) => rewarded.filter(own => own.run === run).at(-1)).filter(Boolean);
   const add = (...given) => place.append(chart(...given));
-  if (rewarded.length > 1) add("Reward", () => meanReward(series), {note: "± standard error"});
+  if (rewarded.length > 1) add("Reward", () => meanReward(series), {note: `± standard error${isOfSeveralRuns(series) ? "; dotted: best of n; band: 10–90 %" : ""}`});
   if (rewarded.length > 1 && beforeAndAfter(series).length)
     add("Reward before and after", () => violins(beforeAndAfter(series), {left: "before", right: "after"}), {note: axisUnit(series) ? `each half is one ${axisUnit(series)}'s policy` : ""});
   if (keptPairs(series).length) add("Drawn and trained on", () => violins(keptPairs(series), {left: "all drawn", right: "trained on"}));
-  if (first) add(first === last ? "Distribution of rewards" : "First and last", () => histogramOf(first === last ? [first.number] : [first.number, last.number], report.sets));
+  if (lasts.length > 1) add("Last of each run", () => histogramOf(lasts.map(set => ({set, name: setName(set), tone: colour(set.run)}))));
+  else if (first === last && first) add("Distribution of rewards", () => histogramOf([{set: first, name: first.name, tone: COLOURS[0]}]));
+  else if (first) add("First and last", () => histogramOf([{set: first, name: first.name, tone: "#94a3b8"}, {set: last, name: last.name, tone: COLOURS[0]}]));
   if (sets.some(own => hasRewards(own) && known(own.kl)))
     add("Reward against KL", () => rewardAndKl(series), {note: sets[0].best_of.length > 1 ? "dashed: best of n, at its bound ln n − (n−1)/n" : ""});
   if (sets.some(own => Object.keys(own.functions).length)) add("Each reward function", () => functionsOver(series));
   const logged = (tag, title, unit) => {
-    const curves = curvesNamed(tag);
+    const curves = curvesNamed(tag).filter(own => sets.some(set => set.run === own.run));
     if (curves.length) add(title, () => scalarsChart(curves, unit, 0, false, "step", true), {note: "logged in training"});
     return curves.length > 0;
   };

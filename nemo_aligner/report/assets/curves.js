@@ -25,12 +25,14 @@ function smoothed(values, weight) {
 
 function scalarsChart(curves, title = "", weight = 0, isLog = false, unit = "", fromZero = false) {
   const together = curves.length > 1;
+  const isNamed = new Set(curves.map(own => `${own.tag} ${own.iteration}`)).size > 1; // a run has its colour in the page's head
   const traces = curves.flatMap((own, place) => {
-    const tone = colour(many() ? own.run : place);
-    const name = [many() ? runName(own.run) : "", own.iteration === null ? "" : `iteration ${own.iteration}`, curves.some(one => one.tag !== own.tag) ? own.tag.split("/")[0] : ""].filter(Boolean).join(" ") || own.part || own.tag;
+    const ofRuns = new Set(curves.map(one => one.run)).size > 1, tags = [...new Set(curves.map(one => one.tag))];
+    const tone = colour(ofRuns ? own.run : place);
+    const name = [ofRuns && !isNamed ? runName(own.run) : "", own.iteration === null ? "" : `iteration ${own.iteration}`, curves.some(one => one.tag !== own.tag) ? own.tag.split("/")[0] : ""].filter(Boolean).join(" ") || own.part || own.tag;
     const {steps: x, values: y} = own.curve;
     const mode = x.length < 30 ? "lines+markers" : "lines";
-    const line = {x, y: weight ? smoothed(y, weight) : y, mode, marker: {size: 4}, line: {color: tone, width: 1.8}, name, showlegend: together, hovertemplate: `step %{x}: %{y:.5g}<extra>${together ? "%{fullData.name}" : ""}</extra>`};
+    const line = {x, y: weight ? smoothed(y, weight) : y, mode, marker: {size: 4}, line: {color: tone, width: 1.8, dash: ofRuns ? ["solid", "dot", "dash"][tags.indexOf(own.tag) % 3] : "solid"}, name, showlegend: isNamed && !curves.slice(0, place).some(one => one.tag === own.tag && one.iteration === own.iteration), hovertemplate: `step %{x}: %{y:.5g}<extra>${together ? "%{fullData.name}" : ""}</extra>`};
     return weight ? [{...line, y, opacity: 0.25, showlegend: false, hoverinfo: "skip", hovertemplate: undefined}, line] : [line];
   });
   return {traces, layout: {xaxis: {title: unit}, yaxis: {title, type: isLog ? "log" : "linear", rangemode: fromZero ? "tozero" : "normal"}, ...(unit ? {} : {margin: {l: 44, r: 12, t: 6, b: 26}})}};
@@ -56,7 +58,7 @@ function drawCurves() {
       return chart(tag, () => scalarsChart(curves, "", weight(), isLog()), {height: 190, note: every > 1 ? `every ${every}th point` : ""});
     });
     count += charts.length;
-    place.append(make("details", {open: true, className: "group"}, make("summary", {}, part || report.title, make("span", {className: "hint"}, ` ${charts.length}`)), make("div", {className: "charts small"}, ...charts)));
+    place.append(make("details", {open: true, className: "group"}, make("summary", {}, part || report.title, make("span", {className: "hint"}, ` ${[charts.length, ...report.runs.map(run => run.seconds[part]).filter(Boolean).map(duration)].join(" · ")}`)), make("div", {className: "charts small"}, ...charts)));
   }
   at("curve-count").textContent = count ? `${count} curves` : everyCurve().length ? "no curve matches" : "no scalars were logged";
 }

@@ -25,7 +25,7 @@ async function unpacked(id) {
   return new Response(readable).text();
 }
 
-let report = null; // {title, made, every_s, runs, sets, histograms}, see page.py
+let report = null; // {title, made, every_s, runs, sets}, see page.py
 
 const loaded = new Map();
 
@@ -61,6 +61,7 @@ function duration(seconds) {
 
 const many = () => report.runs.length > 1;
 const runName = run => report.runs[run].name;
+const isOfSeveralRuns = series => new Set(series.sets.map(own => own.run)).size > 1;
 const setName = own => many() ? `${runName(own.run)} · ${own.name}` : own.name;
 
 // ---- series: sets of one name, over all runs ----

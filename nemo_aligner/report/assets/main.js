@@ -17,6 +17,7 @@ function view(name) {
 }
 
 function goneOn() {
+  if (many()) at("title").replaceChildren(...report.runs.map((run, place) => make("span", {className: "run", style: {color: colour(place)}}, "● ", make("b", {}, run.name))));
   const live = report.runs.filter(run => run.writers.length).length;
   const made = new Date(report.made);
   at("status").replaceChildren(

@@ -58,8 +58,14 @@ def make_app(served: Served, desk: FrontDesk) -> FastAPI:
 def answer(fault: RequestFault) -> JSONResponse:
     """As OpenAI's clients read it."""
     kind = "invalid_request_error" if fault.status < 500 else "server_error"
-    error = {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}
+    message, param = _whole_characters(fault.message), fault.param and _whole_characters(fault.param)
+    error = {"message": message, "type": kind, "param": param, "code": fault.code}
     return JSONResponse({"error": error}, status_code=fault.status)
+
+
+def _whole_characters(text: str) -> str:
+    """Of what a client wrote, halves of characters, which JSON allows and UTF-8 does not, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def refusal(said: str, status: int) -> JSONResponse:
@@ -96,4 +102,6 @@ def _first_fault(fault: RequestValidationError) -> RequestFault:
     if error["type"] == "extra_forbidden":
         return RequestFault(f"Unrecognized request argument supplied: {'.'.join(names)}", ".".join(names))
     said = error["msg"].removeprefix("Value error, ")
+    if not names and error["type"] in ("missing", "model_attributes_type"):
+        return RequestFault("the body is not a JSON object; is the Content-Type application/json?")
     return RequestFault(f"{'.'.join(names)}: {said}" if names else said, param)

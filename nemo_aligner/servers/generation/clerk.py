@@ -172,6 +172,11 @@ class Clerk:
         return answers.nemo_answer(self._tokenizer, prompts, responses, scored)
 
     def _encode(self, text: str, add_bos: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            half = f"\\u{ord(text[fault.start]):04x}"
+            raise RequestFault(f"the prompt holds {half}, one half of a character", "prompt") from None
         ids = self._tokenizer.encode(text)
         ids = with_bos(ids, self._tokenizer.bos_id if add_bos else None)
         if not ids:

@@ -21,7 +21,7 @@ from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
 from nemo_aligner.errors import RewardError, ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
-from nemo_aligner.rewards.interfaces import Rewarder
+from nemo_aligner.rewards.interfaces import Rewarder, ServedModel
 from nemo_aligner.stages.batches import BatchPlan, microbatches
 from nemo_aligner.stages.checkpoint_names import log_dir
 from nemo_aligner.stages.checkpoints import Checkpoints
@@ -107,11 +107,15 @@ class Actor:
         n, size = self.settings.num_rollout_per_prompt, self.cfg.model.global_batch_size
         return sum(math.ceil(len(self.plan.indices(step)) * n / size) for step in range(self.steps))
 
-    def train(self, rewards: Rewarder) -> None:
-        """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive."""
+    def train(self, rewards: Rewarder, served: ServedModel | None = None) -> None:
+        """Train to the end, or until told to stop (StoppedEarly, with a checkpoint); then write the archive.
+
+        `served`: the reward model that a server has, which stays the same over restarts.
+        """
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
         checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
+        self.served = served
         step, logged = self.resume(checkpoints)
         self.announce()
         kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
@@ -289,6 +293,7 @@ class Actor:
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
             "fingerprint": self.made_with,
+            "reward_model": None if self.served is None else self.served.archive,
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -312,6 +317,8 @@ class Actor:
         check_same_run(newest, state["fingerprint"], self.made_with)
         checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
+        if self.served is not None:
+            self.served.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])
         tell_resumed(newest, step, int(state["steps"]), self.steps)
         return step, state["metrics_bytes"]

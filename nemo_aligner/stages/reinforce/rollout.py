@@ -15,8 +15,8 @@ from nemo_aligner.algorithms.reinforce import sequence_kl
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
-from nemo_aligner.errors import AlignerError, RewardError
 from nemo_aligner.metrics import Timers
+from nemo_aligner.ranks import together
 from nemo_aligner.rewards.interfaces import Candidate, Judgement, Judgements, Rewarder
 
 
@@ -77,10 +77,8 @@ class RolloutWorker:
                 asked.add(Candidate(prompt.text, rollout.text, prompt.fields, prompt.where))
             asked.flush()
         kls = self._divergences(drawn)
-        with self._timers.phase("critic_wait"):
-            judged, fault = asked.answers()
-        if cluster.any(fault is not None):
-            raise fault or RewardError("another rank got no rewards")
+        with self._timers.phase("critic_wait"), together(cluster):
+            judged = asked.answers()
         own = [
             replace(rollout, reward=judgement.reward, parts=judgement.parts, kl=kl)
             for rollout, judgement, kl in zip(drawn, judged, kls, strict=True)
@@ -121,15 +119,11 @@ class _Asked:
             self._pending.append(self._rewards.submit(self._unsent))
         self._unsent = []
 
-    def answers(self) -> tuple[list[Judgement], AlignerError | None]:
-        """Judgements in the order of the responses, or the fault that kept them away."""
-        nothing = [Judgement(0.0)] * self._count
+    def answers(self) -> list[Judgement]:
+        """Judgements in the order of the responses. Raises the fault that kept them away."""
         if self._rewards is None:
-            return nothing, None
-        try:
-            return [judgement for pending in self._pending for judgement in pending.result()], None
-        except AlignerError as fault:
-            return nothing, fault
+            return [Judgement(0.0)] * self._count
+        return [judgement for pending in self._pending for judgement in pending.result()]
 
 
 def _rollout(prompt: PromptRow, response: Response) -> Rollout:

@@ -58,7 +58,7 @@ def run(cfg: ReinforceConfig) -> None:
                 if client is not None:
                     client.wait_until_ready()
                 served = None if client is None else ServedSource(client)
-                actor.train(rewarder_of(cfg.reward_plan, functions, served, cluster))
+                actor.train(rewarder_of(cfg.reward_plan, functions, served, cluster), client)
             finally:
                 if client is not None:
                     client.close()

@@ -60,10 +60,8 @@ def serve_model(cfg: ServerConfig, path: str, functions: Functions | None, token
         scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:
             if cluster.is_main:
-                try:
-                    talk_to_clients(cfg, model, scorer, stop, token, functions)
-                finally:
-                    scorer.release()
+                talk_to_clients(cfg, model, scorer, stop, token, functions)
+                scorer.release()  # after a fault the others may wait elsewhere, and are ended by their watch
             else:
                 scorer.follow()
 
@@ -74,7 +72,7 @@ def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) 
     from nemo_aligner.servers.wire import RequestReader
 
     largest = cfg.inference.max_text_bytes
-    reader = RequestReader(Bytes(), largest + 1, 256, False, largest, functions.check_fields)
+    reader = RequestReader(Bytes(), largest + 1, 256, False, largest, check_fields=functions.check_fields)
 
     def judge(candidates: list[Candidate], rows: list[list[int]]) -> list[Judgement]:
         return functions_alone.submit(candidates).result()
@@ -140,6 +138,7 @@ def talk_to_clients(
         model.vocab_size,
         model.append_eod,
         serving.max_text_bytes,
+        model.archive_hash(),
         None if functions is None else functions.check_fields,
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)

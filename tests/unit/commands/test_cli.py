@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.commands import cli
+from nemo_aligner.commands import cli, plan
+from nemo_aligner.planning.config import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,6 +32,33 @@ def test_every_command_has_a_module_with_a_main_and_a_summary() -> None:
 def test_every_module_of_the_folder_is_a_command() -> None:
     found = {path.stem for path in (ROOT / "nemo_aligner/commands").glob("*.py")} - {"__init__", "cli"}
     assert found == {module.rpartition(".")[2] for module in cli.COMMANDS.values() if ".commands." in module}
+
+
+def test_the_planner_explains_each_of_its_keys_with_its_default() -> None:
+    found = {key.name: key for key in plan.plan_keys()}
+    assert [*found] == [field.name for field in dataclasses.fields(PlanConfig)]
+    assert (found["gpus_per_node"].default, found["gpus"].default, found["model"].default) == ("8", "null", "???")
+    assert all(key.comment for key in found.values())
+
+
+@pytest.mark.processes
+def test_help_of_no_command_imports_what_is_slow() -> None:
+    program = """
+import contextlib, io, sys
+from nemo_aligner.commands import cli
+def said(*arguments):
+    sys.argv = ["aligner", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        cli.main()
+    assert out.getvalue()
+said("--help")
+print(*{"hydra", "yaml", "numpy"} & set(sys.modules))
+for command in cli.COMMANDS:
+    said(command, "--help")
+print(*{"torch", "megatron", "transformers", "datasets", "lightning"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("\n\n", "")
 
 
 def test_the_command_is_what_the_project_installs() -> None:

@@ -28,7 +28,8 @@ CONF = Path(__file__).resolve().parents[3] / "conf/model"
         ("moe_layer_freq", [1]), ("moe_layer_freq", [0, 0]), ("moe_layer_freq", "([1]*2)"),
         ("moe_router_load_balancing_type", "sinkhorn"), ("moe_router_load_balancing_type", ["aux_loss"]),
         ("moe_expert_capacity_factor", 1.0), ("moe_shared_expert_intermediate_size", 8),
-        ("moe_router_topk_scaling_factor", 2.0), ("moe_router_group_topk", 2), ("moe_input_jitter_eps", 0.1),
+        ("moe_router_topk_scaling_factor", 2.0),
+        ("moe_router_group_topk", 2), ("moe_input_jitter_eps", 0.1), ("moe_aux_loss_coeff", [0.1]),
     ],
 )  # fmt: skip
 def test_an_archive_with_other_experts_is_refused_by_name(setting: str, value: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +15,7 @@ from nemo_aligner.config import multirun
 from nemo_aligner.config.multirun import output_in, run_job, sweep_overrides
 from nemo_aligner.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[3]
 NAMED = "hydra.job.config.override_dirname.exclude_keys="
 
 
@@ -66,3 +70,37 @@ def test_where_jobs_cannot_run_one_after_another_they_are_refused(
     monkeypatch.setattr(multirun.HydraConfig, "get", lambda: job)
     with pytest.raises(ConfigError, match=f"^{line}"):
         run_job({}, output, [])  # type: ignore[arg-type]
+
+
+ATTENDS = "import sys; from nemo_aligner.config.multirun import _attended; sys.exit(_attended(sys.argv[1:]))"
+
+
+def attending(script: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ATTENDS, "bash", "-c", script]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -KILL $$", 137)])
+def test_a_multirun_ends_as_its_job_did(script: str, status: int) -> None:
+    assert attending(script).wait(timeout=30) == status
+
+
+@pytest.mark.processes
+def test_a_job_told_to_stop_saves_and_says_how_it_ended() -> None:
+    process = attending("trap 'exit 75' TERM; echo ready; while true; do sleep 0.02; done")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.processes
+def test_a_job_dies_with_the_multirun() -> None:
+    process = attending("echo $$; while true; do sleep 0.02; done")
+    assert process.stdout is not None
+    job = Path("/proc") / process.stdout.readline().strip()
+    process.kill()
+    process.wait(timeout=30)
+    assert process.stdout.read() == "", "the job held the pipe open for as long as it lived"
+    assert not job.exists() or "State:\tZ" in (job / "status").read_text()

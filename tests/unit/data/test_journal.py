@@ -21,7 +21,7 @@ import sys
 from types import SimpleNamespace
 from nemo_aligner.data.journal import Journal
 rank, size = int(sys.argv[2]), int(sys.argv[3])
-cluster = SimpleNamespace(dp_rank=rank, is_main=True, speaks_for_replica=True, broadcast=lambda value: value)
+cluster = SimpleNamespace(dp_rank=rank, is_main=True, speaks_for_replica=True, gather_ranks=lambda value: [value])
 journal = Journal(sys.argv[1], {"seed": 1}, cluster)
 print("begins", flush=True)
 for i in itertools.count():

@@ -53,7 +53,7 @@ def test_the_page_is_one_file_that_holds_all_samples_and_names_no_address(tmp_pa
 
 
 def test_nothing_that_a_sample_or_a_name_holds_becomes_markup(tmp_path: Path) -> None:
-    folder = tmp_path / "<script>alert(1)<"
+    folder = tmp_path / "<script>{{data}}{{style}}<"
     rows = [{**row, "input": NASTY, "output": NASTY, NASTY: NASTY, f"reward_{NASTY}": 1.0} for row in samples(1, 2)]
     write_rows(folder / "iterations" / "0.jsonl", rows)
     cli.run([str(folder), "-o", str(tmp_path / "nasty.html")])
@@ -96,6 +96,22 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
     cli.run([str(tmp_path), "--watch", "3"])
     assert seen == [(3, 1, 3.0), (3, 1, 3.0), (5, 1, 3.0), (5, 1, 3.0)]
     assert Elements((tmp_path / "report.html").read_text()).unpacked("head")["every_s"] is None
+
+
+def test_what_a_stage_removes_meanwhile_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, gone = cli.read_run, [FileNotFoundError(2, "gone", "iter_0")] * 4
+
+    def reading(*given: object) -> object:
+        if gone:
+            raise gone.pop()
+        return read(*given)
+
+    monkeypatch.setattr(cli, "read_run", reading)
+    cli.run([str(make_loop(tmp_path))])
+    assert (tmp_path / "report.html").exists()
+    gone += [FileNotFoundError(2, "gone", "iter_0")] * 5
+    with pytest.raises(DataError, match="such as iter_0"):
+        cli.run([str(tmp_path)])
 
 
 @pytest.mark.parametrize("given", [["--samples", "0"], ["--watch", "0.5"], ["--watch", "nan"]])

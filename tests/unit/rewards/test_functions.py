@@ -155,6 +155,14 @@ def test_who_is_slow_is_named(rude: Path, opened: list[Functions], caplog: pytes
     assert "rows:1" not in caplog.text
 
 
+def test_other_ranks_say_so_where_it_is_seen(
+    rude: Path, opened: list[Functions], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    judged(started(opened, rude), "raise")
+    assert "[rank 3] rows:1: reward function mine KeyError" in capfd.readouterr().err
+
+
 def test_a_function_that_returns_another_number_of_rewards_has_failed(rude: Path, opened: list[Functions]) -> None:
     opened.append(Functions([RewardFunction("mine", f"{rude}:two")], 1))
     assert judged(opened[0], "a") == [Outcome(None, "ValueError: it returned 2 rewards for 1 response")]
@@ -187,8 +195,12 @@ def test_nobody_waits_for_a_function_once_told_to_stop(rude: Path, opened: list[
     functions.hurry()
     with pytest.raises(RewardError, match="told to stop"):
         answer.result(timeout=20)
+    quick = started(opened, rude)
+    quick.hurry()
+    assert judged(quick, "good", "a") == [Outcome(4.0), Outcome(1.0)], "those that come at once are waited for"
     functions.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
+    quick.close()
     assert not [child for child in psutil.Process(os.getpid()).children() if "rewards.worker" in str(child.cmdline())]
 
 

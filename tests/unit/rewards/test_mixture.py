@@ -69,6 +69,15 @@ def test_each_candidate_has_its_sum_and_the_reward_of_each_source_by_name() -> N
     assert first.did == second.did == ["hurried", "closed"]
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_stands_behind_a_server_is_told_by_its_names(apart: bool) -> None:
+    served = Says(*(Outcome(reward, None, {"right": reward, "short": 0.0}) for reward in (1.0, 2.0, 3.0)))
+    found = Mixture({"reward_model": served}, {"reward_model": 2.0}, apart=apart).submit(CANDIDATES).result()
+    assert [judgement.reward for judgement in found] == [2.0, 4.0, 6.0]
+    own = {"reward_model": 3.0} if apart else {}
+    assert found[2].parts == {"right": 3.0, "short": 0.0, **own}
+
+
 def test_a_source_that_gives_nothing_at_all_is_said_when_the_rewards_are_asked_for() -> None:
     broken = Says(*[Outcome(1.0)] * 3, fault=RewardError("no use"))
     pending = Mixture({"a": broken}, {"a": 1.0}).submit(CANDIDATES)

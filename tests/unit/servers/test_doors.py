@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from nemo_aligner.servers import doors as doors_module
 from nemo_aligner.servers.doors import Door, open_doors
 
 TOKEN, LIMIT = "s3cr3t" * 6, 1000
@@ -89,3 +93,60 @@ def test_a_body_over_the_bound_is_refused_with_and_without_a_length(
         answer = HTTP.post(f"{doors[0]}/length", content=content, headers=bearer(TOKEN))
         assert answer.status_code == status
         assert answer.json() == (size if status == 200 else {"error": f"more than {LIMIT} bytes"})
+
+
+@pytest.fixture
+def narrow() -> Iterator[tuple[int, threading.Event, threading.Semaphore]]:
+    """A door for two at once, what keeps them inside, and what tells of each that came in."""
+    app, leave, inside = FastAPI(), threading.Event(), threading.Semaphore(0)
+
+    @app.post("/wait")
+    async def wait() -> str:
+        inside.release()
+        while not leave.is_set():
+            await asyncio.sleep(0.01)
+        return "done"
+
+    @app.get("/health")
+    async def health() -> str:
+        return "lives"
+
+    port = free_port()
+    with open_doors(app, [Door("127.0.0.1", port, "port", max_requests=2)]):
+        yield port, leave, inside
+        leave.set()
+
+
+def test_more_requests_at_once_than_the_bound_are_refused_and_may_be_sent_again(
+    narrow: tuple[int, threading.Event, threading.Semaphore],
+) -> None:
+    port, leave, entered = narrow
+    url = f"http://127.0.0.1:{port}"
+    with ThreadPoolExecutor(2) as pool:
+        inside = [pool.submit(HTTP.post, f"{url}/wait", timeout=20) for _ in range(2)]
+        assert all(entered.acquire(timeout=20) for _ in range(2))
+        refused = HTTP.post(f"{url}/wait", timeout=20)
+        assert refused.status_code == 503
+        assert refused.json() == {"error": "more than 2 requests at once; send it again"}
+        assert refused.headers["Retry-After"] == "1"
+        assert HTTP.get(f"{url}/health").json() == "lives", "whoever looks after it is let in"
+        leave.set()
+        assert [done.result().json() for done in inside] == ["done"] * 2
+    assert HTTP.post(f"{url}/wait").json() == "done"
+
+
+def test_a_slow_client_keeps_nobody_waiting_and_is_told_when_its_time_is_over(
+    doors: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors_module, "_BODY_S", 0.5)
+    host, port = doors[0].removeprefix("http://").split(":")
+    head = f"POST /length HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        slow.sendall(head.encode() + b"x")
+        for _ in range(20):
+            assert HTTP.post(f"{doors[0]}/length", content=b"abc", headers=bearer(TOKEN)).json() == 3
+        answer = slow.recv(65536)
+        while b"}" not in answer:
+            answer += slow.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert answer.endswith(b'{"error":"the body did not come within 0 s"}')

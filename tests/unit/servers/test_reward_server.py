@@ -226,6 +226,7 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
             ("rewards", np.float32, (1,), False),
             ("exceeded", np.int32, (1,), False),
             ("error", bytes, (1,), False),
+            ("archive", bytes, (1,), False),
         ]
         found = triton.ask(sentences(b"abc"), sentences(b"a"))
         assert [answer["rewards"].tolist() for answer in found] == [[[3.0]], [[1.0]]]

@@ -66,7 +66,7 @@ def test_a_bad_request_is_refused_by_the_name_of_its_input(inputs: dict[str, np.
 
 @pytest.mark.parametrize(("inputs", "rows"), [({}, 1), (sentences(b"a", b"b"), 2), (tokens([[1]] * 3, [[1]]), 3)])
 def test_a_refusal_has_as_many_rows_as_the_request(inputs: dict[str, np.ndarray], rows: int) -> None:
-    outputs = refusal("no", inputs)
+    outputs = refusal("no", inputs, "a1")
     assert outputs["error"].tolist() == [[b"no"]] * rows
     assert outputs["exceeded"].tolist() == [[-1]] * rows
     assert [outputs[name].dtype for name in ("rewards", "exceeded", "error")] == [np.float32, np.int32, object]
@@ -100,7 +100,7 @@ def test_a_row_that_cannot_be_scored_says_why_and_costs_the_others_nothing(
     assert found.errors == ["", said, ""]
     assert found.rows[1] == []
     assert all(row[-1] == EOS and len(row) > 1 for row in (found.rows[0], found.rows[2]))
-    answered = answer([1.5, 2.5], found.exceeded, found.errors)
+    answered = answer([1.5, 2.5], found.exceeded, found.errors, "a1")
     assert answered["rewards"][[0, 2], 0].tolist() == [1.5, 2.5]
     assert np.isnan(answered["rewards"][1, 0])
     assert answered["exceeded"][:, 0].tolist() == [0, -1, 0]
@@ -153,9 +153,12 @@ def test_a_bad_request_to_functions_is_refused_by_the_name_of_its_input(
 @pytest.mark.parametrize(
     ("judgement", "outcome"),
     [
-        (Judgement(1.5, {"a": 1.5}), Outcome(1.5)),
-        (Judgement(None, {"a": None}), Outcome(None)),
-        (Judgement(None, {"a": 1.0, "b": None}, ("b",)), Outcome(None, "the server could not have the reward of b")),
+        (Judgement(1.5, {"a": 1.5}), Outcome(1.5, None, {"a": 1.5})),
+        (Judgement(None, {"a": None}), Outcome(None, None, {"a": None})),
+        (
+            Judgement(None, {"a": 1.0, "b": None}, ("b",)),
+            Outcome(None, "the server could not have the reward of b", {"a": 1.0, "b": None}),
+        ),
     ],
 )
 def test_a_judgement_arrives_as_it_was_sent(judgement: Judgement, outcome: Outcome) -> None:

@@ -94,7 +94,7 @@ DAMAGE = [
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", flipped, "shards/x: not as it was saved, by SHA256SUMS"),
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", doubled, "shards/x: not as it was saved: it has 14 bytes"),
     ("checkpoints/step=3/shards/x", "checkpoints/step=3", Path.unlink, "shards/x: not as it was saved: it is missing"),
-    ("checkpoints/step=3/state.json", "checkpoints/step=3", opened_only, "not a complete checkpoint"),
+    ("checkpoints/step=3/state.json", "checkpoints/step=3", opened_only, "state.json: cannot be read"),
     ("extracted/tokenizer.json", "extracted", flipped, "tokenizer.json: not as it was saved, by SHA256SUMS"),
     ("in.jsonl", "in.jsonl", lambda path: path.write_text('{"input": 1'), "in.jsonl:1: not valid JSON"),
     ("out.jsonl", "out.jsonl", lambda path: path.write_text("{}\n"), "not what out.jsonl.meta.json says was written"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +77,67 @@ def test_attend_is_softmax_attention_over_what_is_cached_and_the_new_position(
         assert torch.equal(stored_value, value[row])
 
 
-def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+PRINTING = "#!/bin/sh\necho '%s' >&2\nexit 1\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CC": "{folder}/none"}, "[Errno 2] No such file or directory: '{folder}/none'"),
+        ({"CC": "'cc"}, "No closing quotation"),
+        ({"CC": "{folder}/fails"}, "x.c:3: error: no such thing"),
+        ({"CC": "{folder}/full"}, "Cannot create temporary file: No space left on device"),
+        ({"XDG_CACHE_HOME": "{folder}/fails"}, "[Errno 20] Not a directory: '{folder}/fails/nemo_aligner'"),
+        ({"XDG_CACHE_HOME": "/proc"}, "[Errno 2] No such file or directory: '/proc/nemo_aligner'"),
+    ],
+)
+def test_where_nothing_can_be_compiled_or_kept_torch_does_it_and_one_line_says_so(
+    environment: dict[str, str],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, said in (("fails", "x.c:3: error: no such thing"), ("full", reason)):
+        (tmp_path / name).write_text(PRINTING % said.replace("'", ""))
+        (tmp_path / name).chmod(0o700)
+    for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value.format(folder=tmp_path))
     with caplog.at_level(logging.WARNING):
         assert library._compiled.__wrapped__(torch.bfloat16) is None
-    assert [record.message for record in caplog.records if "cannot compile" in record.message]
+    [said] = [record.getMessage() for record in caplog.records]
+    where = library._SOURCES[0].parent
+    assert said == f"torch's kernels are used, slower: cannot compile {where} ({reason.format(folder=tmp_path)})"
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "sum"])
+def test_a_damaged_library_is_compiled_again_and_one_line_says_so(
+    damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "compiler"  # one that takes no seconds: its library has every name, and does nothing
+    names = {name for name in vars(CpuKernels)["__init__"].__code__.co_names}
+    functions = "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names) if name not in dir(library))
+    (tmp_path / "all.c").write_text(functions)
+    compiler.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nexec cc -shared -fPIC -w -o "$2" {tmp_path}/all.c\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library._compiled.__wrapped__(torch.float32) is not None
+    [made] = tmp_path.rglob("*.so")
+    content = made.read_bytes()
+    assert library._compiled.__wrapped__(torch.float32) is not None
+    assert caplog.messages == []
+    changed = bytearray(content)
+    changed[len(content) // 2 if damage == "flipped" else -1] ^= 1
+    made.unlink()  # this process has it open as it is
+    made.write_bytes({"cut": content[:3000], "empty": b""}.get(damage, bytes(changed)))
+    assert library._compiled.__wrapped__(torch.float32) is not None
+    assert caplog.messages == [f"{made} is damaged, and compiled again"]
+    assert made.read_bytes() == content
 
 
 @pytest.mark.parametrize("outputs", [32, 100, 7])

@@ -20,6 +20,7 @@ from nemo_aligner.engine.model import forward
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import start_cluster
+from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.stages.reinforce.loop import Actor
 from tests.fakes import ByteTokenizer
 from tests.tiny import ARCH
@@ -31,12 +32,15 @@ PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("a first prompt: "
 class LikesLowBytes:
     """A reward that is learned fast: how many bytes of the response are below 100."""
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        answer: Future[list[float]] = Future()
-        answer.set_result([sum(byte < 100 for byte in text.partition(": ")[2].encode()) / 4 for text in texts])
+    def submit(self, candidates: Sequence[Candidate]) -> Future[list[Judgement]]:
+        answer: Future[list[Judgement]] = Future()
+        answer.set_result([Judgement(sum(byte < 100 for byte in c.response.encode()) / 4) for c in candidates])
         return answer
 
     def hurry(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

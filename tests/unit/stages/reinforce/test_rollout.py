@@ -143,4 +143,4 @@ def test_rewards_that_one_rank_cannot_have_end_the_step_on_every_rank() -> None:
             worker(cluster, judge).run(PROMPTS, 2, SAMPLING, 4)
         return str(fault.value)
 
-    assert on_ranks(2, fails_on_rank_1) == ["another rank got no rewards", "no answer from the reward server"]
+    assert on_ranks(2, fails_on_rank_1) == ["no answer from the reward server"] * 2
