@@ -32,7 +32,7 @@ from nemo_aligner.planning.report import report
 def shape_of(model: str) -> Architecture:
     """Of a shape, by its name or the path of its YAML, or of an archive. Raises ConfigError, CheckpointError."""
     if model.endswith((".yaml", ".yml")) or model in model_shapes():
-        return Architecture.from_nemo(read_mapping(str(shape_file(model, "model")), "model"), f"model={model}")
+        return Architecture.from_nemo(read_mapping(shape_file(model, "model"), "model"), f"model={model}")
     from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 
     arch = read_architecture(model, key="model")

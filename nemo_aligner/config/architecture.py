@@ -87,7 +87,7 @@ def _adapter(peft: Any, where: str) -> dict[str, Any] | None:
     return peft
 
 
-def _check_experts(values: dict[str, Any]) -> None:
+def _check_experts(values: dict[str, Any], where: str) -> None:
     """What is said of experts, in place. Raises CheckpointError for what is not known."""
     if values.get("num_moe_experts") in (None, 0, 1):  # one expert is none, as NeMo writes it
         for name in [name for name in values if name in EXPERT_KEYS]:
@@ -112,7 +112,7 @@ def _check_experts(values: dict[str, Any]) -> None:
         (bool(values.get("bias")) or bool(values.get("mlp_bias")), "num_moe_experts", "to be had with biases"),
     ):
         if fault:
-            raise CheckpointError(f"model_config.yaml: {name}={values.get(name)} is not {wanted}")
+            raise CheckpointError(f"{where}: {name}={values.get(name)} is not {wanted}")
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Architecture:
         if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
             wanted = " or ".join(_NORMALIZATIONS)
             raise CheckpointError(f"{where}: normalization={values['normalization']} is not {wanted}")
-        _check_experts(values)
+        _check_experts(values, where)
         values["peft"] = _adapter(config.get("peft"), where)
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
         arch = cls(**values, other={k: v for k, v in config.items() if k not in known})

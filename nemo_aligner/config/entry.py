@@ -60,14 +60,14 @@ def one_line_errors() -> Iterator[None]:
     except (AlignerError, HydraException, OmegaConfBaseException) as fault:
         _say(f"error: {_one_line(fault)}")
         sys.exit(EXIT_FAILURE)
+    except MemoryError as fault:
+        what = f" ({_one_line(fault)})" if str(fault) else ""
+        _say(f"error: out of memory{what}; use smaller batches or shorter rows, or a machine with more")
+        sys.exit(EXIT_FAILURE)
     except OSError as fault:
         if fault.errno not in _OF_THE_DISK:
             raise
         _say(f"error: {fault.filename or 'a file'}: {fault.strerror}")
-        sys.exit(EXIT_FAILURE)
-    except MemoryError as fault:
-        what = f" ({_one_line(fault)})" if str(fault) else ""
-        _say(f"error: out of memory{what}; use smaller batches or shorter rows, or a machine with more")
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         _say("interrupted")

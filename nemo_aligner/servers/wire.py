@@ -10,9 +10,9 @@ inputs    sentences         bytes  [B, 1]   UTF-8 texts, prompt and response tog
 outputs   rewards           float32 [B, 1]  NaN where there is an error
           exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut; -1: error
           error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
+          archive           bytes   [B, 1]  sha256 of the reward model's archive: whose rewards these are
           parts             bytes   [B, 1]  of a server with reward functions: JSON {"reward", "parts", "failed"}, the
                                             reward of each source by its name, null where it gave none
-          archive           bytes   [B, 1]  sha256 of the reward model's archive: whose rewards these are
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class RequestReader:
     vocab_size: int
     append_eod: bool
     max_text_bytes: int
-    archive: str = ""
     check_fields: Callable[[Mapping[str, Any]], None] | None = None
+    archive: str = ""
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
         """Raises RequestError, naming the input, for what is wrong with the request as a whole."""

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
     path.stem: path
     for path in (*(ROOT / "examples/nlp/gpt").rglob("*.py"), *(ROOT / "scripts").glob("*.py"))
-    if "one_line_errors" in path.read_text() or "@script(" in path.read_text()
+    if "import main" in path.read_text()
 }
 _ONE_FILE = "data.file_names=[rows.jsonl]"
 RIGHT = {

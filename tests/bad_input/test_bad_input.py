@@ -6,7 +6,8 @@
   files: {bad.jsonl: '{'}                       put there before; see made.py
   environment: {RANK: x}
   process: true                                 in a process of its own, which also shows that there is no traceback
-  line: ...                                     `{here}` is the folder, `{python}` this interpreter
+  line: ...                                     `{here}` is the folder, `{python}` this interpreter,
+                                                    `{shapes}` those of conf/model, `{any}` one word
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pytest
 import yaml
 
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.config.folders import model_shapes
 from tests.bad_input import made, readers
 
 Case = dict[str, Any]
@@ -65,8 +67,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         patched.setattr(tempfile, "tempdir", case.get("temporary", str(here / "temporary")))
         status, said = found(case, monkeypatch, capfd)
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
-    wanted = case["line"].replace("{here}", str(here)).replace("{python}", sys.executable)
-    assert said == f"{rank}error: {wanted}\n"
+    names = {"here": str(here), "python": sys.executable, "shapes": ", ".join(model_shapes())}
+    wanted = re.escape(f"{rank}error: {case['line']}\n").replace(r"\{any\}", r"\S+")
+    for name, value in names.items():
+        wanted = wanted.replace(rf"\{{{name}\}}", re.escape(value))
+    assert re.fullmatch(wanted, said), f"{said!r} is not {case['line']!r}"
     assert status == 1
     assert state_of(here) == before
 

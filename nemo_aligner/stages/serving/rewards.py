@@ -138,8 +138,8 @@ def talk_to_clients(
         model.vocab_size,
         model.append_eod,
         serving.max_text_bytes,
-        model.archive_hash(),
         None if functions is None else functions.check_fields,
+        model.archive_hash(),
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
     judge = None if functions is None else both(cfg.reward_plan, functions, main.score)
