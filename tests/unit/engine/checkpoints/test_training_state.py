@@ -146,7 +146,7 @@ def test_of_torchs_own_faults_a_full_disk_is_one_that_the_user_can_mend(
 
 def test_a_folder_that_cannot_be_made_is_named(model: MegatronTrainable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/file/a: a folder is needed where \S+ is a file$"):
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/file/a: Not a directory$"):
         model.save_training_state(tmp_path / "file" / "a", {"step": 1})
 
 
