@@ -21,6 +21,11 @@ def check_training_settings(
             "the best of the checkpoints, and none is saved; give save_interval",
             "exp_manager.checkpoint_callback_params.save_best_model",
         )
+    if exp.checkpoint_callback_params.async_save and not exp.create_checkpoint_callback:
+        raise ConfigError(
+            "no checkpoint is saved, with exp_manager.create_checkpoint_callback=False",
+            "exp_manager.checkpoint_callback_params.async_save",
+        )
     check_duration(exp.max_time_per_run, "exp_manager.max_time_per_run")
     check_schedule(optim.sched)
 

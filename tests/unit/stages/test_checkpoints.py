@@ -290,3 +290,11 @@ def test_however_the_steps_end_on_all_ranks_what_is_being_written_appears(
         if end is not None:
             raise end
     assert bool(steps(made)) == there
+
+
+def test_checkpoints_in_the_background_are_refused_where_there_are_none() -> None:
+    exp = ExpManagerConfig(
+        create_checkpoint_callback=False, checkpoint_callback_params=CheckpointCallbackParams(async_save=True)
+    )
+    with pytest.raises(ConfigError, match=r"params\.async_save: no checkpoint is saved, with exp_manager\.create_ch"):
+        check_training_settings(exp, OptimConfig(), monitors(()), 1)
