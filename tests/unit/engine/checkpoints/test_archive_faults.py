@@ -167,10 +167,8 @@ def test_what_cannot_be_written_is_said_on_every_rank(tmp_path: Path, monkeypatc
         save_archive(path, model, ARCHIVED, tokenizer, rank)
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OutputError,
-        match=rf"^cannot write {tmp_path}/file/m\.nemo: a folder is needed where {tmp_path}/file is a file$",
-    ):
+    said = rf"^cannot write {tmp_path}/file/m\.nemo: a folder is needed where {tmp_path}/file is a file$"
+    with pytest.raises(OutputError, match=said):
         save(tmp_path / "file" / "m.nemo", Rank())
     path = tmp_path / "m.nemo"
     with pytest.raises(OutputError, match="said by rank 0"):
