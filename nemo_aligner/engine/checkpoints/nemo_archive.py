@@ -28,7 +28,7 @@ from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, writing
 from nemo_aligner.ranks import together
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
