@@ -15,7 +15,7 @@ def writing(path: str | Path) -> Iterator[None]:
     """What the disk refuses inside the block, as OutputError that names `path`."""
     try:
         yield
-    except FileExistsError as fault:  # of making a folder
+    except (FileExistsError, NotADirectoryError) as fault:
         raise OutputError(f"cannot write {path}: a folder is needed where {fault.filename} is a file") from fault
     except OSError as fault:
         raise OutputError(f"cannot write {path}: {fault.strerror or fault}") from fault

@@ -28,7 +28,7 @@ from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
-from nemo_aligner.errors import CheckpointError
+from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.files import fsync, writing
 from nemo_aligner.ranks import together
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
@@ -168,11 +168,23 @@ def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") ->
         with together(cluster):
             if extracts:
                 remove_leftovers(folder.parent, _OPENED)
-                stack.enter_context(scratch_folder(folder))
+                try:
+                    stack.enter_context(scratch_folder(folder))
+                except OutputError as fault:
+                    raise CheckpointError(
+                        f"{named(key, path)}: cannot be extracted to {folder.parent}: {_reason(fault)}; "
+                        "give another as $TMPDIR"
+                    ) from fault
                 _extract(path, folder, key)
                 _check_sums(path, folder, key)
         yield folder
         cluster.barrier()  # nobody may still be reading when the folder goes
+
+
+def _reason(fault: OutputError) -> str:
+    """What the disk said."""
+    said = fault.__cause__.strerror if isinstance(fault.__cause__, OSError) else None
+    return said or str(fault)
 
 
 def _extract(path: Path, folder: Path, key: str) -> None:

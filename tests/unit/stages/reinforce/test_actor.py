@@ -78,6 +78,8 @@ class Learner(EchoPolicy):
 class Judge:
     """The reward of a text: its last bytes as a number. From request `dies_at` on it answers no more."""
 
+    archive: str | None = None
+
     def __init__(self, dies_at: float = math.inf) -> None:
         self.left = dies_at
 
@@ -413,3 +415,11 @@ def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
     other = config(tmp_path, max_steps=2, save_interval=2, val_check_interval=7)
     other.model.micro_batch_size, other.model.ppo.rollout_micro_batch_size = 1, 9
     assert len(run(other, validation=HELD_OUT).trained) == 1
+
+
+def test_a_run_that_goes_on_takes_rewards_of_the_reward_model_that_it_began_with(tmp_path: Path) -> None:
+    first, again = Judge(), Judge()
+    first.archive = "a" * 64
+    run(config(tmp_path, max_steps=1, save_interval=1), judge=first)
+    run(config(tmp_path, max_steps=2, save_interval=1), judge=again)
+    assert again.archive == first.archive

@@ -37,6 +37,8 @@ PROMPTS = [PromptRow(text, tuple(text.encode())) for text in ("ab", "the film", 
 class Judge:
     """Rewards texts by a function of theirs; may fail."""
 
+    archive: str | None = None
+
     def __init__(self, reward: Callable[[str], float], fault: Exception | None = None) -> None:
         self.reward, self.fault = reward, fault
         self.asked: list[str] = []

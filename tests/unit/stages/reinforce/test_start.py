@@ -39,6 +39,8 @@ class Judge:
     made: list[Judge]
     fault: Exception | None = None  # what waiting for the server ends with
 
+    archive: str | None = None
+
     def __init__(self, config: Any, token: str | None) -> None:
         self.config, self.token, self.did = config, token, list[str]()
         self.made.append(self)
