@@ -126,7 +126,7 @@ def run(
     judge: Judge | None = None,
 ) -> Learner:
     learner = learner or Learner()
-    Actor(cfg, learner, learner.cluster, PROMPTS, validation).train(judge or Judge())  # type: ignore[arg-type]
+    Actor(cfg, learner, learner.cluster, PROMPTS, validation).train(judge or Judge(), judge)  # type: ignore[arg-type]
     return learner
 
 
