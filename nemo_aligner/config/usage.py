@@ -48,7 +48,7 @@ def explained(keys: Iterable[Key], width: int) -> Iterator[str]:
         term = key.name if key.default is None else f"{key.name}={key.default}"
         if key.default is None and not key.comment:
             continue
-        first, *rest = textwrap.wrap(key.comment, width - _COLUMN) or [""]
+        first, *rest = textwrap.wrap(key.comment, width - _COLUMN, break_on_hyphens=False) or [""]
         if len(term) <= _COLUMN - 2:
             yield f"{term:<{_COLUMN}}{first}".rstrip()
         else:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = {
     "pytriton": "nvidia-pytriton",
     "mlflow": "mlflow-skinny",
-    "math_verify": "math-verify[antlr4_9_3]",
+    "math_verify": "math-verify[antlr4-9-3]",
 }
 
 

@@ -54,7 +54,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def asked(base: Path, lora: LoraTuning = LORA, **more: Any) -> ModelOverrides:
-    return ModelOverrides(str(base), peft=PeftConfig("lora", lora_tuning=lora, **more))
+    return ModelOverrides(restore_from_path=str(base), peft=PeftConfig("lora", lora_tuning=lora, **more))
 
 
 def trained(base: Path, target: Path, lora: LoraTuning = LORA, **more: Any) -> list[Tensor]:
@@ -233,7 +233,9 @@ def test_an_adapter_begins_where_another_ended_and_only_beside_its_own_base(base
     base.unlink()
     (tmp_path / "elsewhere" / "base.nemo").unlink()
     with pytest.raises(CheckpointError, match=r"^gpt_model_file=.*first.nemo is an adapter, and its base is not there"):
-        check_training(TRAINER, ModelOverrides(str(tmp_path / "elsewhere" / "first.nemo")), key="gpt_model_file")
+        check_training(
+            TRAINER, ModelOverrides(restore_from_path=str(tmp_path / "elsewhere" / "first.nemo")), key="gpt_model_file"
+        )
 
 
 def test_a_reward_models_adapter_carries_its_head(base: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from nemo_aligner.engine.conversion import Checkpoint, with_first_layers
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError
+from tests.hugging_face import random_model
 
 pytestmark = pytest.mark.processes  # none is started, but they take as long
 
@@ -55,12 +56,7 @@ def cluster() -> Iterator[MegatronCluster]:
 
 
 def hugging_face(family: str, extra: dict[str, Any]) -> torch.nn.Module:
-    torch.manual_seed(2)
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model
+    return random_model(family, {**SHAPE, **extra})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,6 +18,7 @@ from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv, to_h
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError
+from tests.hugging_face import random_model
 
 SHAPE = {
     "vocab_size": 130, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -67,12 +68,7 @@ def cluster() -> Iterator[MegatronCluster]:
 
 
 def hugging_face(family: str, extra: dict[str, Any]) -> torch.nn.Module:
-    torch.manual_seed(2)
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in model.parameters():  # biases and norms are 0 and 1 at first: every weight must matter
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model
+    return random_model(family, {**SHAPE, **extra})
 
 
 @pytest.mark.parametrize("case", CASES)
