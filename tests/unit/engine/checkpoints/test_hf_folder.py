@@ -228,7 +228,7 @@ def test_settings_that_are_off_or_known_to_change_nothing_are_let_through(folder
 
 @pytest.mark.parametrize(
     ("architecture", "reason"),
-    [("Gemma2ForCausalLM", "soft caps"), ("Qwen2MoeForCausalLM", "every token shares"), ("GraniteForCausalLM", "multipliers"),
+    [("Gemma2ForCausalLM", "soft caps"), ("Qwen2MoeForCausalLM", "every token"), ("GraniteForCausalLM", "multipliers"),
      ("GPT2LMHeadModel", "is not one of LlamaForCausalLM")],
 )  # fmt: skip
 def test_models_that_are_not_supported_say_what_stands_in_the_way(folder: Path, architecture: str, reason: str) -> None:
