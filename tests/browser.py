@@ -167,7 +167,11 @@ def browser(folder: Path) -> Iterator[Page]:
     try:
         yield Page(into, out)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # so that it removes what it has in the system's temporary folder
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         os.close(into)
         os.close(out)
