@@ -1,22 +1,27 @@
-"""Mean, spread and standardisation of rewards; NaN entries do not count."""
+"""Mean, spread and standardisation of rewards; entries that are None or NaN do not count."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nemo_aligner.errors import DataError
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Those that are known."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:
     """Mean and unbiased standard deviation (n − 1) of the finite values; NaN where there are too few."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    known = finite(values)
+    if not known:
         return math.nan, math.nan
-    mean = math.fsum(finite) / len(finite)
-    if len(finite) < 2:
+    mean = math.fsum(known) / len(known)
+    if len(known) < 2:
         return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1))
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1))
 
 
 def standardised(values: Sequence[float], mean: float, std: float) -> list[float]:

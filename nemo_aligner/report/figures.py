@@ -6,22 +6,18 @@ Entries that are None or NaN do not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nemo_aligner.algorithms.best_of import best_of
-from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
+from nemo_aligner.algorithms.statistics import finite, mean_and_std, standard_error
 
 QUANTILES = 101
 """Points that stand for a distribution in a page, whatever its size: the 0th, 1st, ... 100th percentile."""
 
 BINS = 40
-
-
-def finite(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def summary(rewards: Sequence[float | None], prompts: Sequence[int]) -> dict[str, Any]:
@@ -61,14 +57,6 @@ def best_of_n(rewards: Sequence[float], prompts: Sequence[int]) -> list[tuple[in
         (n, math.fsum(best_of(group, n) for group in groups.values()) / len(groups))
         for n in sorted({*range(1, min(most, 16) + 1), *([most] if most else [])})
     ]
-
-
-def best_of_n_kl(n: int) -> float:
-    """Upper bound, in nats, of the KL of best-of-n sampling to the policy it samples: ln n − (n − 1)/n.
-
-    Beirami et al. 2024 (arXiv 2401.01879), theorem 1.
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def histograms(sets: Sequence[Sequence[float | None]]) -> dict[str, Any]:

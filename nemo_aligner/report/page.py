@@ -15,8 +15,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from nemo_aligner.algorithms.best_of import best_of_kl_bound
 from nemo_aligner.data.jsonl import dump_row
-from nemo_aligner.report.figures import best_of_n_kl, histograms
+from nemo_aligner.report.figures import histograms
 from nemo_aligner.report.runs import Run, head_of
 
 _SCRIPTS = ("data.js", "charts.js", "curves.js", "diff.js", "choose.js", "table.js", "tables.js", "main.js")
@@ -55,7 +56,7 @@ def _sets(runs: Sequence[Run]) -> dict[str, Any]:
     figures = []
     for run, sample_set in own:
         figures.append({"run": run, "histogram": bins[id(sample_set)], **sample_set.figures()})
-        figures[-1]["best_of"] = [[n, best_of_n_kl(n), reward] for n, reward in figures[-1]["best_of"]]
+        figures[-1]["best_of"] = [[n, best_of_kl_bound(n), reward] for n, reward in figures[-1]["best_of"]]
     return {"sets": figures}
 
 

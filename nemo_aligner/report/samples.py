@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.statistics import finite
 from nemo_aligner.records import Keys, part_name
-from nemo_aligner.report.figures import finite, quantiles, summary
+from nemo_aligner.report.figures import quantiles, summary
 
 Row = dict[str, Any]
 

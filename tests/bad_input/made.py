@@ -8,7 +8,6 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import zstandard
 
 from nemo_aligner.checksums import write_sums
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
-from nemo_aligner.engine.checkpoints.tokenizer import byte_tokenizer
 from tests.fuzz.targets import gguf_file
+from tests.models_without_weights import models_without_weights
 from tests.tiny import ARCHIVED
 
 CONFIG = ARCHIVED.to_nemo()
@@ -28,12 +27,7 @@ def right(folder: Path) -> None:
     """Inputs of which nothing is wrong; archives have no weights, as nothing here comes as far as to load them."""
     row = json.dumps({"input": "a", "output": "b", "text": "c", "reward": 0.5})
     (folder / "rows.jsonl").write_text(f"{row}\n{row}\n")
-    for name, arch in (("policy", ARCHIVED), ("judge", replace(ARCHIVED, reward_model_type="binary_ranking"))):
-        (folder / name).mkdir()
-        (folder / name / "model_config.yaml").write_text(yaml.safe_dump(arch.to_nemo()))
-    (folder / "hf").mkdir()
-    (folder / "hf/config.json").write_text(json.dumps(to_hf_config(ARCHIVED, "float32")))
-    (folder / "hf/tokenizer.json").write_bytes(byte_tokenizer())
+    models_without_weights(folder)
     (folder / "hf/model.safetensors").write_bytes(
         safetensors({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
     )

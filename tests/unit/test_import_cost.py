@@ -7,16 +7,12 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
-from nemo_aligner.engine.checkpoints.tokenizer import byte_tokenizer
 from nemo_aligner.owner import lock_of, sole_owner
-from tests.tiny import ARCHIVED
+from tests.models_without_weights import models_without_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -117,12 +113,7 @@ FAULTS = [
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the commands above name; an archive that nobody loads is a folder with its config."""
     folder = tmp_path_factory.mktemp("paths")
-    for name, arch in (("policy", ARCHIVED), ("judge", replace(ARCHIVED, reward_model_type="binary_ranking"))):
-        (folder / name).mkdir()
-        (folder / name / "model_config.yaml").write_text(yaml.safe_dump(arch.to_nemo()))
-    (folder / "hf").mkdir()
-    (folder / "hf/config.json").write_text(json.dumps(to_hf_config(ARCHIVED, "float32")))
-    (folder / "hf/tokenizer.json").write_bytes(byte_tokenizer())
+    models_without_weights(folder)
     row = json.dumps({"input": "a", "output": "b", "text": "c"})
     (folder / "rows").write_text(f"{row}\n{row}\n")
     (folder / "line").write_text(f"{row}\n{{\n")

@@ -241,7 +241,9 @@ def figures_of(
         "reward_standard_error": standard_error(answers.rewards, answers.prompts),
         "reward_std": std,
         **({"unknown": sum(map(math.isnan, answers.rewards)) / len(samples)} if several else {}),
-        **{f"{part_name(name)}_mean": mean_of(column(part_name(name, cfg.data.reward_key))) for name in several},
+        **{
+            f"{part_name(name)}_mean": mean_and_std(column(part_name(name, cfg.data.reward_key)))[0] for name in several
+        },
         "kl": None if None in column("kl") else sum(column("kl")) / len(samples),
         "response_length": sum(answers.lengths) / len(samples),
         "finished": column("finish_reason").count("stop") / len(samples),
@@ -251,11 +253,6 @@ def figures_of(
         **best_of_figures(answers, cfg.data.n, cfg.pass_threshold),
     }
     return figures, answers
-
-
-def mean_of(values: Sequence[float | None]) -> float:
-    """Of those that are known."""
-    return mean_and_std([value for value in values if value is not None])[0]
 
 
 def best_of_figures(answers: Answers, n: int, pass_threshold: float | None) -> dict[str, dict[str, float]]:

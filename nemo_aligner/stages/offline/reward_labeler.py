@@ -218,7 +218,7 @@ def finish(
 def source_figures(judgements: Sequence[Judgement], name: str) -> dict[str, float]:
     """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
     values = [judgement.parts[name] for judgement in judgements]
-    mean, std = mean_and_std([value for value in values if value is not None])
+    mean, std = mean_and_std(values)
     failed = sum(name in judgement.failed for judgement in judgements)
     unknown = sum(value is None for value in values) - failed
     return {"mean": mean, "std": std, "cannot_tell": unknown, "failed": failed}

@@ -9,7 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from nemo_aligner.report.figures import BINS, best_of_n, best_of_n_kl, histograms, summary
+from nemo_aligner.algorithms.best_of import best_of_kl_bound
+from nemo_aligner.report.figures import BINS, best_of_n, histograms, summary
 
 
 def test_best_of_n_is_the_mean_over_all_choices_of_n_samples() -> None:
@@ -41,7 +42,7 @@ def test_the_kl_of_best_of_n_does_not_pass_its_bound_and_comes_near_it_with_many
         chosen = np.diff(ranks**n)
         return float(np.sum(chosen * np.log(chosen * count)))
 
-    bound = best_of_n_kl(n)
+    bound = best_of_kl_bound(n)
     assert all(kl(count) <= bound + 1e-9 for count in (2, 3, 10, 100))
     assert kl(20_000) == pytest.approx(bound, abs=1e-3)
 
