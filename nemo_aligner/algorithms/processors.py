@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.records import Keys, ScoredSample
@@ -49,9 +48,9 @@ def best_of_group(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
     """
     best: dict[str, ScoredSample] = {}
     for sample in samples:
-        kept = best.get(sample.input)
+        kept = best.get(sample.prompt_id)
         if kept is None or math.isnan(kept.reward) or sample.reward > kept.reward:
-            best[sample.input] = sample
+            best[sample.prompt_id] = sample
     result = [sample for sample in best.values() if not math.isnan(sample.reward)]
     if len(result) < len(best):
         log.warning("rs: %d inputs left out, all their rewards are NaN", len(best) - len(result))
@@ -83,7 +82,8 @@ def with_rewards(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
 def with_reward_prompt(sample: ScoredSample, template: str, keys: Keys) -> ScoredSample:
     """Decision transformer (arXiv 2308.12050): the reward, to one decimal, becomes part of the prompt.
 
-    Plain replacement, the reward first, so that `{reward}` inside a user's text stays as it is.
+    Of a conversation, of the turn that is answered. Plain replacement, the reward first, so that `{reward}` inside a
+    user's text stays as it is.
     """
     with_reward = template.replace(f"{{{keys.reward}}}", f"{sample.reward:.1f}")
-    return replace(sample, input=with_reward.replace(f"{{{keys.input}}}", sample.input))
+    return sample.with_input(with_reward.replace(f"{{{keys.input}}}", sample.input))

@@ -91,18 +91,27 @@ class Rows(Sequence[Row]):
 
 
 def load_rows(
-    path: str | Path, *, required: Mapping[str, str], hf_dataset: bool = False, cache_dir: str | None = None
+    path: str | Path,
+    *,
+    required: Mapping[str, str],
+    check: Callable[[Row, Path, int], None] | None = None,
+    hf_dataset: bool = False,
+    cache_dir: str | None = None,
 ) -> Rows:
     """Open a JSONL file, plain or compressed (.gz, .zst), after checking every line of it.
 
     Lines end in LF, CR LF or CR. `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in
     `cache_dir`); otherwise lines are found by byte offset. Both give the same rows, with every field as it stands in
-    the file. Raises DataError: missing or empty file, broken line, missing field, value that is not a string.
+    the file. `check` is called with each row, the path and its line. Raises DataError: missing or empty file, broken
+    line, missing field, value that is not a string.
     """
     path = Path(path)
     rows = _arrow_rows(path, cache_dir) if hf_dataset else _offset_rows(path)
     for index, number in enumerate(rows.numbers):
-        check_texts(rows[index], required, path, number)
+        row = rows[index]
+        check_texts(row, required, path, number)
+        if check is not None:
+            check(row, path, number)
     if not rows:
         raise DataError("the file holds no rows", path)
     return rows
