@@ -190,8 +190,9 @@ def crash(jobs: list[Job], kills: int, seed: int, work: Path, tell: Callable[[st
     references: dict[str, Reference] = {}
     done: list[dict[str, Any]] = []
     killed = 0
+    first = rng.sample(jobs, len(jobs))  # each is killed at least once, where there are kills enough
     while killed < kills:
-        job = rng.choices(jobs, [job.weight for job in jobs])[0]
+        job = first.pop() if first else rng.choices(jobs, [job.weight for job in jobs])[0]
         place = places[job.name]
         if job.name not in references:
             references[job.name] = Reference(place)
