@@ -121,7 +121,7 @@ def _without(row: dict[str, Any], prefix: str) -> str:
 
 
 def _provenance(meta: dict[str, Any], out: Path) -> str:
-    """Without the hash of an archive that the run itself wrote: each rank writes a part, so that bytes depend on them."""
+    """Without the hash of an archive of the run itself: each rank writes a part, so that its bytes depend on them."""
     del meta["config"]["trainer"]["devices"]
     if str(meta["config"].get("gpt_model_file")).startswith(f"{out}/"):
         del meta["archive_sha256"]
