@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -207,6 +208,7 @@ def crash(jobs: list[Job], kills: int, seed: int, work: Path, tell: Callable[[st
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with this
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of jobs, moments, signals and numbers of ranks")
