@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_aligner.data.jsonl import Row
@@ -16,7 +17,7 @@ _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "ass
 _SYSTEM, _TOOLS, _VALUES = TEMPLATE_FIELDS
 
 
-def messages_of(row: Row, path: str, line: int | None) -> Messages:
+def messages_of(row: Row, path: str | Path, line: int | None) -> Messages:
     """`messages` or `prompt` [{role, content}] as they are, NeMo's {system, conversations: [{from, value}]} likewise.
 
     A turn's `weight` is 1, or 0 where it is not trained on. Raises DataError.
@@ -42,7 +43,7 @@ def _from_nemo(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": _ROLES.get(role, role), "content": turn.get("value"), "weight": turn.get("weight", 1)}
 
 
-def template_values(row: Row, path: str, line: int | None) -> dict[str, Any]:
+def template_values(row: Row, path: str | Path, line: int | None) -> dict[str, Any]:
     """What a row gives its chat template besides the turns: `tools`, and `chat_template_kwargs`. Raises DataError."""
     values = row.get(_VALUES) or {}
     if not isinstance(values, dict):
@@ -60,10 +61,15 @@ def plain_form(row: Row, path: str) -> Row:
     return {"messages": messages_of(row, path, None), **tools, **({_VALUES: values} if values else {})}
 
 
-def check_turns(row: Row, turns: Turns, *, output_key: str | None, path: str, line: int | None) -> None:
-    """A conversation to be answered, or with its answer where `output_key` names a field for that. Raises DataError."""
+def check_conversation(row: Row, path: str | Path, line: int | None) -> None:
+    """Raises DataError for a row that no chat template could be given."""
     messages_of(row, path, line)
     template_values(row, path, line)
+
+
+def check_turns(row: Row, turns: Turns, *, output_key: str | None, path: str | Path, line: int | None) -> None:
+    """A conversation to be answered, or with its answer where `output_key` names a field for that. Raises DataError."""
+    check_conversation(row, path, line)
     if not turns.given:
         raise DataError(f"{turns.field} is empty, there is nothing to go on from", path, line)
     if output_key is None and turns.answered:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_aligner.data.blending import Blend, blend, prefix_files
@@ -52,27 +53,27 @@ def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
     names, weights = prefix_files(prefix, split, key)
     if not names:
         return None
-    files = [load_rows(name, required={}) for name in names]
-    rows = blend(files, weights, key=key)
     both = 0
-    for index in range(len(rows)):
-        row = rows[index]
-        check_prompt(row, rows, index)
+
+    def check(row: Row, path: Path, number: int) -> None:
+        nonlocal both
+        check_prompt(row, path, number)
         both += all(isinstance(row.get(name), str) for name in _FIELDS)
+
+    files = [load_rows(name, required={}, check=check) for name in names]
     if both:
         log.info("%s: %d rows have both text and input; text is the prompt", key, both)
-    return rows
+    return blend(files, weights, key=key)
 
 
-def check_prompt(row: Row, rows: Blend, index: int) -> None:
+def check_prompt(row: Row, path: Path, number: int) -> None:
     """Raises DataError, with file and line, for a row without a text or a conversation to be answered."""
     turns = turns_of(row)
     if turns is not None:
-        path, line = rows.where(index)
-        check_turns(row, turns, output_key=None, path=path, line=line)
+        check_turns(row, turns, output_key=None, path=path, line=number)
     elif prompt_field(row) is None:
         has = ", ".join(map(repr, row)) or "no fields"
-        raise DataError(f'no text in field "text" or "input"; the row has {has}', *rows.where(index))
+        raise DataError(f'no text in field "text" or "input"; the row has {has}', path, number)
 
 
 def prompt_field(row: Row) -> str | None:

@@ -85,7 +85,7 @@ class RowCheck:
             check_texts(row, self._required, path, line)
             return
         self._chats += 1
-        check_turns(row, turns, output_key=self._answer, path=str(path), line=line)
+        check_turns(row, turns, output_key=self._answer, path=path, line=line)
         there = {self._input_key} | ({self._answer} if turns.answered else set())
         check_texts(row, {name: key for name, key in self._required.items() if name not in there}, path, line)
 

@@ -204,7 +204,16 @@ def test_another_runs_progress_is_refused_with_the_key_that_changed(
     Journal(tmp_path / "o", made_with, OneProcess())
 
 
-@pytest.mark.parametrize("damage", ["rubbish\n", '{"row": {}}\n', "[]\n"])
+def test_a_row_that_the_run_does_not_have_is_damage_and_takes_no_memory(tmp_path: Path) -> None:
+    path = Journal(tmp_path / "o", {}, OneProcess()).folder / "rank_0.json"
+    path.write_text('{"index": 0, "row": {}}\n{"index": 999999999999999, "row": {}}\n')
+    journal = Journal(tmp_path / "o", {}, OneProcess())
+    assert journal.done == {0, 999999999999999}
+    with pytest.raises(OutputError, match=r"rank_0\.json: row 999999999999999 of 1 at byte 24: damaged"):
+        next(journal.merged(1))
+
+
+@pytest.mark.parametrize("damage", ["rubbish\n", '{"index": -1}\n', '{"index": "1"}\n', '{"row": {}}\n', "[]\n"])
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     journal = Journal(tmp_path / "o", {}, OneProcess())
     (journal.folder / "rank_0.json").write_text('{"index": 0, "row": {}}\n' + damage)
