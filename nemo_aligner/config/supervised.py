@@ -96,7 +96,9 @@ class SFTConfig:
 @dataclass
 class RMDataConfig(ChatKeys):
     data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"
+    data_impl: str = "jsonl"  # lines of {"text": ...} by twos, or of {"chosen": ..., "rejected": ...}
+    chat: bool = False  # prompt, chosen and rejected that are texts are turns
+    prompt_template: str | None = None  # around a prompt, as in the labeler; must contain "{prompt}"
     seq_length: int = 512  # texts longer than this are skipped, pair by pair, and counted
     append_eod: bool = False  # the archive remembers it, and the labeler does the same
     shuffle: bool = True

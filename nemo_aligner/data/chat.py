@@ -151,7 +151,7 @@ class ChatTemplate:
         """
         return self._marked(messages, generation_prompt, values).replace(_BEGIN, "").replace(_END, "")
 
-    def prompt(self, row: Row, path: str, line: int | None) -> str:
+    def prompt(self, row: Row, path: str | Path, line: int | None) -> str:
         """The conversation of a row up to where the assistant goes on. Raises DataError."""
         messages, values = messages_of(row, path, line), template_values(row, path, line)
         text = self._rendered(messages, values, path, line, generation_prompt=True)
@@ -162,11 +162,11 @@ class ChatTemplate:
                 )
         return text
 
-    def whole(self, row: Row, path: str, line: int | None) -> str:
+    def whole(self, row: Row, path: str | Path, line: int | None) -> str:
         """The conversation of a row with all its turns. Raises DataError."""
         return self._rendered(messages_of(row, path, line), template_values(row, path, line), path, line)
 
-    def frame(self, row: Row, path: str, line: int | None) -> Frame:
+    def frame(self, row: Row, path: str | Path, line: int | None) -> Frame:
         """What stands around an answer to the conversation of a row. Raises DataError."""
         messages = [*messages_of(row, path, line), {"role": "assistant", "content": _PROBE}]
         values = template_values(row, path, line)
@@ -177,7 +177,7 @@ class ChatTemplate:
         return Frame(self.prompt(row, path, line), closing, rest)
 
     def _rendered(
-        self, messages: Messages, values: Mapping[str, Any], path: str, line: int | None, *,
+        self, messages: Messages, values: Mapping[str, Any], path: str | Path, line: int | None, *,
         generation_prompt: bool = False, marks: bool = False,
     ) -> str:  # fmt: skip
         try:
@@ -187,7 +187,7 @@ class ChatTemplate:
         except jinja2.TemplateError as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
 
-    def segments(self, row: Row, path: str, line: int) -> list[tuple[str, bool]]:
+    def segments(self, row: Row, path: str | Path, line: int) -> list[tuple[str, bool]]:
         """(text, is the assistant's) pieces that make up the rendered conversation of a row.
 
         What the template itself puts into `{% generation %}` is the assistant's. Without any, the conversation before
@@ -205,7 +205,9 @@ class ChatTemplate:
         except jinja2.TemplateError as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
 
-    def _by_turns(self, messages: Messages, values: Mapping[str, Any], path: str, line: int) -> list[tuple[str, bool]]:
+    def _by_turns(
+        self, messages: Messages, values: Mapping[str, Any], path: str | Path, line: int
+    ) -> list[tuple[str, bool]]:
         segments: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):
@@ -227,7 +229,9 @@ def is_target(message: Mapping[str, Any]) -> bool:
     return bool(message.get("weight", 1))
 
 
-def _weighted(segments: list[tuple[str, bool]], messages: Messages, path: str, line: int) -> list[tuple[str, bool]]:
+def _weighted(
+    segments: list[tuple[str, bool]], messages: Messages, path: str | Path, line: int
+) -> list[tuple[str, bool]]:
     """Segments without those as targets whose turn has weight 0."""
     wanted = [is_target(message) for message in messages if message["role"] == "assistant"]
     if all(wanted):

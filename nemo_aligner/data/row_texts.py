@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.chat import ChatTemplate, ChatTokenizer, Frame
 from nemo_aligner.data.jsonl import Row
@@ -23,21 +25,21 @@ class RowTexts:
     def __init__(self, template: str | None, input_key: str, chat: ChatTemplate | None, key: str) -> None:
         self._template, self._input_key, self._chat, self._key = template, input_key, chat, key
 
-    def prompt(self, row: Row, path: str, line: int | None = None) -> str:
+    def prompt(self, row: Row, path: str | Path, line: int | None = None) -> str:
         """What the model goes on from. Raises DataError."""
         turns = Turns.of(row, self._input_key)
         if turns is None:
             return filled(self._template, self._input_key, row[self._input_key])
         return self._needed_chat(path, line).prompt(self._said(row, turns), path, line)
 
-    def frame(self, row: Row, path: str, line: int | None = None) -> Frame:
+    def frame(self, row: Row, path: str | Path, line: int | None = None) -> Frame:
         """What is around a response; nothing but the prompt before it, where that is plain. Raises DataError."""
         turns = Turns.of(row, self._input_key)
         if turns is None:
             return Frame(self.prompt(row, path, line), "", "")
         return self._needed_chat(path, line).frame(self._said(row, turns), path, line)
 
-    def text(self, row: Row, output_key: str, path: str, line: int | None = None) -> str:
+    def text(self, row: Row, output_key: str, path: str | Path, line: int | None = None) -> str:
         """Prompt and response together; a conversation with its answer as the template writes it. Raises DataError."""
         turns = Turns.of(row, self._input_key)
         if turns is not None and turns.answered:
@@ -49,7 +51,7 @@ class RowTexts:
             return row
         return {**row, turns.field: turns.saying(filled(self._template, self._input_key, turns.text)).given}
 
-    def _needed_chat(self, path: str, line: int | None) -> ChatTemplate:
+    def _needed_chat(self, path: str | Path, line: int | None) -> ChatTemplate:
         if self._chat is None:
             raise DataError(
                 f"the row is a conversation, and the model's tokenizer has no chat template; give {self._key}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
@@ -195,12 +196,21 @@ def _chat_pieces(
 
 
 def preference_examples(
-    rows: Sequence[tuple[Row, Row]], tokenizer: TextTokenizer, *, eos: bool, limit: int, source: str
+    rows: Sequence[tuple[Any, Any]],
+    tokenizer: TextTokenizer,
+    *,
+    eos: bool,
+    limit: int,
+    source: str,
+    text: Callable[[Any], str] = itemgetter("text"),
 ) -> list[Example]:
-    """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`."""
+    """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`.
+
+    `text` is that of a side.
+    """
     examples = []
     for pair in rows:
-        sides = tuple(tokenizer.encode(row["text"]) + ([tokenizer.eos_id] if eos else []) for row in pair)
+        sides = tuple(tokenizer.encode(text(row)) + ([tokenizer.eos_id] if eos else []) for row in pair)
         if all(0 < len(side) <= limit for side in sides):
             examples.append(Example(sides, tuple([1] * len(side) for side in sides)))
     if len(examples) < len(rows):
