@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,33 +133,37 @@ class Journal:
             os.fsync(stream.fileno())
         self._buffer.clear()
 
-    def merged(self, count: int) -> Iterator[tuple[int, Row]]:
-        """Each (index, row) of `count` once, in the order of the indices; rows are read one at a time.
+    def merged(self, count: int) -> MergedRows:
+        """The rows of all `count` indices. Raises OutputError where some are not there any more."""
+        return MergedRows(self.folder, count)
 
-        Raises OutputError, before the first one, where some are not there any more.
-        """
-        files = _files(self.folder)
-        file_of, offset_of = np.full(count, -1, dtype=np.int32), np.empty(count, dtype=np.int64)
+
+class MergedRows(Sequence[Row]):
+    """Rows of all files of a journal by their indices, read when asked for."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        files = _files(folder)
         numbers = {path: number for number, path in enumerate(files)}
-        for index, path, offset in _entries(self.folder):
+        self._file, self._offset = np.full(count, -1, dtype=np.int32), np.empty(count, dtype=np.int64)
+        for index, path, offset in _entries(folder):
             if index >= count:
                 raise OutputError(f"{path}: row {index} of {count} at byte {offset}: damaged; remove that line")
-            file_of[index], offset_of[index] = numbers[path], offset
-        gone = int((file_of < 0).sum())
+            self._file[index], self._offset[index] = numbers[path], offset
+        gone = int((self._file < 0).sum())
         if gone:
             raise OutputError(
-                f"{self.folder}: {gone} of {count} rows are not there any more, somebody removed them during the run; "
+                f"{folder}: {gone} of {count} rows are not there any more, somebody removed them during the run; "
                 "run the same command again to make them"
             )
-        streams = [path.open("rb") for path in files]
-        try:
-            for index in range(count):
-                stream = streams[file_of[index]]
-                stream.seek(offset_of[index])
-                yield index, json.loads(stream.readline())["row"]
-        finally:
-            for stream in streams:
-                stream.close()
+        self._streams = [path.open("rb") for path in files]  # as long as somebody may ask
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: Any) -> Any:
+        stream = self._streams[self._file[index]]
+        stream.seek(self._offset[index])
+        return json.loads(stream.readline())["row"]
 
 
 def check_journal(folder: Path) -> tuple[int, bool]:

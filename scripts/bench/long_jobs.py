@@ -3,8 +3,8 @@
     .venv/bin/python scripts/bench/long_jobs.py --json long_jobs.json
 
 runs sampler and labeler, all but their models, on --prompts prompts with --samples responses each, and on a tenth of
-them: a model that answers at once stands in for theirs. Each job is killed (SIGKILL) at its middle and at its end, right
-before the merge, and started again. Then every reader of JSONL opens a file of --megabytes.
+them: a model that answers at once stands in for theirs. Each job is killed (SIGKILL) at its middle and right before its
+merge, and started again. Then every reader of JSONL opens a file of --megabytes.
 
 Memory is the resident set of a process, which torch and Megatron begin; seconds are of the clock on the wall, of jobs
 from the first look at the data on, of readers with the check of every row.
