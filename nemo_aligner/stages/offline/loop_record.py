@@ -20,10 +20,13 @@ from typing import Any
 
 from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.event_file import EventFile
 from nemo_aligner.files import write_atomically, writing
+from nemo_aligner.records import Keys, Sample
+from nemo_aligner.stages.offline.data import RowCheck
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +46,21 @@ def rewards_of(labeled: Path) -> dict[int, float]:
 
 def samples_of(generated: Path, labeled: Path) -> list[Row]:
     """The iteration's samples in their order, with `reward` and `kept`."""
-    required = {"input": "data.input_key", "output": "data.output_key"}
     rewards = rewards_of(labeled)
-    samples, trained_on = (load_rows(path, required=required) for path in (generated, labeled))
-    kept = {(row["input"], row["output"]) for row in trained_on}
+    required = {"input": "data.input_key", "output": "data.output_key"}
+    check = RowCheck(OfflineDataConfig(), required)
+    samples, trained_on = (load_rows(path, required={}, check=check) for path in (generated, labeled))
+    kept = {(prompt_of(row), row["output"]) for row in trained_on}
     every = len(trained_on) == len(samples)  # also of dt, which writes other prompts
     return [
-        {**row, "reward": rewards.get(index), "kept": every or (row["input"], row["output"]) in kept}
+        {**row, "reward": rewards.get(index), "kept": every or (prompt_of(row), row["output"]) in kept}
         for index, row in enumerate(samples)
     ]
+
+
+def prompt_of(row: Row) -> str:
+    """The same for samples of the same prompt alone."""
+    return Sample.of(row, Keys()).prompt_id
 
 
 def summary(samples: list[Row], trained_on: int) -> dict[str, float]:
@@ -59,7 +68,7 @@ def summary(samples: list[Row], trained_on: int) -> dict[str, float]:
     of_prompt: dict[str, list[float]] = {}
     for sample in samples:
         if sample["reward"] is not None:
-            of_prompt.setdefault(sample["input"], []).append(sample["reward"])
+            of_prompt.setdefault(prompt_of(sample), []).append(sample["reward"])
     mean, std = mean_and_std([reward for rewards in of_prompt.values() for reward in rewards])
     best, _ = mean_and_std([max(rewards) for rewards in of_prompt.values()])
     return {
