@@ -117,5 +117,5 @@ def test_a_conversation_that_cannot_be_read_has_no_reward_and_says_why(given: An
 def test_what_is_no_json_is_refused(raw: bytes, line: str) -> None:
     with pytest.raises(RequestError, match=f"^conversations: {line}"):
         reader().read(asked(raw, GOOD))
-    with pytest.raises(RequestError, match="^conversations: 1 for 2 texts"):
+    with pytest.raises(RequestError, match=r"^conversations: 1 for 2 texts"):
         reader().read({**asked(GOOD), "sentences": np.array([[b"a"], [b"b"]], dtype=object)})
