@@ -72,5 +72,5 @@ def main() -> None:
         return
     if loop not in LOOPS:
         raise ConfigError(f"aligner loop {loop}: which loop? One of {', '.join(LOOPS)}")
-    environment = {"PYTHON": sys.executable, **os.environ, **environment_of(loop, words)}
+    environment = {"PYTHON": sys.executable, "ONE_PROCESS": "1", **os.environ, **environment_of(loop, words)}
     os.execvpe("bash", ["bash", str(script_of(loop))], environment)
