@@ -82,7 +82,7 @@ start_host() {
   local out
   exec {out}>&1
   coproc host_of_stages {
-    exec {owner}>&- 3>&1 >&"$out" {out}>&- "${tied[@]}" "$PYTHON" -m nemo_aligner.commands.loop_stages --answers 3
+    exec {owner}>&- 3>&1 >&"$out" {out}>&- "${tied[@]}" "$PYTHON" -m nemo_aligner.stages.one_process --answers 3
   }
   host=$host_of_stages_PID
   exec {out}>&- {from}<&"${host_of_stages[0]}"- {to}>&"${host_of_stages[1]}"-

@@ -1,7 +1,7 @@
 """Run the stages of a loop one after another in one process, which imports once and keeps what it has loaded.
 
-    python -m nemo_aligner.commands.loop_stages --answers 3     for loops/online_rs.sh: it says "done" there after each
-    python -m nemo_aligner.commands.loop_stages                 for the first rank, of another one
+    python -m nemo_aligner.stages.one_process --answers 3     for loops/online_rs.sh: it says "done" there after each
+    python -m nemo_aligner.stages.one_process                 for the first rank, of another one
 
 Commands come on the standard input (engine/processes/standing.py), as Python would be started with them: `-m module
 arguments`. One that fails ends the process, with its exit status.
@@ -80,7 +80,7 @@ def main() -> None:
     answers = parser.parse_args().answers
     commands = _commands()
     resident.stay_from_now_on()
-    standing.stand_by(["-m", "nemo_aligner.commands.loop_stages"])
+    standing.stand_by(["-m", "nemo_aligner.stages.one_process"])
     while True:
         with contextlib.nullcontext() if answers else _deaf():
             words = standing.receive(commands)
