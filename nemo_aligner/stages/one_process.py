@@ -42,6 +42,8 @@ def run(words: Sequence[str]) -> None:
             if end.code:
                 raise
     gc.collect()  # models refer to themselves
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 @contextlib.contextmanager

