@@ -41,15 +41,11 @@ echo "$settings" >"$out/settings"
 
 bash scripts/test.sh --setup-only
 export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-case $scale in
-  full) data=(--prompts 640 --held-out-prompts 64 --repeat-held-out 4 --pairs 1600 --held-out-pairs 300 --gold-pairs 1600) ;;
-  quick) data=(--prompts 144 --held-out-prompts 48 --repeat-held-out 2 --pairs 1600 --held-out-pairs 300 --gold-pairs 1600) ;;
-  tiny) data=(--prompts 8 --held-out-prompts 8 --repeat-held-out 2 --pairs 64 --held-out-pairs 16 --gold-pairs 64) ;;
-esac
 tiny=$([[ $scale == tiny ]] && echo true || echo false)
 source scripts/quickstart/prepare.sh
 
 step "models and data"
+read -ra data < <("$PYTHON" -m scripts.evidence.methods "$scale")
 import_model sft_model "${base[@]}"
 import_model backbone "${backbone[@]}"
 film_reviews "${data[@]}"

@@ -62,11 +62,10 @@ class Cell:
 
     def make(self) -> None:
         """Train and sample; what is there already is not made again. Raises CommandError, StoppedEarly."""
-        if self.samples.exists():
-            return
-        points = self._reinforce() if self.method.family == "reinforce" else self._loop()
-        own = {"method": self.method.name, "seed": self.seed}
-        write_jsonl(self.samples, ({**own, **row} for row in points))
+        if not self.samples.exists():
+            points = self._reinforce() if self.method.family == "reinforce" else self._loop()
+            own = {"method": self.method.name, "seed": self.seed}
+            write_jsonl(self.samples, ({**own, **row} for row in points))
         for heavy in (self.folder / "policies", *self.folder.glob("*/checkpoints")):
             shutil.rmtree(heavy, ignore_errors=True)
 

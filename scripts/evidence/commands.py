@@ -22,7 +22,7 @@ COSTS = "costs.jsonl"
 PREFIX = (sys.executable, "-m", "nemo_aligner")
 
 _running: set[subprocess.Popen[bytes]] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal may come to the thread that holds it
 _stopped = threading.Event()
 
 

@@ -1,7 +1,11 @@
-"""What is compared, and how large: every method draws the same number of responses from the same prompts."""
+"""What is compared, and how large: every method draws the same number of responses from the same prompts.
+
+`python -m scripts.evidence.methods SCALE` prints the options with which evidence.sh makes its data.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 IMPROVE = (0.0, 0.5, 1.0)
@@ -31,6 +35,7 @@ class Scale:
     step: int  # responses of a rollout step, and of an optimizer step
     actor_lr: float
     kl_penalty: float
+    pairs: int  # that a reward model is trained on
     validations: int  # of a REINFORCE run, after step 0
     save_interval: int  # rollout steps between its checkpoints; 0: a run that was killed begins anew
     precision: str = "bf16-mixed"
@@ -39,6 +44,19 @@ class Scale:
     def prompts(self) -> int:
         """Prompts to train on: as many as the methods that draw the fewest responses a prompt at once can use."""
         return self.responses // self.few
+
+    @property
+    def data_options(self) -> list[str]:
+        """Those of scripts/quickstart/make_data.py."""
+        sizes = {
+            "prompts": self.prompts,
+            "held-out-prompts": self.held_out,
+            "repeat-held-out": self.held_out_n,
+            "pairs": self.pairs,
+            "held-out-pairs": max(16, 3 * self.pairs // 16),
+            "gold-pairs": self.pairs,
+        }
+        return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
 
     @property
     def steps(self) -> int:
@@ -52,17 +70,17 @@ SCALES = {
         Scale(
             "full", seeds=3, responses=2560, tokens=12, iterations=5, few=4, many=16, groups=(2, 4, 8),
             held_out=64, held_out_n=4, reference_n=32, sft_batch=16, sft_lr=1e-4, step=128, actor_lr=5e-5,
-            kl_penalty=0.1, validations=4, save_interval=10,
+            kl_penalty=0.1, pairs=1600, validations=4, save_interval=10,
         ),
         Scale(
             "quick", seeds=1, responses=576, tokens=12, iterations=3, few=4, many=16, groups=(2, 4, 8),
             held_out=48, held_out_n=2, reference_n=16, sft_batch=16, sft_lr=1e-4, step=96, actor_lr=5e-5,
-            kl_penalty=0.1, validations=2, save_interval=0,
+            kl_penalty=0.1, pairs=1600, validations=2, save_interval=0,
         ),
         Scale(
             "tiny", seeds=1, responses=16, tokens=6, iterations=2, few=2, many=4, groups=(2, 4),
             held_out=8, held_out_n=2, reference_n=4, sft_batch=4, sft_lr=3e-3, step=8, actor_lr=1e-2,
-            kl_penalty=0.1, validations=2, save_interval=1, precision="32",
+            kl_penalty=0.1, pairs=64, validations=2, save_interval=1, precision="32",
         ),
     )
 }  # fmt: skip
@@ -112,3 +130,7 @@ def contrasts(scale: Scale) -> list[tuple[str, str, str]]:
         ("ReMax instead of no baseline", "remax", "none"),
         (f"RLOO, k = {k}, instead of RS, n = {few}, {i} iterations", f"rloo_k{k}", f"rs_n{few}_i{i}"),
     ]
+
+
+if __name__ == "__main__":
+    print(*SCALES[sys.argv[1]].data_options)
