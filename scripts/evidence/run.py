@@ -131,6 +131,7 @@ def main() -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{value} is less than 1", f"--{name}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for one another leave the cores to others
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told_to_stop)
     inputs = Inputs(args.folder.resolve(), scale, free_port())
