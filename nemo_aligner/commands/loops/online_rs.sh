@@ -89,14 +89,18 @@ attended() {
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
 
-# Seconds of each stage, one line a stage: "<iteration> <stage> <seconds>"
+# Seconds of each stage, "<iteration> <stage> <seconds>": a line of 0 when it begins, in case a kill comes before the other
 run_stage() {
   local name=$1 started=$SECONDS
   shift
   echo "== iteration $iter: $name"
+  echo "$iter $name 0" >>"$RESULT_PATH/seconds.log"
   attended "$@"
   echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
 }
+
+# Whether a stage's output is whole: what it writes last says how the output was made.
+is_whole() { [[ -f $1 && -f $1.meta.json ]]; }
 
 # One training of an iteration, or several of the same samples with rising thresholds, each from the policy of the one before
 # (online_rest.sh). $LABELED_SAMPLES_PATH.step says whose rows lie there.
@@ -107,10 +111,10 @@ improve() {
   local step=$1 folder=$2 threshold=()
   if [[ -n ${thresholds[step]} ]]; then threshold=(threshold="${thresholds[step]}"); fi
   if ((step)) && [[ $(cat "$LABELED_SAMPLES_PATH.step" 2>/dev/null) != "$step" ]]; then
-    rm -f "$LABELED_SAMPLES_PATH"
+    rm -f "$LABELED_SAMPLES_PATH" "$LABELED_SAMPLES_PATH.meta.json"
     echo "$step" >"$LABELED_SAMPLES_PATH.step"
   fi
-  if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
+  if ! is_whole "$LABELED_SAMPLES_PATH"; then
     run_stage label -m nemo_aligner label \
       ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
       data.file_names="[$GENERATE_SAMPLES_PATH]" \
@@ -141,7 +145,7 @@ while ((iter < TRAINING_ITERS)); do
     folder=$sft_dir
     if ((step)); then folder=$sft_dir/improve_$step; fi
     if [[ ! -f $folder/$archive ]]; then
-      if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
+      if ! is_whole "$GENERATE_SAMPLES_PATH"; then
         run_stage sample -m nemo_aligner sample \
           gpt_model_file="$POLICY_MODEL_PATH" \
           data.file_names="[$PROMPTS_PATH]" \
