@@ -28,7 +28,9 @@ from nemo_aligner.files import write_atomically
 from scripts.evidence.cells import VADER
 from scripts.evidence.commands import CommandError, run
 from scripts.evidence.estimates import Interval, over
+from scripts.evidence.page import banded
 from scripts.evidence.words import shown
+from scripts.quickstart.report import save
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -166,17 +168,12 @@ def figure(found: dict[str, list[Curve]], window: int, path: Path) -> None:
         steps = [row["step"] for row in curves[0]]
         seconds = [statistics.fmean(curve[i]["seconds"] for curve in curves) for i in range(len(steps))]
         for panel, x in zip(axes, (steps, seconds), strict=True):
-            [line] = panel.plot(x, [value.mean for value in band], label=PRODUCTS[name])
-            low, high = ([getattr(value, end) for value in band] for end in ("low", "high"))
-            panel.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            banded(panel, x, band, alpha=0.15, label=PRODUCTS[name])
     axes[0].set(xlabel="step", ylabel=f"reward of training (VADER), running mean of {window}")
     axes[1].set_xlabel("seconds of steps")
     axes[0].legend()
     drawn.tight_layout()
-    partial = path.with_name(f".{path.stem}.partial.png")
-    drawn.savefig(partial, dpi=110)
-    pyplot.close(drawn)
-    partial.replace(path)
+    save(drawn, path)
 
 
 def main() -> None:

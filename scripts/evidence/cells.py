@@ -63,18 +63,16 @@ class Cell:
     def make(self) -> None:
         """Train and sample; what is there already is not made again. Raises CommandError, StoppedEarly."""
         if not self.samples.exists():
-            points = self._reinforce() if self.method.family == "reinforce" else self._loop()
+            points = self._actor_points() if self.method.family == "reinforce" else self._loop_points()
             own = {"method": self.method.name, "seed": self.seed}
             write_jsonl(self.samples, ({**own, **row} for row in points))
         for heavy in (self.folder / "policies", *self.folder.glob("*/checkpoints")):
             shutil.rmtree(heavy, ignore_errors=True)
 
-    def _loop(self) -> Iterator[Row]:
-        """An offline method: the policy of every iteration is kept, and all are sampled at the end."""
+    def _train_loop(self, kept: list[Path]) -> None:
+        """An offline method; the policy of every iteration is kept."""
         method, scale, files = self.method, self.inputs.scale, self.inputs
-        policies, loop = self.folder / "policies", self.folder / "loop"
-        policies.mkdir(parents=True, exist_ok=True)
-        kept = [policies / f"iteration_{i}.nemo" for i in range(1, method.iterations + 1)]
+        loop = self.folder / "loop"
         prompts = scale.responses // method.n // method.iterations
         precision = f"trainer.precision={scale.precision}"
         thresholds = {"THRESHOLDS": " ".join(f"{value:g}" for value in IMPROVE)} if method.family == "rest" else {}
@@ -100,8 +98,16 @@ class Cell:
                 ]),
             )  # fmt: skip
             os.link(loop / "checkpoints" / "megatron_gpt_sft.nemo", policy)
+
+    def _loop_points(self) -> Iterator[Row]:
+        """Every iteration of an offline method, sampled when the last is trained."""
+        method, scale, loop = self.method, self.inputs.scale, self.folder / "loop"
+        policies = self.folder / "policies"
+        policies.mkdir(parents=True, exist_ok=True)
+        kept = [policies / f"iteration_{i}.nemo" for i in range(1, method.iterations + 1)]
         evaluation = self.folder / "evaluation.json"
         if not evaluation.exists():
+            self._train_loop(kept)
             asked = [f'data.prompt_template="{{input}} <rm_score>: {TARGET:.1f} "'] if method.family == "dt" else []
             evaluate(self.inputs, self.folder, kept, scale.held_out_n, self.seed, asked)
         drawn = [load_rows(loop / "iterations" / f"{i}.jsonl", required={}) for i in range(method.iterations)]
@@ -113,37 +119,43 @@ class Cell:
             for row in load_rows(Path(f"{evaluation}.{policy.stem}.jsonl"), required={}):
                 yield {**counted, "input": row["input"], "output": row["output"], "kl": row["kl"]}
 
-    def _reinforce(self) -> Iterator[Row]:
-        """An actor; its validations are what is sampled."""
+    def _train_actor(self, folder: Path) -> None:
+        """REINFORCE against the server of rewards."""
         method, scale, files = self.method, self.inputs.scale, self.inputs
-        greedy = method.baseline == "ReMax"
-        prompts = scale.step // (method.n + greedy)
-        steps, folder = scale.steps, self.folder / "actor"
+        prompts = scale.step // method.drawn
         held_out = files.data("repeated_held_out_prompts")
         data = f"{{train: [{files.data('prompts')}], validation: [{held_out}], test: [{held_out}]}}"
+        run(
+            self.folder, "train", "reinforce",
+            f"model.data.data_prefix={data}", f"model.seed={self.seed}",
+            f"pretrained_checkpoint.restore_from_path={files.start}",
+            f"exp_manager.explicit_log_dir={folder}", f"trainer.precision={scale.precision}",
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=False",
+            "exp_manager.checkpoint_callback_params.save_top_k=0",
+            f"trainer.ppo.baseline={method.baseline}", f"trainer.ppo.initial_policy_kl_penalty={scale.kl_penalty}",
+            f"trainer.ppo.max_epochs={scale.few}", f"trainer.ppo.max_steps={scale.steps}",
+            f"trainer.ppo.val_check_interval={scale.steps // scale.validations}",
+            f"trainer.ppo.save_interval={scale.save_interval}",
+            f"model.ppo.num_rollout_samples={prompts}", f"model.ppo.num_rollout_per_prompt={method.n}",
+            f"model.global_batch_size={prompts * method.n}", "model.micro_batch_size=32",
+            "model.ppo.rollout_micro_batch_size=64", "model.ppo.forward_micro_batch_size=64",
+            "model.ppo.val_rollout_micro_batch_size=256",
+            f"model.ppo.num_val_samples={scale.held_out * scale.held_out_n}",
+            f"model.ppo.length_params.max_length={scale.tokens}",
+            "model.ppo.length_params.min_length=0",  # as the sampler draws
+            "~model.optim.sched", f"model.optim.lr={scale.actor_lr}", "model.optim.weight_decay=0.01",
+            "remote_critic_rm.reward_model.ip=127.0.0.1", f"remote_critic_rm.reward_model.port={files.port}",
+            "remote_critic_rm.init_timeout_s=300", "remote_critic_rm.inference_timeout_s=120",
+        )  # fmt: skip
+
+    def _actor_points(self) -> Iterator[Row]:
+        """The validations of REINFORCE, which are plain samples on the held-out prompts."""
+        scale, folder, steps = self.inputs.scale, self.folder / "actor", self.inputs.scale.steps
+        share = (
+            self.method.drawn / self.method.n
+        )  # of all responses to those measured; the greedy ones taken to be as long
         if not (folder / "validation" / f"step_{steps}.jsonl").exists():
-            run(
-                self.folder, "train", "reinforce",
-                f"model.data.data_prefix={data}", f"model.seed={self.seed}",
-                f"pretrained_checkpoint.restore_from_path={files.start}",
-                f"exp_manager.explicit_log_dir={folder}", f"trainer.precision={scale.precision}",
-                "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=False",
-                "exp_manager.checkpoint_callback_params.save_top_k=0",
-                f"trainer.ppo.baseline={method.baseline}", f"trainer.ppo.initial_policy_kl_penalty={scale.kl_penalty}",
-                f"trainer.ppo.max_epochs={scale.few}", f"trainer.ppo.max_steps={steps}",
-                f"trainer.ppo.val_check_interval={steps // scale.validations}",
-                f"trainer.ppo.save_interval={scale.save_interval}",
-                f"model.ppo.num_rollout_samples={prompts}", f"model.ppo.num_rollout_per_prompt={method.n}",
-                f"model.global_batch_size={prompts * method.n}", "model.micro_batch_size=32",
-                "model.ppo.rollout_micro_batch_size=64", "model.ppo.forward_micro_batch_size=64",
-                "model.ppo.val_rollout_micro_batch_size=256",
-                f"model.ppo.num_val_samples={scale.held_out * scale.held_out_n}",
-                f"model.ppo.length_params.max_length={scale.tokens}",
-                "model.ppo.length_params.min_length=0",  # as the sampler draws
-                "~model.optim.sched", f"model.optim.lr={scale.actor_lr}", "model.optim.weight_decay=0.01",
-                "remote_critic_rm.reward_model.ip=127.0.0.1", f"remote_critic_rm.reward_model.port={files.port}",
-                "remote_critic_rm.init_timeout_s=300", "remote_critic_rm.inference_timeout_s=120",
-            )  # fmt: skip
+            self._train_actor(folder)
         drawn: dict[int, Row] = {}
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
@@ -152,15 +164,11 @@ class Cell:
         interval = steps // scale.validations
         for at, step in enumerate([*range(interval, steps, interval), steps], start=1):
             until = [row for number, row in drawn.items() if number <= step]
-            responses = sum(row["train_rollouts/rollout_size"] for row in until) + len(until) * prompts * greedy
-            # greedy responses are not measured: taken to be as long as the others
-            tokens = sum(
-                (row["train_rollouts/rollout_size"] + prompts * greedy) * row["train_rollouts/generation_length"]
-                for row in until
-            )
-            counted = {"at": at, "responses": round(responses), "generated_tokens": round(tokens)}
+            sizes = [row["train_rollouts/rollout_size"] for row in until]
+            tokens = sum(n * row["train_rollouts/generation_length"] for n, row in zip(sizes, until, strict=True))
+            counted = {"responses": round(share * sum(sizes)), "generated_tokens": round(share * tokens)}
             for row in load_rows(folder / "validation" / f"step_{step}.jsonl", required={}):
-                yield {**counted, "input": row["input"], "output": row["output"], "kl": row["kl"]}
+                yield {"at": at, **counted, "input": row["input"], "output": row["output"], "kl": row["kl"]}
 
 
 def evaluate(

@@ -97,6 +97,11 @@ class Method:
     iterations: int = 1  # of an offline method
     baseline: str = ""  # of REINFORCE
 
+    @property
+    def drawn(self) -> int:
+        """Responses a prompt, with the greedy one that ReMax compares with."""
+        return self.n + (self.baseline == "ReMax")
+
 
 def methods(scale: Scale) -> list[Method]:
     """All that a comparison of this scale trains."""

@@ -13,6 +13,7 @@ from scripts.evidence.estimates import Interval, Point, Reference
 from scripts.evidence.methods import Method
 from scripts.evidence.scores import REWARDS
 from scripts.evidence.words import shown
+from scripts.quickstart.report import save
 
 COLORS = {"rs": "tab:blue", "rest": "tab:green", "dt": "tab:purple", "reinforce": "tab:red"}
 STYLES = ("-", "--", "-.", ":")
@@ -69,6 +70,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], said: Sequence[tuple[str, list[s
     return "\n".join(lines) + "\n"
 
 
+def banded(panel: Any, x: Sequence[float], values: Sequence[Interval], *, alpha: float, **style: Any) -> None:
+    """A line through the means, in a band between the ends."""
+    [line] = panel.plot(x, [value.mean for value in values], **style)
+    low, high = ([getattr(value, end) for value in values] for end in ("low", "high"))
+    panel.fill_between(x, low, high, color=line.get_color(), alpha=alpha, linewidth=0)
+
+
 def figure(methods: Sequence[Method], points: Sequence[Point], reference: Reference, path: Path) -> None:
     """Gain of each reward against KL and against generated tokens; bands are intervals, the black line best-of-n."""
     import matplotlib
@@ -93,10 +101,7 @@ def figure(methods: Sequence[Method], points: Sequence[Point], reference: Refere
         for row, name in enumerate(REWARDS):
             bounds = [Interval(0.0, 0.0, 0.0), *(point.gains[name] for point in own)]
             for column, x in enumerate(at):
-                panel = axes[row][column]
-                panel.plot(x, [value.mean for value in bounds], label=method.title, **style)
-                low, high = ([getattr(value, end) for value in bounds] for end in ("low", "high"))
-                panel.fill_between(x, low, high, color=style["color"], alpha=0.07, linewidth=0)
+                banded(axes[row][column], x, bounds, alpha=0.07, label=method.title, **style)
     for row, (name, called) in enumerate(REWARDS.items()):
         axes[row][0].plot(reference.kl, reference.gains[name], color="black", label="best-of-n of the start model")
         axes[row][0].set_ylabel(f"gain in {name}\n({called})", fontsize=8)
@@ -108,10 +113,7 @@ def figure(methods: Sequence[Method], points: Sequence[Point], reference: Refere
     handles, labels = axes[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="lower center", ncols=4, fontsize=8)
     drawn.tight_layout(rect=(0, 0.06, 1, 1))
-    partial = path.with_name(f".{path.stem}.partial.png")
-    drawn.savefig(partial, dpi=110)
-    pyplot.close(drawn)
-    partial.replace(path)
+    save(drawn, path)
 
 
 def page(rows: Sequence[Mapping[str, Any]], said: Sequence[tuple[str, list[str]]], image: Path) -> str:

@@ -21,8 +21,7 @@ REWARDS = ["reward", "gold", "vader"]
 def test_every_method_draws_the_same_number_of_responses(scale: Scale) -> None:
     for method in methods(scale):
         if method.family == "reinforce":
-            of_prompt = method.n + (method.baseline == "ReMax")
-            assert scale.step // of_prompt * of_prompt * scale.steps == scale.responses
+            assert scale.step // method.drawn * method.drawn * scale.steps == scale.responses
             assert scale.steps // scale.validations * scale.validations == scale.steps
         else:
             prompts = scale.responses // method.n // method.iterations
