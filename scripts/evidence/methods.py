@@ -73,7 +73,7 @@ SCALES = {
             kl_penalty=0.1, pairs=1600, validations=4, save_interval=10,
         ),
         Scale(
-            "quick", seeds=1, responses=480, tokens=12, iterations=3, few=4, many=16, groups=(2, 4, 8),
+            "quick", seeds=1, responses=480, tokens=12, iterations=2, few=4, many=16, groups=(2, 4, 8),
             held_out=48, held_out_n=2, reference_n=16, sft_batch=16, sft_lr=1e-4, step=80, actor_lr=5e-5,
             kl_penalty=0.1, pairs=1600, validations=2, save_interval=0,
         ),
