@@ -16,6 +16,10 @@ from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 
+REWARD = "rewards/reward/mean"
+"""What TRL logs of the function `reward` below; its own `reward` is that less the KL penalty."""
+
+
 class Lines(TrainerCallback):
     """Writes what each step has logged, and the seconds since training began."""
 
@@ -26,8 +30,8 @@ class Lines(TrainerCallback):
         self.begin = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "reward" in logs:
-            row = {"step": state.global_step, "reward": logs["reward"], "seconds": time.perf_counter() - self.begin}
+        if REWARD in logs:
+            row = {"step": state.global_step, "reward": logs[REWARD], "seconds": time.perf_counter() - self.begin}
             with self.path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
