@@ -15,7 +15,6 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-
 REWARD = "rewards/reward/mean"
 """What TRL logs of the function `reward` below; its own `reward` is that less the KL penalty."""
 
