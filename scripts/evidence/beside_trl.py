@@ -121,7 +121,7 @@ def smooth(curve: Curve, window: int) -> list[float]:
 
 
 def bands(curves: Sequence[Curve], window: int) -> list[Interval]:
-    """Of each step, over the seeds; without ends for one seed."""
+    """Of each step, over the seeds."""
     smoothed = [smooth(curve, window) for curve in curves]
     return [over([{"": value} for value in values]) for values in zip(*smoothed, strict=True)]
 
@@ -179,9 +179,9 @@ def figure(found: dict[str, list[Curve]], window: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="one that evidence.sh has filled")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=16, help="of a step")
-    parser.add_argument("--samples", type=int, default=4, help="responses to each")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--prompts", type=int, default=8, help="of a step; each is seen once")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--kl-penalty", type=float, default=0.05)
@@ -191,6 +191,8 @@ def main() -> None:
 
     if not PEERS.exists():
         raise ConfigError(f"{PEERS} is not there; bash scripts/bench/setup_peers.sh makes it")
+    if args.seeds < 2:
+        raise ConfigError(f"{args.seeds} makes no band; 2 or more do", "--seeds")
     settings = Settings(args.steps, args.prompts, args.samples, args.tokens, args.lr, args.kl_penalty)
     source = args.folder / "data" / "prompts.jsonl"
     prompts = load_rows(source, required={"input": "input"})[: settings.rows]
