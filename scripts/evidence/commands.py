@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -73,19 +71,31 @@ def stop() -> None:
             process.terminate()
 
 
-@contextmanager
-def serving(folder: Path, port: int, *arguments: object) -> Iterator[None]:
-    """`aligner serve` on `port` inside the block; its log is in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "serve.log").open("ab") as stream:
-        server = _start(stream, ("serve", f"inference.port={port}", *arguments), {})
-        try:
-            yield
-        finally:
-            server.terminate()
-            server.wait()
-            with _lock:
-                _running.discard(server)
+class Server:
+    """`aligner serve ARGUMENT...` on `port`, its log in `folder`; it ends with the block that it is entered for."""
+
+    def __init__(self, folder: Path, port: int, *arguments: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "serve.log"
+        self.arguments = ("serve", f"inference.port={port}", *arguments)
+        self.deaths = 0
+
+    def __enter__(self) -> Server:
+        with self.log.open("ab") as stream:
+            self.process = _start(stream, self.arguments, {})
+        return self
+
+    def keep(self) -> None:
+        """Start it again where it has died, as its clients go on asking. Raises CommandError for the third death."""
+        if self.process.poll() is not None and not _stopped.is_set():
+            self.deaths += 1
+            if self.deaths == 3:
+                raise CommandError(f"the reward server ends again and again; see {self.log}")
+            self.__enter__()
+
+    def __exit__(self, *fault: object) -> None:
+        self.process.terminate()
+        self.process.wait()
 
 
 def costs_of(folder: Path) -> list[dict[str, float]]:

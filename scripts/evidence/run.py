@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.owner import lock_of, sole_owner
 from scripts.evidence.cells import Cell, Inputs, Start
-from scripts.evidence.commands import costs_of, serving, stop
+from scripts.evidence.commands import Server, costs_of, stop
 from scripts.evidence.estimates import points_of, reference_of, results_of
 from scripts.evidence.methods import SCALES, Method, Scale, methods
 from scripts.evidence.page import figure, table_rows, write
@@ -56,19 +56,30 @@ def chosen(scale: Scale, names: str | None) -> list[Method]:
     return [known[name] for name in known if name in wanted]
 
 
+def attend(futures: Sequence[Future[None]], servers: Sequence[Server]) -> None:
+    """Wait for all of them, and keep the servers up meanwhile. Raises the first fault of any."""
+    rest: set[Future[None]] = set(futures)
+    while rest:
+        finished, rest = wait(rest, timeout=1, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+        for server in servers:
+            server.keep()
+
+
 def make(inputs: Inputs, runs: Sequence[Cell | Start], jobs: int) -> None:
     """All runs, `jobs` at a time; the first fault ends them. Raises CommandError, StoppedEarly."""
     waiting = [own for own in runs if not own.samples.exists()]
     print(f"{len(waiting)} of {len(runs)} runs are to be made, {jobs} at a time", flush=True)
     with ExitStack() as stack:
+        servers = []
         if any(isinstance(own, Cell) and own.method.family == "reinforce" for own in waiting):
-            stack.enter_context(
-                serving(
-                    inputs.folder / "server", inputs.port, f"rm_model_file={inputs.reward_model}",
-                    "inference.inference_micro_batch_size=32", "model.reward_standardization.enable=True",
-                    f"trainer.precision={inputs.scale.precision}",
-                )
+            server = Server(
+                inputs.folder / "server", inputs.port, f"rm_model_file={inputs.reward_model}",
+                "inference.inference_micro_batch_size=32", "model.reward_standardization.enable=True",
+                f"trainer.precision={inputs.scale.precision}",
             )  # fmt: skip
+            servers.append(stack.enter_context(server))
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
         began = time.perf_counter()
         done = []
@@ -80,13 +91,12 @@ def make(inputs: Inputs, runs: Sequence[Cell | Start], jobs: int) -> None:
             print(f"[{spent:5.0f} s] {len(done)} of {len(waiting)}: {own.folder.name}", flush=True)
 
         futures = [pool.submit(one, own) for own in waiting]
-        finished, rest = wait(futures, return_when=FIRST_EXCEPTION)
-        if rest:
+        try:
+            attend(futures, servers)
+        except BaseException:
             stop()
             pool.shutdown(cancel_futures=True)
-        faults = [fault for future in finished if (fault := future.exception()) is not None]
-        if faults:
-            raise faults[0]
+            raise
 
 
 def conclude(inputs: Inputs, chosen_methods: Sequence[Method], cells: Sequence[Cell], start: Start) -> None:

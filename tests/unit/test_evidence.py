@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
+from scripts.evidence import commands
 from scripts.evidence.estimates import chosen, difference, over, points_of, reference_of
 from scripts.evidence.methods import SCALES, Method, Scale, contrasts, methods
 from scripts.evidence.words import sections
@@ -117,3 +120,36 @@ def test_a_method_further_away_than_best_of_n_may_be_is_compared_with_no_line() 
     assert reference.at("reward", reference.kl[-1] + 1e-9) is None
     assert reference.at("reward", 0.0) == pytest.approx(0.0)
     assert reference.at("reward", reference.kl[1]) == pytest.approx(reference.gains["reward"][1])
+
+
+def python(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """In place of `aligner`."""
+    monkeypatch.setattr(commands, "PREFIX", (sys.executable, "-c", code))
+
+
+@pytest.mark.processes
+def test_a_server_that_dies_is_started_again_and_given_up_the_third_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python(monkeypatch, "import sys; print('up', sys.argv[1:])")
+    with commands.Server(tmp_path, 5555, "rm_model_file=rm.nemo") as server:
+        for _ in range(2):
+            server.process.wait()
+            server.keep()
+        server.process.wait()
+        with pytest.raises(commands.CommandError, match=r"serve\.log"):
+            server.keep()
+    said = (tmp_path / "serve.log").read_text().splitlines()
+    assert said == ["up ['serve', 'inference.port=5555', 'rm_model_file=rm.nemo']"] * 3
+
+
+@pytest.mark.processes
+def test_a_command_that_fails_is_told_with_its_last_error_and_has_no_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python(monkeypatch, "import sys; print('error: no such file'); print('bye'); sys.exit(3)")
+    with pytest.raises(commands.CommandError, match="ended with 3; .*train.log says: error: no such file"):
+        commands.run(tmp_path, "train", "sft", "model=x")
+    python(monkeypatch, "import os; os.environ['SEED'] == '7' or os._exit(1)")
+    commands.run(tmp_path, "train", "sft", SEED=7)
+    assert [cost["stage"] for cost in commands.costs_of(tmp_path)] == ["train"]
