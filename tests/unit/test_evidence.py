@@ -148,7 +148,7 @@ def test_a_command_that_fails_is_told_with_its_last_error_and_has_no_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python(monkeypatch, "import sys; print('error: no such file'); print('bye'); sys.exit(3)")
-    with pytest.raises(commands.CommandError, match="ended with 3; .*train.log says: error: no such file"):
+    with pytest.raises(commands.CommandError, match=r"ended with 3; .*train\.log says: error: no such file"):
         commands.run(tmp_path, "train", "sft", "model=x")
     python(monkeypatch, "import os; os.environ['SEED'] == '7' or os._exit(1)")
     commands.run(tmp_path, "train", "sft", SEED=7)
