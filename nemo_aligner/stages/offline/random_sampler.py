@@ -67,7 +67,9 @@ def run(cfg: SamplerConfig) -> None:
         from nemo_aligner.engine.policy import load_policy
 
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
-        sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+        sample(cfg, rows, policy, cluster)
+        policy.stay_in_memory()
 
 
 def sampling_params(inference: InferenceConfig, seed: int) -> SamplingParams:

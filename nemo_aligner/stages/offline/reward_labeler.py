@@ -46,6 +46,7 @@ from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+    from nemo_aligner.engine.reward_model import MegatronRewardModel
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,13 @@ def run(cfg: LabelerConfig) -> None:
         check_fields(functions, rows, all_but(keys.input, keys.output))
         with start_cluster(cfg, path) as cluster:
             refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
-            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
+            model = _load(path, cfg, cluster)
+            label(cfg, rows, model, cluster, functions)
+            if model is not None:
+                model.stay_in_memory()
 
 
-def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> MegatronRewardModel | None:
     if path is None:
         return None
     from nemo_aligner.engine.reward_model import load_reward_model

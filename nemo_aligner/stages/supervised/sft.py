@@ -62,6 +62,7 @@ def run(cfg: SFTConfig) -> None:
             task = make_task(cfg, policy, rows, held_out)
             policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
             train(task, policy, cfg.exp_manager, asdict(cfg))
+            policy.stay_in_memory()
 
 
 def settings(cfg: SFTConfig) -> dict[str, Any]:
