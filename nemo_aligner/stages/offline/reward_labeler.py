@@ -28,6 +28,7 @@ from nemo_aligner.records import Keys, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
+from nemo_aligner.stages.offline.best_so_far import best_so_far, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -56,6 +57,8 @@ def run(cfg: LabelerConfig) -> None:
     keys = keys_of(cfg)
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
+    check_best_so_far(cfg)
+    best_so_far(cfg, keys)
     cfg.reward_standardization.validate("reward_standardization")
     check_template(cfg.data.prompt_template, cfg.data.input_key)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
@@ -195,6 +198,9 @@ def finish(
         for position, reward, judgement in zip(chunk, standardize(cfg, rewards, known), judgements, strict=True)
     ]
     tell_empty([sample.output for sample in samples])
+    check_archive_of(cfg, archive)
+    earlier = best_so_far(cfg, keys)
+    samples = [*earlier, *samples]
     if cfg.skip_empty:
         samples = [sample for sample in samples if sample.output]
         if not samples:
@@ -209,6 +215,10 @@ def finish(
     write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
+    if cfg.best_so_far_file is not None:
+        before = {id(sample) for sample in earlier}
+        counts["kept_from_before"] = sum(id(sample) in before for sample in kept)
+        log.info("%d of the %d rows kept are those of %s", counts["kept_from_before"], len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"

@@ -18,7 +18,7 @@ STAGE = """#!/usr/bin/env bash
 printf '%s\\n' "${*:2}" >>"$NOTES"
 for word in "$@"; do
   case $word in
-    output_file=*) touch "${word#*=}" ;;
+    output_file=*) echo "$*" | tee "${word#*=}" >"${word#*=}.meta.json" ;;
     exp_manager.explicit_log_dir=*)
       mkdir -p "${word#*=}/checkpoints"
       touch "${word#*=}/checkpoints/megatron_gpt_sft.nemo"
@@ -117,6 +117,40 @@ def test_each_improve_step_trains_the_policy_of_the_one_before_also_after_a_kill
     before = [f"{folder}/checkpoints/megatron_gpt_sft.nemo" for folder in folders]
     assert words_of(trainings, "model.restore_from_path") == ["sft.nemo", *before[:2], last, *before[3:5]]
     assert not list(play.result.glob("iter_*"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("dies_at", ["", "nemo_aligner label", "iter_1", "loop_record"])
+def test_what_was_best_in_an_iteration_competes_in_the_next_also_after_a_kill(dies_at: str, play: Played) -> None:
+    settings = ("TRAINING_ITERS=3", "KEEP_BEST=1", "LABELER_ARGS=export_reward=False")
+    if dies_at:
+        assert play("rs", *settings, dies_at=dies_at).returncode == 9
+    done = play("rs", *settings)
+    assert done.returncode == 0, done.stderr
+    labels = play.told("label")
+    assert words_of(labels, "export_reward")[1::2] == ["True"] * 3, "the last one wins"
+    assert words_of(labels, "best_so_far_file") == [f"{play.result}/best_so_far.jsonl"] * 2
+    assert "best_so_far_file" not in labels[0]
+    for part in ("", ".meta.json"):
+        assert (play.result / f"best_so_far.jsonl{part}").read_text() == f"-m {labels[-1]}\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("loop", "value", "line"),
+    [
+        ("rs", "yes", "KEEP_BEST=yes: 1 or 0 is needed"),
+        (
+            "rest",
+            "1",
+            "KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=rest",
+        ),
+    ],
+)
+def test_keeping_the_best_is_for_rejection_sampling(loop: str, value: str, line: str, play: Played) -> None:
+    done = play(loop, f"KEEP_BEST={value}")
+    assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
+    assert not play.result.exists()
 
 
 @pytest.mark.processes
