@@ -154,7 +154,17 @@ def start_model(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         (out / "prompts.jsonl").write_text("".join(json.dumps({"input": text}) + "\n" for text in PROMPTS))
         aligner(
-            *("import_hf", "--random-init", "conf/model/tiny.yaml", "--dtype", "32", "--seed", "0", "--output", str(path))
+            *(
+                "import_hf",
+                "--random-init",
+                "conf/model/tiny.yaml",
+                "--dtype",
+                "32",
+                "--seed",
+                "0",
+                "--output",
+                str(path),
+            )
         )
     return path
 
