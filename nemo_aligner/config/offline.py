@@ -85,6 +85,7 @@ class LabelerConfig(RewardSources, OfflineConfig):
     data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
     processor: str | None = None  # rs, rest, dt or null
     threshold: float = 0.0  # rest keeps rewards strictly above it
+    best_so_far_file: str | None = None  # rs: what the labeler wrote before, with rewards; its rows compete too
     skip_empty: bool = False  # leave out rows whose response is empty, whatever their reward
     reward_template: str = "{input} <rm_score>: {reward} "  # dt
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
