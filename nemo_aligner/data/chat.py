@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -22,7 +23,7 @@ from nemo_aligner.errors import ConfigError, DataError
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
+def messages_of(row: Row, path: str | Path, line: int) -> list[dict[str, str]]:
     """`messages` [{role, content}] as they are, NeMo's {system, conversations: [{from, value}]} brought to that form.
 
     A turn's `weight` is 1, or 0 where it is not trained on. Raises DataError.

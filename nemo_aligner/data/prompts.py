@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_aligner.data.blending import Blend, blend, prefix_files
@@ -44,30 +45,31 @@ def open_prompts(prefix: Any, split: str, key: str) -> Blend | None:
     names, weights = prefix_files(prefix, split, key)
     if not names:
         return None
-    files = [load_rows(name, required={}) for name in names]
-    rows = blend(files, weights, key=key)
     both = 0
-    for index in range(len(rows)):
-        row = rows[index]
-        field_of(row, rows, index)
+
+    def check(row: Row, path: Path, number: int) -> None:
+        nonlocal both
+        if prompt_field(row) is None:
+            has = ", ".join(map(repr, row)) or "no fields"
+            raise DataError(f'no text in field "text" or "input"; the row has {has}', path, number)
         both += all(isinstance(row.get(name), str) for name in _FIELDS)
+
+    files = [load_rows(name, required={}, check=check) for name in names]
     if both:
         log.info("%s: %d rows have both text and input; text is the prompt", key, both)
-    return rows
-
-
-def field_of(row: Row, rows: Blend, index: int) -> str:
-    """The text of a row. Raises DataError with file and line."""
-    name = prompt_field(row)
-    if name is not None:
-        return str(row[name])
-    has = ", ".join(map(repr, row)) or "no fields"
-    raise DataError(f'no text in field "text" or "input"; the row has {has}', *rows.where(index))
+    return blend(files, weights, key=key)
 
 
 def prompt_field(row: Row) -> str | None:
     """The field that holds the prompt."""
     return next((name for name in _FIELDS if isinstance(row.get(name), str)), None)
+
+
+def prompt_of(row: Row) -> str:
+    """The text of a row that open_prompts has looked at."""
+    name = prompt_field(row)
+    assert name is not None
+    return str(row[name])
 
 
 def other_fields(row: Row) -> Row:
@@ -85,10 +87,11 @@ def encode_prompts(
     """
     prompts = []
     for index in range(len(rows)):
-        text = field_of(rows[index], rows, index)
+        row = rows[index]
+        text = prompt_of(row)
         tokens = tuple(with_bos(encode(text), bos_id))
         if 0 < len(tokens) <= limit:
-            prompts.append(PromptRow(text, tokens, other_fields(rows[index]), "{}:{}".format(*rows.where(index))))
+            prompts.append(PromptRow(text, tokens, other_fields(row), "{}:{}".format(*rows.where(index))))
     if len(prompts) < len(rows):
         log.warning("%d of %d prompts left out: empty, or over %d tokens", len(rows) - len(prompts), len(rows), limit)
     if not prompts:

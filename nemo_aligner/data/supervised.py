@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
@@ -178,13 +179,27 @@ def preference_examples(
     return examples
 
 
-def pairs_of(rows: Rows) -> list[tuple[Row, Row]]:
-    """Adjacent lines as (chosen, rejected). Raises DataError for an odd number."""
-    if len(rows) % 2:
-        raise DataError(
-            f"{len(rows)} rows; chosen and rejected texts come in pairs of adjacent lines", rows.path, rows.numbers[-1]
-        )
-    return [(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
+class Pairs(Sequence[tuple[Row, Row]]):
+    """Adjacent lines as (chosen, rejected), read when asked for. Raises DataError for an odd number."""
+
+    unit = "pairs"
+
+    def __init__(self, rows: Rows) -> None:
+        self.path, self.numbers, self._rows = rows.path, rows.numbers[::2], rows
+        if len(rows) % 2:
+            raise DataError(
+                f"{len(rows)} rows; chosen and rejected texts come in pairs of adjacent lines",
+                rows.path,
+                rows.numbers[-1],
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows) // 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._rows[2 * index], self._rows[2 * index + 1]
 
 
 def _report(rows: Rows, dropped: int, cut: int, limit: int) -> None:

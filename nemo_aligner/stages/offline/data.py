@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,11 @@ def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:
     }
 
 
-def tell_empty(responses: Sequence[str]) -> None:
+def tell_empty(empty: int, responses: int) -> None:
     """Say what may be behind it where a tenth of all responses, or more, are empty."""
-    empty = sum(not response for response in responses)
-    if empty and empty * 10 >= len(responses):
+    if empty and empty * 10 >= responses:
         log.warning(
             "%d of %d responses are empty (%.0f %%): was a chat model sampled without its chat template, did prompts "
             "leave no room for a response, or does an end string come at once?",
-            empty, len(responses), 100 * empty / len(responses),
+            empty, responses, 100 * empty / responses,
         )  # fmt: skip

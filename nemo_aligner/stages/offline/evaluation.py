@@ -219,7 +219,7 @@ def report(
         write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
-        tell_empty([sample[cfg.data.output_key] for sample in samples])
+        tell_empty(sum(not sample[cfg.data.output_key] for sample in samples), len(samples))
     return figures, answers
 
 

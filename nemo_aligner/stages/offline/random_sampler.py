@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.offline import SamplerConfig
@@ -46,6 +47,9 @@ log = logging.getLogger(__name__)
 
 _FLUSH_EVERY_S = 15.0
 """Where `checkpoint_interval` does not say when, a kill loses this much at most."""
+
+_NEWEST = 256
+"""Prompts whose tokens are kept: those that are being drawn, or most of them."""
 
 
 def run(cfg: SamplerConfig) -> None:
@@ -91,17 +95,19 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
         log.info(
             "the model has a chat template, and prompts go to it as they are: data.prompt_template may hold its turns"
         )
-    wanted = [
-        GenerationRequest(position, s, prompts.tokens(position))
-        for place, position in enumerate(chunk)
-        if place % cluster.dp_size == cluster.dp_rank
-        for s in range(cfg.data.n)
-        if (position - chunk.start) * cfg.data.n + s not in journal.done
-    ]
-    prompts.report()
+    places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
+    if not journal.done:  # else the run that began has looked at them
+        prompts.look_at(chunk[place] for place in places)
+
+    def missing() -> Iterator[tuple[int, int]]:
+        """Prompt and sample of what is not drawn yet."""
+        for place in places:
+            yield from ((chunk[place], s) for s in range(cfg.data.n) if place * cfg.data.n + s not in journal.done)
+
+    wanted = (GenerationRequest(position, s, prompts.tokens(position)) for position, s in missing())
     slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
     interval = cfg.checkpoint_interval and cfg.checkpoint_interval * cfg.data.micro_batch_size * cfg.data.n
-    left, total = sum(cluster.gather(len(wanted))), len(chunk) * cfg.data.n
+    left, total = sum(cluster.gather(sum(1 for _ in missing()))), len(chunk) * cfg.data.n
     if not left:
         log.info("all %d samples are drawn already", total)
     reason, flushed = None, time.monotonic()
@@ -133,27 +139,33 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
 
 
 class Prompts:
-    """Prompt positions as token ids: template, BOS, and the head of prompts longer than `data.max_seq_length`."""
+    """Prompt positions as token ids: template, BOS, and the head of prompts longer than `data.max_seq_length`.
+
+    Prompts are read and tokenized when asked for; those of a long run would fill the memory.
+    """
 
     def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
         self._cfg, self._rows, self._policy = cfg, rows, policy
-        self._cut = 0
-        self._tokens: dict[int, tuple[int, ...]] = {}
+        self._encoded = lru_cache(_NEWEST)(self._encode)
 
     def tokens(self, position: int) -> tuple[int, ...]:
         """Raises DataError when the prompt leaves the model no room for a response."""
-        if position not in self._tokens:
-            self._tokens[position] = self._encoded(position)
-        return self._tokens[position]
+        return self._encoded(position)[0]
 
-    def _encoded(self, position: int) -> tuple[int, ...]:
+    def look_at(self, positions: Iterable[int]) -> None:
+        """Say how many of them are cut. Raises DataError for one as `tokens` does, before anything is drawn."""
+        cut = sum(self._encoded(position)[1] for position in positions)
+        if cut:
+            log.warning("%d prompts were cut to data.max_seq_length=%d", cut, self._cfg.data.max_seq_length)
+
+    def _encode(self, position: int) -> tuple[tuple[int, ...], bool]:
+        """Token ids, and whether the prompt had more of them."""
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
         ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
         ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
-        if len(ids) > data.max_seq_length:
-            self._cut += 1
-            ids = ids[: data.max_seq_length]
+        cut = len(ids) > data.max_seq_length
+        ids = ids[: data.max_seq_length]
         if not ids:
             raise DataError(
                 f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index)
@@ -164,16 +176,12 @@ class Prompts:
                 "set data.max_seq_length below it to cut prompts",
                 *self._rows.where(index),
             )
-        return tuple(ids)
+        return tuple(ids), cut
 
     def spelling(self, response: Response) -> list[int] | None:
         """The response's tokens without what ended it; None where an end string begins inside a token."""
         before = self.tokens(response.prompt_index)
         return spelling(self._policy.tokenizer, before, response.tokens, response.text)
-
-    def report(self) -> None:
-        if self._cut:
-            log.warning("%d prompts were cut to data.max_seq_length=%d", self._cut, self._cfg.data.max_seq_length)
 
 
 def output_row(cfg: SamplerConfig, row: Row, response: Response) -> Row:
@@ -210,7 +218,7 @@ def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> 
 
     def in_order() -> Iterator[Row]:
         nonlocal unfinished
-        for _, row in journal.merged(samples):
+        for row in journal.merged(samples):
             unfinished += row[cfg.data.output_key].endswith("\N{REPLACEMENT CHARACTER}")
             yield row
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import RMConfig
 from nemo_aligner.data.blending import blend, prefix_files
 from nemo_aligner.data.jsonl import Row, load_rows
-from nemo_aligner.data.supervised import pairs_of, preference_examples
+from nemo_aligner.data.supervised import Pairs, preference_examples
 from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
-Pairs = list[tuple[Row, Row]]
+_Pairs = Sequence[tuple[Row, Row]]
 
 
 def run(cfg: RMConfig) -> None:
@@ -63,22 +64,17 @@ def settings(cfg: RMConfig) -> dict[str, Any]:
     return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
 
-def open_pairs(cfg: RMConfig, split: str) -> Pairs:
+def open_pairs(cfg: RMConfig, split: str) -> _Pairs:
     """Pairs of one split of `model.data.data_prefix`: [file] or the blend [weight, file, weight, file, ...]."""
     key = f"model.data.data_prefix.{split}"
     names, weights = prefix_files(cfg.model.data.data_prefix, split, key)
     if not names:
         return []
-    files = [load_rows(name, required={"text": key}) for name in names]
-    if len(files) == 1:
-        return pairs_of(files[0])
-    paired = [pairs_of(file) for file in files]
-    drawn = sum(len(own) for own, weight in zip(paired, weights, strict=True) if weight > 0)
-    order = blend(files, weights, drawn, key=key)
-    return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
+    files = [Pairs(load_rows(name, required={"text": key})) for name in names]
+    return files[0] if len(files) == 1 else blend(files, weights, key=key)
 
 
-def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
+def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, _Pairs]) -> Task:
     from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import (
         Task,

@@ -79,17 +79,17 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
     if not cfg.model.data.chat:
         required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
     try:
-        rows = load_rows(
-            config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
+        return load_rows(
+            config.file_path,
+            required=required,
+            hf_dataset=config.hf_dataset,
+            cache_dir=config.index_mapping_dir,
+            check=messages_of if cfg.model.data.chat else None,
         )
     except DataError as fault:
         if "the row has" in str(fault) and re.search("'(messages|conversations)'", str(fault)):
             raise DataError(f"{fault}; rows of conversations want model.data.chat=True") from None
         raise
-    if cfg.model.data.chat:
-        for row, number in zip(rows, rows.numbers, strict=True):
-            messages_of(row, str(rows.path), number)
-    return rows
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:

@@ -11,7 +11,7 @@ import pytest
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
-from nemo_aligner.data.supervised import chat_examples, pairs_of, preference_examples, sft_examples
+from nemo_aligner.data.supervised import Pairs, chat_examples, preference_examples, sft_examples
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import EOS, ByteTokenizer
 
@@ -108,14 +108,14 @@ def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> No
 
 def test_pairs_are_adjacent_lines_and_too_long_ones_are_skipped_pair_by_pair(tmp_path: Path) -> None:
     data = rows(tmp_path, *({"text": text} for text in ("good", "bad", "good" * 9, "bad", "fine", "poor")))
-    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=True, limit=10, source="k")
+    found = preference_examples(Pairs(data), ByteTokenizer(), eos=True, limit=10, source="k")
     assert [[bytes(side[:-1]).decode() for side in e.rows] for e in found] == [["good", "bad"], ["fine", "poor"]]
     assert all(side[-1] == EOS for e in found for side in e.rows)
 
 
 def test_an_odd_number_of_lines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:3: 3 rows"):
-        pairs_of(rows(tmp_path, *({"text": t} for t in "abc")))
+        Pairs(rows(tmp_path, *({"text": t} for t in "abc")))
 
 
 @pytest.mark.parametrize(("least", "kept"), [(1, ["a", "bcd"]), (4, ["bcd"]), (5, ["bcd"]), (6, [])])
@@ -232,7 +232,7 @@ def test_a_pair_is_used_where_both_sides_fit_and_every_token_counts(
     tmp_path: Path, eos: bool, limit: int, kept: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = rows(tmp_path, *({"text": text} for text in ("abcd", "a", "abc", "ab", "", "a")))
-    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=eos, limit=limit, source="k")
+    found = preference_examples(Pairs(data), ByteTokenizer(), eos=eos, limit=limit, source="k")
     fit = len(found) - eos * (limit >= 2)  # an empty side is EOS alone
     assert fit == kept
     assert all(
