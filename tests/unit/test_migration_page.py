@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from nemo_aligner.commands.cli import COMMANDS
+from nemo_aligner.commands.cli import COMMANDS, CONFIGURED
 from nemo_aligner.config.aliases import REINFORCE, let_through
+from nemo_aligner.config.keys import keys_of
 from nemo_aligner.config.load import load_config
 from nemo_aligner.errors import ConfigError
 from scripts.site_pages import migration
@@ -73,3 +75,15 @@ def test_every_older_name_is_there() -> None:
     for name in ("trainer.reinforce", "model.reinforce", "remote_rm"):
         assert any(key.startswith(f"{name}.") for key in keys)
         assert migration.renamed(f"{name}.x", REINFORCE) == f"{REINFORCE[name]}.x"
+
+
+def test_every_key_that_the_guide_for_other_programs_names_is_one() -> None:
+    guide = (migration.KEYS.parents[2] / "docs/migration.md").read_text(encoding="utf-8")
+    entries = [importlib.import_module(COMMANDS[command]).main for command in CONFIGURED]
+    known = {key.name for entry in entries for key in keys_of(entry.config_dir, entry.config_name)}
+    known |= {"model.optim.sched.warmup_ratio"}  # of the schedule, which takes it in place of warmup_steps
+    rows = [line.split(" | ") for line in guide[guide.index("## From TRL") :].splitlines() if line.startswith("| ")]
+    named = [re.match(r"`([a-z_]+\.[\w.]+)(=\w+)?`$", word) for row in rows for word in re.findall("`[^`]+`", row[1])]
+    keys = {found[1] for found in named if found}
+    assert len(keys) > 50
+    assert sorted(keys - known) == []
