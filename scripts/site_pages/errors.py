@@ -85,15 +85,31 @@ def messages() -> list[Message]:
 
 def messages_of(source: str, name: str) -> Iterator[Message]:
     """Messages of the faults that `source`, the module called `name`, makes; none of those that say nothing."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    known = dict(_named_texts(tree))
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-        if called in KINDS:
-            for text in _texts(node.args[0]):
-                message = Message(re.sub(rf"{GAP}+", GAP, _placed(called, text, node)), f"{name}:{node.lineno}")
-                if not message.says_nothing:
-                    yield message
+        kind = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        for text in _texts(node.args[0], known):
+            if kind not in KINDS and not text.startswith("error: "):  # what is printed by hand
+                continue
+            placed = re.sub(rf"{GAP}(\.?{GAP})*", GAP, _placed(kind, text, node).removeprefix("error: "))
+            message = Message(placed, f"{name}:{node.lineno}")
+            if not message.says_nothing:
+                yield message
+
+
+def _named_texts(tree: ast.AST) -> Iterator[tuple[str, list[ast.expr]]]:
+    """What functions of a module return, and what its loops over a table of tuples give their names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, [at.value for at in ast.walk(node) if isinstance(at, ast.Return) and at.value is not None]
+        elif isinstance(node, ast.For) and isinstance(node.target, ast.Tuple) and isinstance(node.iter, ast.Tuple):
+            rows = [row.elts for row in node.iter.elts if isinstance(row, ast.Tuple)]
+            for index, target in enumerate(node.target.elts):
+                if isinstance(target, ast.Name):
+                    yield target.id, [row[index] for row in rows if len(row) > index]
 
 
 def examples() -> list[str]:
@@ -113,22 +129,23 @@ def _placed(kind: str, text: str, call: ast.Call) -> str:
     if place is None or kind not in ("ConfigError", "DataError"):
         return text
     if kind == "ConfigError":
-        return f"{_texts(place)[0]}: {text}"
+        return f"{_texts(place, {})[0]}: {text}"
     numbered = len(call.args) > 2 or "line" in given or isinstance(place, ast.Starred)
     return f"FILE:LINE: {text}" if numbered else f"FILE: {text}"
 
 
-def _texts(node: ast.expr) -> list[str]:
+def _texts(node: ast.expr, known: Mapping[str, list[ast.expr]]) -> list[str]:
     """The texts that an expression may be, with GAP for what is only known when it runs."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [node.value]
     if isinstance(node, ast.JoinedStr):
         return ["".join(part.value if isinstance(part, ast.Constant) else GAP for part in node.values)]  # type: ignore[misc]
     if isinstance(node, ast.IfExp):
-        return [*_texts(node.body), *_texts(node.orelse)]
+        return [*_texts(node.body, known), *_texts(node.orelse, known)]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [left + right for left in _texts(node.left) for right in _texts(node.right)]
-    return [GAP]
+        return [left + right for left in _texts(node.left, known) for right in _texts(node.right, known)]
+    name = getattr(node.func if isinstance(node, ast.Call) else node, "id", None)
+    return [text for value in known.get(name, ()) for text in _texts(value, {})] or [GAP]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         sys.argv = ["aligner", *line.rstrip("\\n").split("\\t")]
+        sys.orig_argv = [sys.executable, "-m", "nemo_aligner", *sys.argv[1:]]  # a multirun starts it again
         main()
         sys.stdout.flush()
         os._exit(0)

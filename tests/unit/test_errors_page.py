@@ -24,6 +24,16 @@ from scripts.site_pages.errors import GAP, Message, messages_of
         ("raise DataError('a folder here' if x else 'no such file')", ["a folder here", "no such file"]),
         ("yield CheckpointError('this and ' + str(x) + f'{y}{z} that')", [f"this and {GAP} that"]),
         ("raise CheckpointError(f'{folder}/{fault}') from fault", []),
+        ("def said(x): return f'another run: {x}'\nraise OutputError(said(1))", [f"another run: {GAP}"]),
+        (
+            "for n, says in ((1, 'too many'), (2, f'too few: {x}')):\n  raise ConfigError(says, f'model.{n}')",
+            [f"model.{GAP}: too many", f"model.{GAP}: too few: {GAP}"],
+        ),
+        (
+            "sys.exit(f'error: {x} is no command' + ('' if y else '; try'))",
+            [f"{GAP} is no command", f"{GAP} is no command; try"],
+        ),
+        ("sys.exit(f'usage: {x}')", []),
         ("raise ValueError('not for users')", []),
     ],
 )
