@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench/crash.py --kills 100 --seed 1 --json crash.json
 
 The commands are those of crash_jobs.py: sampler, labeler, SFT, reward model, actor with its server, evaluation, import
-and both online loops. One process of them, the first one, or all get SIGKILL or SIGTERM, at a random time or right
+and the online loops. One process of them, the first one, or all get SIGKILL or SIGTERM, at a random time or right
 before a random change of a file, which is inside a save, a merge or an import; the reward server's too. Then the same
 command is started again, at times on another number of ranks. Every line, tensor and file name must be as if nothing
 had been killed, no process and no temporary folder may be left. Exit status 1 where something is not.

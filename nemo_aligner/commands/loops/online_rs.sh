@@ -12,7 +12,11 @@
 #   PROCESSOR                                         rs, or rest, dt (see online_rest.sh, online_dt.sh)
 #   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
 #   LATER_SAMPLER_ARGS                                more of them for the sampler, from the second iteration on
-#   LAUNCH                                            put before every stage's command: "srun ..."; or empty
+#   ONE_PROCESS                                       1: all stages run in one process, or one for each rank, which
+#                                                     imports once and loads no model twice; 0 (default, but for
+#                                                     `aligner loop`): each is a process of its own
+#   LAUNCH                                            put before every stage's command: "srun ..."; or empty. With it
+#                                                     each stage is a process of its own
 #   PYTHON                                            the interpreter of the stages
 #
 # Relative paths are those of the folder it is started in. Each iteration leaves a line in $RESULT_PATH/iterations.jsonl
@@ -29,7 +33,15 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; fi # a checkout
 
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
-: "${KEEP_SAMPLES:=256}"
+: "${KEEP_SAMPLES:=256}" "${ONE_PROCESS:=0}"
+if [[ $ONE_PROCESS != [01] ]]; then
+  echo "error: ONE_PROCESS=$ONE_PROCESS is not 0 or 1" >&2
+  exit 1
+fi
+if ((ONE_PROCESS)) && [[ -n ${LAUNCH:-} ]]; then
+  echo "LAUNCH is set: each stage is a process of its own" >&2
+  ONE_PROCESS=0
+fi
 : "${PROMPTS_PATH:?the prompts, a JSONL file}" "${POLICY_MODEL_PATH:?the policy to start from, a .nemo file}"
 : "${RESULT_PATH:?a folder for results}"
 if [[ ${LABELER_ARGS:-} != *reward_function=* ]]; then
@@ -52,7 +64,6 @@ while ((locked == 3)); do # the loop before this one removed it while we opened 
   "$PYTHON" -m nemo_aligner.owner "$lock" --descriptor "$owner" --pid $$ || locked=$?
 done
 if ((locked)); then exit "$locked"; fi
-trap 'rm -f "$lock"' EXIT
 
 # A signal goes to the stage, which saves and leaves; then the loop does. One that is killed outright takes its stage along,
 # where this machine knows how; Slurm ends its own job steps.
@@ -65,19 +76,54 @@ for name in TERM INT USR1 HUP; do trap "tell SIG$name" "$name"; done
 tied=()
 if [[ -z ${LAUNCH:-} ]] && setpriv --pdeathsig KILL true 2>/dev/null; then tied=(setpriv --pdeathsig KILL); fi
 
-# A command that gets the signals of this script; told to stop, the script ends with it: 75, or what else it ended with.
-attended() {
-  local status=0
-  if [[ -z $told ]]; then
+# With ONE_PROCESS, the process that runs all commands, which it gets through $to; $from says that one is done.
+host="" to="" from=""
+start_host() {
+  local out
+  exec {out}>&1
+  coproc host_of_stages {
+    exec {owner}>&- 3>&1 >&"$out" {out}>&- "${tied[@]}" "$PYTHON" -m nemo_aligner.stages.one_process --answers 3
+  }
+  host=$host_of_stages_PID
+  exec {out}>&- {from}<&"${host_of_stages[0]}"- {to}>&"${host_of_stages[1]}"-
+}
+
+leave() {
+  if [[ -n $host ]]; then
+    exec {to}>&-
+    wait "$host" || true
+  fi
+  rm -f "$lock"
+}
+trap leave EXIT
+trap : PIPE # a host that is gone is seen where its answer is read
+
+# Start a command; $child is whom to tell when it is to stop
+begin() {
+  if ((ONE_PROCESS)); then
+    if [[ -z $host ]]; then start_host; fi
+    child=$host
+    printf '%s\0' $# "$@" >&"$to" || true
+  else
     "${tied[@]}" ${LAUNCH:-} "$PYTHON" "$@" {owner}>&- &
     child=$!
+  fi
+}
+
+# A command that gets the signals of this script; told to stop, the script ends with it: 75, or what else it ended with.
+attended() {
+  local status=0 answer=""
+  if [[ -z $told ]]; then
+    begin "$@"
     if [[ -n $told ]]; then kill -TERM "$child" 2>/dev/null || true; fi # it came before we knew whom to tell
+    if ((ONE_PROCESS)); then read -r -u "$from" answer || true; fi
     local before=-1
-    while ((before != signals)); do # a signal ends `wait`, not the stage
+    while [[ $answer != done ]] && ((before != signals)); do # a signal ends `wait`, not the stage
       before=$signals status=0
       wait "$child" || status=$?
     done
     child=""
+    if [[ $answer != done ]]; then host=""; fi
   fi
   if [[ -n $told ]]; then
     echo "stopped early: $told; run the same command again to go on" >&2

@@ -26,14 +26,14 @@ from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -46,6 +46,7 @@ from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+    from nemo_aligner.engine.reward_model import MegatronRewardModel
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def run(cfg: LabelerConfig) -> None:
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
     cfg.reward_standardization.validate("reward_standardization")
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     path = cfg.gpt_model_file
     if path is not None:
@@ -71,10 +72,13 @@ def run(cfg: LabelerConfig) -> None:
         check_fields(functions, rows, all_but(keys.input, keys.output))
         with start_cluster(cfg, path) as cluster:
             refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
-            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
+            model = _load(path, cfg, cluster)
+            label(cfg, rows, model, cluster, functions)
+            if model is not None:
+                model.stay_in_memory()
 
 
-def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> MegatronRewardModel | None:
     if path is None:
         return None
     from nemo_aligner.engine.reward_model import load_reward_model
@@ -136,7 +140,7 @@ def label(
 
 def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
     index = position % len(rows)
-    return candidate_of(rows[index], rows.where(index), cfg.data.input_key, cfg.data.output_key)
+    return candidate_of(rows[index], rows.where(index), keys_of(cfg))
 
 
 def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
@@ -271,8 +275,8 @@ def scored(
     row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
 ) -> ScoredSample:
     """A row with its reward and those of several sources; the user's other fields travel along."""
-    extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
-    return ScoredSample(row[keys.input], row[keys.output], extra, reward, parts or {})
+    sample = Sample.of(row, keys)
+    return ScoredSample(sample.input, sample.output, sample.extra, reward, parts or {}, turns=sample.turns)
 
 
 def standardize(cfg: LabelerConfig, rewards: Sequence[float], stored: tuple[float, float] | None) -> Sequence[float]:

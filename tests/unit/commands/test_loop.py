@@ -1,4 +1,7 @@
-"""`aligner loop` starts the shell loops with settings of the command line, and refuses those that they do not know."""
+"""`aligner loop` starts the shell loops with settings of the command line, and refuses those that they do not know.
+
+A loop tells its stages the same whether one process runs all of them, or one each.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,19 @@ from nemo_aligner.errors import ConfigError
 
 STAGE = """#!/usr/bin/env bash
 # plays every stage: notes its arguments, and makes the files that the loop looks for; dies before it begins, or
-# between its output and the record of how that was made, where it is told so
+# between its output and the record of how that was made, where it is told so.
+# Plays the process that runs all of them, too
 [[ $2 == nemo_aligner.owner ]] && exit
+if [[ $2 == nemo_aligner.stages.one_process ]]; then
+  echo $$ >>"$NOTES.hosts"
+  while IFS= read -r -d '' count; do
+    words=()
+    for ((i = 0; i < count; i++)); do IFS= read -r -d '' word && words+=("$word"); done
+    "$0" "${words[@]}" </dev/null || exit
+    echo done >&3
+  done
+  exit
+fi
 [[ -n $DIES_AT && "$*" == *"$DIES_AT"* ]] && exit 9
 printf '%s\\n' "${*:2}" >>"$NOTES"
 for word in "$@"; do
@@ -67,8 +81,9 @@ def test_what_the_loop_does_not_know_is_refused(word: str, line: str) -> None:
 class Played:
     """Loops whose stages are played: what each was told, in order."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, one_process: bool) -> None:
         self._stage, self._notes, self.result = folder / "stage", folder / "notes", folder / "loop"
+        self._one_process = f"ONE_PROCESS={int(one_process)}"
         self._stage.write_text(STAGE)
         self._stage.chmod(0o755)
 
@@ -76,18 +91,25 @@ class Played:
         self, loop: str, *words: str, dies_at: str = "", dies_in: str = ""
     ) -> subprocess.CompletedProcess[str]:
         common = ("PROMPTS_PATH=p", "POLICY_MODEL_PATH=sft.nemo", "REWARD_MODEL_PATH=rm.nemo")
-        settings = environment_of(loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", *common, *words])
+        settings = environment_of(
+            loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", self._one_process, *common, *words]
+        )
         environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at, "DIES_IN": dies_in}
         command = ["bash", str(script_of(loop))]
         return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+
+    def hosts(self) -> int:
+        """How many processes ran all stages of a loop."""
+        path = Path(f"{self._notes}.hosts")
+        return len(path.read_text().split()) if path.exists() else 0
 
     def told(self, stage: str) -> list[str]:
         return [line for line in self._notes.read_text().splitlines() if line.startswith(f"nemo_aligner {stage} ")]
 
 
-@pytest.fixture
-def play(tmp_path: Path) -> Played:
-    return Played(tmp_path)
+@pytest.fixture(params=[False, True], ids=["process each", "one process"])
+def play(tmp_path: Path, request: pytest.FixtureRequest) -> Played:
+    return Played(tmp_path, request.param)
 
 
 @pytest.mark.processes
@@ -148,3 +170,23 @@ def test_thresholds_that_do_not_rise_are_refused(thresholds: str, play: Played) 
         1,
         [f"error: THRESHOLDS={thresholds}: numbers are needed, each above the one before"],
     )
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("settings", "status", "said", "hosts"),
+    [
+        (("ONE_PROCESS=1",), 0, "", 1),
+        (("ONE_PROCESS=0",), 0, "", 0),
+        (("ONE_PROCESS=1", "LAUNCH=env"), 0, "LAUNCH is set: each stage is a process of its own", 0),
+        (("ONE_PROCESS=yes",), 1, "error: ONE_PROCESS=yes is not 0 or 1", 0),
+    ],
+)
+def test_one_process_runs_all_stages_where_it_is_asked_for_and_can(
+    settings: tuple[str, ...], status: int, said: str, hosts: int, tmp_path: Path
+) -> None:
+    play = Played(tmp_path, one_process=False)
+    done = play("rs", "TRAINING_ITERS=2", *settings)
+    assert (done.returncode, done.stderr.strip()) == (status, said)
+    assert play.hosts() == hosts
+    assert not list(play.result.glob("*.lock"))

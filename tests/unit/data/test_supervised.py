@@ -89,7 +89,9 @@ def test_a_template_that_does_not_end_with_the_label_is_refused(tmp_path: Path, 
     ],
 )  # fmt: skip
 def test_chat_trains_every_assistant_turn_and_nothing_else(tmp_path: Path, row: dict[str, Any]) -> None:
-    [found] = chat_examples(rows(tmp_path, row), CHAT, ByteTokenizer(), answer_only=True, limit=1000)
+    [found] = chat_examples(
+        rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=1000
+    )
     [tokens], [mask] = found.rows, found.masks
     assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>a2;"
     assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "a1;a2;"
@@ -101,8 +103,9 @@ def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> No
             rows(tmp_path, {"input": "x"}),
             CHAT,
             ByteTokenizer(),
+            SFTDatasetConfig(),
             answer_only=True,
-            limit=9,
+            max_length=9,
         )
 
 
@@ -214,7 +217,9 @@ def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
     data = rows(tmp_path, {"messages": turns})
 
     def made(limit: int, answer_only: bool = True) -> list[tuple[list[int], list[int]]]:
-        found = chat_examples(data, CHAT, ByteTokenizer(), answer_only=answer_only, limit=limit)
+        found = chat_examples(
+            data, CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=answer_only, max_length=limit
+        )
         return [(example.rows[0], example.masks[0]) for example in found]
 
     begins = whole.index(b"abc")
