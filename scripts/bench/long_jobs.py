@@ -7,8 +7,8 @@ them: a model that answers at once stands in for theirs. Each job is killed (SIG
 merge, and started again. Then every reader of JSONL opens a file of --megabytes.
 
 Memory is the resident set of a process, which torch and Megatron begin. Seconds are of the clock on the wall, and those
-that the process computes, which hold on a busy machine: of jobs from the first look at the data to the first row that is
-made and to the end, of readers with the check of every row.
+that the process computes, which hold on a busy machine: of jobs from the first look at the data to the first row that
+is made and to the end, of readers with the check of every row.
 """
 
 from __future__ import annotations
