@@ -148,10 +148,9 @@ def main() -> None:
     environment |= settings(folder, size, given.iterations)
     for name, command in LOOPS.items():
         subprocess.run(["rm", "-rf", str(folder / "loop")], check=True)
-        found = measure(command, environment)
-        print(
-            f"{name:26} wall {found.wall:7.1f} s   CPU {found.cpu:7.1f} s   memory {found.memory:5.2f} GB", flush=True
-        )
+        found = measure(command, environment, folder / "log")
+        figures = f"wall {found.wall:6.1f} s   CPU {found.cpu:6.1f} s   memory {found.memory:4.2f} GB"
+        print(f"{name:26} {figures}", flush=True)
         written.append(results(folder / "loop", nothing))
     differences = compare(*written)
     if differences:
