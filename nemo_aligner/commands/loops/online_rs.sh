@@ -9,6 +9,8 @@
 #   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
 #   ITER_LOG_PATH                                     holds the number of finished iterations
 #   KEEP_SAMPLES                                      samples of each iteration to keep in $RESULT_PATH/iterations
+#   KEEP_BEST                                         1: each prompt's best sample of all iterations is trained on, not of
+#                                                     the last alone (Llama 2, arXiv 2307.09288); rs; default 0
 #   PROCESSOR                                         rs, or rest, dt (see online_rest.sh, online_dt.sh)
 #   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
 #   LATER_SAMPLER_ARGS                                more of them for the sampler, from the second iteration on
@@ -33,7 +35,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; fi # a checkout
 
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
-: "${KEEP_SAMPLES:=256}" "${ONE_PROCESS:=0}"
+: "${KEEP_SAMPLES:=256}" "${KEEP_BEST:=0}" "${ONE_PROCESS:=0}"
 if [[ $ONE_PROCESS != [01] ]]; then
   echo "error: ONE_PROCESS=$ONE_PROCESS is not 0 or 1" >&2
   exit 1
@@ -51,6 +53,16 @@ fi
 : "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
 : "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
 eval "sampler_args=(${SAMPLER_ARGS:-})" "later_args=(${LATER_SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
+
+if [[ $KEEP_BEST != [01] ]]; then
+  echo "error: KEEP_BEST=$KEEP_BEST: 1 or 0 is needed" >&2
+  exit 1
+fi
+if ((KEEP_BEST)) && [[ $PROCESSOR != rs ]]; then
+  echo "error: KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=$PROCESSOR" >&2
+  exit 1
+fi
+best=$RESULT_PATH/best_so_far.jsonl
 
 MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
 mkdir -p "$RESULT_PATH/checkpoints"
@@ -135,14 +147,18 @@ attended() {
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
 
-# Seconds of each stage, one line a stage: "<iteration> <stage> <seconds>"
+# Seconds of each stage, "<iteration> <stage> <seconds>": a line of 0 when it begins, in case a kill comes before the other
 run_stage() {
   local name=$1 started=$SECONDS
   shift
   echo "== iteration $iter: $name"
+  echo "$iter $name 0" >>"$RESULT_PATH/seconds.log"
   attended "$@"
   echo "$iter $name $((SECONDS - started))" >>"$RESULT_PATH/seconds.log"
 }
+
+# Whether a stage's output is whole: what it writes last says how the output was made.
+is_whole() { [[ -f $1 && -f $1.meta.json ]]; }
 
 # One training of an iteration, or several of the same samples with rising thresholds, each from the policy of the one before
 # (online_rest.sh). $LABELED_SAMPLES_PATH.step says whose rows lie there.
@@ -150,20 +166,22 @@ read -ra thresholds <<<"${improve_thresholds:-}"
 ((${#thresholds[@]})) || thresholds=("")
 
 improve() {
-  local step=$1 folder=$2 threshold=()
+  local step=$1 folder=$2 threshold=() keep=()
   if [[ -n ${thresholds[step]} ]]; then threshold=(threshold="${thresholds[step]}"); fi
   if ((step)) && [[ $(cat "$LABELED_SAMPLES_PATH.step" 2>/dev/null) != "$step" ]]; then
-    rm -f "$LABELED_SAMPLES_PATH"
+    rm -f "$LABELED_SAMPLES_PATH" "$LABELED_SAMPLES_PATH.meta.json"
     echo "$step" >"$LABELED_SAMPLES_PATH.step"
   fi
-  if [[ ! -f $LABELED_SAMPLES_PATH ]]; then
+  if ((KEEP_BEST)); then keep=(export_reward=True); fi
+  if ((KEEP_BEST)) && [[ -f $best ]]; then keep+=(best_so_far_file="$best"); fi
+  if ! is_whole "$LABELED_SAMPLES_PATH"; then
     run_stage label -m nemo_aligner label \
       ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
       data.file_names="[$GENERATE_SAMPLES_PATH]" \
       data.concat_sampling_probabilities=[1] \
       processor="$PROCESSOR" \
       output_file="$LABELED_SAMPLES_PATH" \
-      "${threshold[@]}" "${labeler_args[@]}"
+      "${threshold[@]}" "${labeler_args[@]}" "${keep[@]}"
   fi
   run_stage train -m nemo_aligner sft \
     model.restore_from_path="$POLICY_MODEL_PATH" \
@@ -187,7 +205,7 @@ while ((iter < TRAINING_ITERS)); do
     folder=$sft_dir
     if ((step)); then folder=$sft_dir/improve_$step; fi
     if [[ ! -f $folder/$archive ]]; then
-      if [[ ! -f $GENERATE_SAMPLES_PATH ]]; then
+      if ! is_whole "$GENERATE_SAMPLES_PATH"; then
         run_stage sample -m nemo_aligner sample \
           gpt_model_file="$POLICY_MODEL_PATH" \
           data.file_names="[$PROMPTS_PATH]" \
@@ -205,11 +223,19 @@ while ((iter < TRAINING_ITERS)); do
 
   # The new policy takes the old one's place in one rename; until the count below is written, $trained says that this
   # iteration's work is done, so a kill anywhere here repeats only these lines.
-  ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
-  mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  if [[ ! $trained -ef $MODEL_OUTPUT_PATH ]]; then # it has where a kill came since, and mv refuses two names of one file
+    ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
+    mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  fi
   if [[ -f $GENERATE_SAMPLES_PATH && -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after the record was made
     attended -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
       --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
+  fi
+  if ((KEEP_BEST)) && [[ -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after it was kept
+    for part in .meta.json ""; do
+      cp "$LABELED_SAMPLES_PATH$part" "$best$part.new"
+      mv -f "$best$part.new" "$best$part"
+    done
   fi
   rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*
   echo $((iter + 1)) >"$ITER_LOG_PATH.new"

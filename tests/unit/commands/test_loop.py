@@ -15,7 +15,8 @@ from nemo_aligner.commands.loop import LOOPS, environment_of, script_of, setting
 from nemo_aligner.errors import ConfigError
 
 STAGE = """#!/usr/bin/env bash
-# plays every stage: notes its arguments, and makes the file that the loop looks for; dies where it is told so.
+# plays every stage: notes its arguments, and makes the files that the loop looks for; dies before it begins, or
+# between its output and the record of how that was made, where it is told so.
 # Plays the process that runs all of them, too
 [[ $2 == nemo_aligner.owner ]] && exit
 if [[ $2 == nemo_aligner.stages.one_process ]]; then
@@ -32,7 +33,11 @@ fi
 printf '%s\\n' "${*:2}" >>"$NOTES"
 for word in "$@"; do
   case $word in
-    output_file=*) touch "${word#*=}" ;;
+    output_file=*)
+      echo "$*" >"${word#*=}"
+      if [[ -n $DIES_IN && $2 == nemo_aligner && $3 == "$DIES_IN" ]]; then exit 9; fi
+      echo "$*" >"${word#*=}.meta.json"
+      ;;
     exp_manager.explicit_log_dir=*)
       mkdir -p "${word#*=}/checkpoints"
       touch "${word#*=}/checkpoints/megatron_gpt_sft.nemo"
@@ -82,12 +87,14 @@ class Played:
         self._stage.write_text(STAGE)
         self._stage.chmod(0o755)
 
-    def __call__(self, loop: str, *words: str, dies_at: str = "") -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, loop: str, *words: str, dies_at: str = "", dies_in: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         common = ("PROMPTS_PATH=p", "POLICY_MODEL_PATH=sft.nemo", "REWARD_MODEL_PATH=rm.nemo")
         settings = environment_of(
             loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", self._one_process, *common, *words]
         )
-        environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at}
+        environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at, "DIES_IN": dies_in}
         command = ["bash", str(script_of(loop))]
         return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
 
@@ -139,6 +146,53 @@ def test_each_improve_step_trains_the_policy_of_the_one_before_also_after_a_kill
     before = [f"{folder}/checkpoints/megatron_gpt_sft.nemo" for folder in folders]
     assert words_of(trainings, "model.restore_from_path") == ["sft.nemo", *before[:2], last, *before[3:5]]
     assert not list(play.result.glob("iter_*"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", ["sample", "label"])
+def test_a_stage_that_was_killed_before_its_record_is_run_again(stage: str, play: Played) -> None:
+    assert play("rs", "TRAINING_ITERS=1", dies_in=stage).returncode == 9
+    assert play("rs", "TRAINING_ITERS=1").returncode == 0
+    assert [len(play.told(name)) for name in ("sample", "label", "sft")] == [
+        1 + (stage == "sample"),
+        1 + (stage == "label"),
+        1,
+    ]
+    spent = [line.rpartition(" ")[0] for line in (play.result / "seconds.log").read_text().splitlines()]
+    assert list(dict.fromkeys(spent)) == ["0 sample", "0 label", "0 train"]
+
+
+@pytest.mark.parametrize("dies_at", ["", "nemo_aligner label", "iter_1", "loop_record"])
+def test_what_was_best_in_an_iteration_competes_in_the_next_also_after_a_kill(dies_at: str, play: Played) -> None:
+    settings = ("TRAINING_ITERS=3", "KEEP_BEST=1", "LABELER_ARGS=export_reward=False")
+    if dies_at:
+        assert play("rs", *settings, dies_at=dies_at).returncode == 9
+    done = play("rs", *settings)
+    assert done.returncode == 0, done.stderr
+    labels = play.told("label")
+    assert words_of(labels, "export_reward")[1::2] == ["True"] * 3, "the last one wins"
+    assert words_of(labels, "best_so_far_file") == [f"{play.result}/best_so_far.jsonl"] * 2
+    assert "best_so_far_file" not in labels[0]
+    for part in ("", ".meta.json"):
+        assert (play.result / f"best_so_far.jsonl{part}").read_text() == f"-m {labels[-1]}\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("loop", "value", "line"),
+    [
+        ("rs", "yes", "KEEP_BEST=yes: 1 or 0 is needed"),
+        (
+            "rest",
+            "1",
+            "KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=rest",
+        ),
+    ],
+)
+def test_keeping_the_best_is_for_rejection_sampling(loop: str, value: str, line: str, play: Played) -> None:
+    done = play(loop, f"KEEP_BEST={value}")
+    assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
+    assert not play.result.exists()
 
 
 @pytest.mark.processes
