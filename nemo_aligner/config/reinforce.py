@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import (
@@ -164,11 +165,11 @@ class RolloutConfig:
 
 
 @dataclass
-class PromptDataConfig:
+class PromptDataConfig(ChatKeys):
     """`model.data`."""
 
     data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"  # lines of {"text": ...} or {"input": ...}
+    data_impl: str = "jsonl"  # lines of {"text": ...}, {"input": ...} or {"messages": ...}
     seq_length: int | None = None  # prompt tokens at most; null = half of the model's context
     shuffle: bool = True
     num_workers: int = 0

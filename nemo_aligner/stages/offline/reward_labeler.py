@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.processors import apply_processor, check_processor
+from nemo_aligner.algorithms.processors import Chosen, apply_processor, check_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.config.offline import LabelerConfig
-from nemo_aligner.config.rewards import REWARD_MODEL
+from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
-from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.jsonl import Row, write_jsonl
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_architecture
 from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
-from nemo_aligner.stages.offline.best_so_far import best_so_far, check_archive_of, check_best_so_far
+from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -45,6 +47,7 @@ from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+    from nemo_aligner.engine.reward_model import MegatronRewardModel
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +61,9 @@ def run(cfg: LabelerConfig) -> None:
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
     check_best_so_far(cfg)
-    best_so_far(cfg, keys)
+    Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
     cfg.reward_standardization.validate("reward_standardization")
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     path = cfg.gpt_model_file
     if path is not None:
@@ -72,10 +75,13 @@ def run(cfg: LabelerConfig) -> None:
         check_fields(functions, rows, all_but(keys.input, keys.output))
         with start_cluster(cfg, path) as cluster:
             refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
-            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
+            model = _load(path, cfg, cluster)
+            label(cfg, rows, model, cluster, functions)
+            if model is not None:
+                model.stay_in_memory()
 
 
-def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> MegatronRewardModel | None:
     if path is None:
         return None
     from nemo_aligner.engine.reward_model import load_reward_model
@@ -102,7 +108,8 @@ def label(
     archive = None if model is None else cluster.broadcast(model.archive_hash() if cluster.is_main else "")
     known = None if model is None or archive is None else (archive, model.append_eod)
     journal = Journal(cfg.output_file, fingerprint(cfg, known, functions), cluster)
-    mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
+    own = (p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done)
+    mine = array("q", own)
     source = None if model is None else ModelSource(model, cfg.data)
     rewarder = rewarder_of(cfg.reward_plan, functions, source, cluster)
     window = cfg.data.micro_batch_size * (cfg.checkpoint_interval or _WINDOW)
@@ -136,7 +143,7 @@ def label(
 
 def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
     index = position % len(rows)
-    return candidate_of(rows[index], rows.where(index), cfg.data.input_key, cfg.data.output_key)
+    return candidate_of(rows[index], rows.where(index), keys_of(cfg))
 
 
 def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
@@ -177,10 +184,13 @@ def finish(
     stored: tuple[float, float] | None,
     archive: str | None,
 ) -> None:
-    """Rewards → standardised → processed → output file, rows in the order of the input."""
+    """Rewards → standardised → processed → output file, rows in the order of the input.
+
+    In memory are rewards and places; rows are read from the disk whenever they are looked at.
+    """
     keys, plan = keys_of(cfg), cfg.reward_plan
-    judgements = [judgement_of(row, plan.weights) for _, row in journal.merged(len(chunk))]
-    rewards = [math.nan if judgement.reward is None else judgement.reward for judgement in judgements]
+    judged = Judged(journal, len(chunk), plan)
+    rewards = judged.rewards
     if not plan.functions:
         for position, reward in zip(chunk, rewards, strict=True):
             if math.isnan(reward):
@@ -189,60 +199,97 @@ def finish(
     mean, std = mean_and_std(rewards)
     if cfg.print_reward_info:
         log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(rewards))
-    of_sources = {name: source_figures(judgements, name) for name in plan.weights} if plan.functions else {}
+    of_sources = {name: judged.figures(name) for name in plan.weights} if plan.functions else {}
     for name, figures in of_sources.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     known = None if plan.functions else stored  # the model's are those of its own rewards
-    samples = [
-        scored(rows[position % len(rows)], reward, keys, judgement.parts)
-        for position, reward, judgement in zip(chunk, standardize(cfg, rewards, known), judgements, strict=True)
-    ]
-    tell_empty([sample.output for sample in samples])
-    check_archive_of(cfg, archive)
-    earlier = best_so_far(cfg, keys)
-    samples = [*earlier, *samples]
+    samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+        samples = Earlier(cfg, keys, samples)
+    filled = [index for index, sample in enumerate(samples) if sample.output]
+    tell_empty(len(samples) - len(filled), len(samples))
     if cfg.skip_empty:
-        samples = [sample for sample in samples if sample.output]
+        samples = Chosen(samples, filled)
         if not samples:
             raise DataError("skip_empty=True leaves no sample: every response is empty")
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    chosen = sum(not sample.output for sample in kept)
-    if chosen:
-        log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", chosen, len(kept))
-    export = cfg.export_reward or cfg.processor is None
-    write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
+    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
+
+    def in_order() -> Iterator[Row]:
+        nonlocal empty, before
+        for sample in kept:
+            empty += not sample.output
+            before += isinstance(sample, EarlierSample)
+            yield sample.to_row(keys, export)
+
+    write_jsonl(cfg.output_file, in_order())
+    if empty:
+        log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", empty, len(kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
     if cfg.best_so_far_file is not None:
-        before = {id(sample) for sample in earlier}
-        counts["kept_from_before"] = sum(id(sample) in before for sample in kept)
-        log.info("%d of the %d rows kept are those of %s", counts["kept_from_before"], len(kept), cfg.best_so_far_file)
+        counts["kept_from_before"] = before
+        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
 
 
-def source_figures(judgements: Sequence[Judgement], name: str) -> dict[str, float]:
-    """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
-    values = [judgement.parts[name] for judgement in judgements]
-    mean, std = mean_and_std(values)
-    failed = sum(name in judgement.failed for judgement in judgements)
-    unknown = sum(value is None for value in values) - failed
-    return {"mean": mean, "std": std, "cannot_tell": unknown, "failed": failed}
+class Judged(Sequence[Judgement]):
+    """What the journal says of each row, weighted as this run says; `rewards` are NaN where there is none."""
+
+    def __init__(self, journal: Journal, count: int, plan: RewardPlan) -> None:
+        self._rows, self._weights = journal.merged(count), plan.weights
+        self.rewards, self._parts = array("d"), {name: array("d") for name in plan.weights}
+        self._unknown, self._failed = Counter[str](), Counter[str]()
+        for judgement in self:
+            self.rewards.append(math.nan if judgement.reward is None else judgement.reward)
+            self._failed.update(judgement.failed)
+            for name, values in self._parts.items() if plan.functions else ():
+                value = judgement.parts[name]
+                values.append(math.nan if value is None else value)
+                self._unknown[name] += value is None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return judgement_of(self._rows[index], self._weights)
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
+        mean, std = mean_and_std(self._parts[name])
+        failed = self._failed[name]
+        return {"mean": mean, "std": std, "cannot_tell": self._unknown[name] - failed, "failed": failed}
+
+
+class Samples(Sequence[ScoredSample]):
+    """The rows of a chunk with their rewards, read when asked for."""
+
+    def __init__(self, rows: Blend, chunk: range, judged: Judged, rewards: Sequence[float], keys: Keys) -> None:
+        self._rows, self._chunk, self._judged, self._rewards, self._keys = rows, chunk, judged, rewards, keys
+
+    def __len__(self) -> int:
+        return len(self._chunk)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._rows[self._chunk[index] % len(self._rows)]
+        return scored(row, self._rewards[index], self._keys, self._judged[index].parts)
 
 
 def scored(
     row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
 ) -> ScoredSample:
     """A row with its reward and those of several sources; the user's other fields travel along."""
-    extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
-    return ScoredSample(row[keys.input], row[keys.output], extra, reward, parts or {})
+    sample = Sample.of(row, keys)
+    return ScoredSample(sample.input, sample.output, sample.extra, reward, parts or {}, turns=sample.turns)
 
 
-def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, float] | None) -> list[float]:
+def standardize(cfg: LabelerConfig, rewards: Sequence[float], stored: tuple[float, float] | None) -> Sequence[float]:
     """`reward_standardization`: explicit mean and std, else the archive's own, else those of the whole file."""
     given = cfg.reward_standardization
     if not given.enable:

@@ -120,7 +120,7 @@ def rollout_rows(scored: Scored) -> list[dict[str, Any]]:
     """The rollouts for people to read, with what was trained on where something was."""
     advantages = [None] * len(scored.rollouts) if scored.advantages is None else scored.advantages.tolist()
     return [
-        {"input": r.prompt.text, "output": r.text, "reward": r.reward, **part_fields(r.parts), "kl": r.kl}
+        {**r.prompt.shown, "output": r.text, "reward": r.reward, **part_fields(r.parts), "kl": r.kl}
         | ({} if advantage is None else {"advantage": advantage, "trained": bool(counted)})
         for r, advantage, counted in zip(scored.rollouts, advantages, scored.counted, strict=True)
     ]

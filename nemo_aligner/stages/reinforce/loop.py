@@ -171,8 +171,12 @@ class Actor:
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
         )  # fmt: skip
-        if self.policy.tokenizer.chat_template is not None:
-            log.info("the model has a chat template, and prompts go to it as they are: they may hold its turns")
+        plain = any(prompt.turns is None for prompt in self.prompts)
+        if plain and self.policy.tokenizer.chat_template is not None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: they may hold its turns, or "
+                "rows may have `messages`"
+            )
         tell_what_changes_the_draw(sampling_params(self.cfg, self.policy))
 
     def step(self, step: int, worker: RolloutWorker) -> Scored:

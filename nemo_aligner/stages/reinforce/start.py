@@ -8,6 +8,7 @@ from typing import Any
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.chat import check_template
 from nemo_aligner.data.prompts import open_prompts, other_fields
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
@@ -76,6 +77,7 @@ def reward_settings(cfg: ReinforceConfig, functions: Functions | None, train: Bl
 def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:
     """Prompts to train on and to validate on, checked. Raises ConfigError without a file, DataError for bad rows."""
     data = cfg.model.data
+    check_template(data, "model.data.chat_template")
     if data.data_impl not in ("json", "jsonl"):
         raise ConfigError(f"{data.data_impl!r} is not jsonl", "model.data.data_impl")
     key = "model.data.data_prefix"

@@ -36,7 +36,7 @@ def run(cfg: GenerationConfig) -> None:
         require_extra("server", "server=True")
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
-    check_template(cfg.chat_template, "chat_template")
+    check_template(cfg, "chat_template")
     tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)
     if cfg.server and copies > 1:
@@ -158,13 +158,12 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
         from nemo_aligner.servers.generation.clerk import Served
         from nemo_aligner.servers.generation.desk import FrontDesk
 
-        template = cfg.chat_template or policy.tokenizer.chat_template
         served = Served(
             name=cfg.model_name or Path(cfg.gpt_model_file).name.removesuffix(".nemo"),
             tokenizer=policy.tokenizer,
             max_length=policy.max_sequence_length,
             vocab_size=policy.vocab_size,
-            chat_template=None if template is None else ChatTemplate(template, policy.tokenizer, "chat_template"),
+            chat_template=ChatTemplate.of(policy.tokenizer, cfg, "chat_template"),
             end_strings=tuple(cfg.inference.end_strings),
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,

@@ -18,7 +18,7 @@ KEYS = Keys()
 
 def process(name: str | None, samples: list[ScoredSample], threshold: float = 0.0) -> list[ScoredSample]:
     template = "{input} <rm_score>: {reward} "
-    return apply_processor(name, samples, threshold=threshold, reward_template=template, keys=KEYS)
+    return list(apply_processor(name, samples, threshold=threshold, reward_template=template, keys=KEYS))
 
 
 def sample(prompt: str, output: str, reward: float) -> ScoredSample:

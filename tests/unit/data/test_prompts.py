@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_aligner.data.blending import Blend
-from nemo_aligner.data.prompts import encode_prompts, field_of, filled, open_prompts, with_bos
+from nemo_aligner.data.prompts import encode_prompts, open_prompts, prompt_field, with_bos
+from nemo_aligner.data.row_texts import filled
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import ByteTokenizer
 
@@ -102,5 +103,5 @@ def test_text_is_the_prompt_where_a_row_has_input_too_and_the_log_says_so_once(
     with caplog.at_level(logging.INFO):
         rows = open_prompts({"train": [str(path)]}, "train", "model.data.data_prefix.train")
     assert rows is not None
-    assert [field_of(rows[i], rows, i) for i in range(4)] == ["a", "c", "d", "e"]
+    assert [rows[i][prompt_field(rows[i]) or ""] for i in range(4)] == ["a", "c", "d", "e"]
     assert caplog.messages == ["model.data.data_prefix.train: 2 rows have both text and input; text is the prompt"]

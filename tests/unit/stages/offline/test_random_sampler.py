@@ -294,7 +294,7 @@ def test_a_chat_model_that_is_asked_without_a_template_is_said_so(
 ) -> None:
     with caplog.at_level(logging.INFO):
         run(config(tmp_path, prompt_template=template), policy=policy)
-    assert ("the model has a chat template, and prompts go to it as they are" in caplog.text) == told
+    assert ("the model has a chat template, and plain prompts go to it as they are" in caplog.text) == told
 
 
 def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
