@@ -9,6 +9,8 @@
 #   GENERATE_SAMPLES_PATH LABELED_SAMPLES_PATH        samples of the iteration in progress
 #   ITER_LOG_PATH                                     holds the number of finished iterations
 #   KEEP_SAMPLES                                      samples of each iteration to keep in $RESULT_PATH/iterations
+#   KEEP_BEST                                         1: each prompt's best sample of all iterations is trained on, not of
+#                                                     the last alone (Llama 2, arXiv 2307.09288); rs; default 0
 #   PROCESSOR                                         rs, or rest, dt (see online_rest.sh, online_dt.sh)
 #   SAMPLER_ARGS LABELER_ARGS SFT_ARGS                more overrides for a stage, quoted as for a shell
 #   LATER_SAMPLER_ARGS                                more of them for the sampler, from the second iteration on
@@ -33,9 +35,17 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; fi # a checkout
 
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
-: "${KEEP_SAMPLES:=256}" "${ONE_PROCESS:=0}"
+: "${KEEP_SAMPLES:=256}" "${ONE_PROCESS:=0}" "${KEEP_BEST:=0}"
 if [[ $ONE_PROCESS != [01] ]]; then
   echo "error: ONE_PROCESS=$ONE_PROCESS is not 0 or 1" >&2
+  exit 1
+fi
+if [[ $KEEP_BEST != [01] ]]; then
+  echo "error: KEEP_BEST=$KEEP_BEST is not 0 or 1" >&2
+  exit 1
+fi
+if ((KEEP_BEST)) && [[ $PROCESSOR != rs ]]; then
+  echo "error: KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=$PROCESSOR" >&2
   exit 1
 fi
 if ((ONE_PROCESS)) && [[ -n ${LAUNCH:-} ]]; then
@@ -53,6 +63,7 @@ fi
 eval "sampler_args=(${SAMPLER_ARGS:-})" "later_args=(${LATER_SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
 
 MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
+best=$RESULT_PATH/best_so_far.jsonl
 mkdir -p "$RESULT_PATH/checkpoints"
 
 # The lock belongs to the open file, so it ends with this script; stages are started without it.
@@ -154,12 +165,14 @@ read -ra thresholds <<<"${improve_thresholds:-}"
 ((${#thresholds[@]})) || thresholds=("")
 
 improve() {
-  local step=$1 folder=$2 threshold=()
+  local step=$1 folder=$2 threshold=() keep=()
   if [[ -n ${thresholds[step]} ]]; then threshold=(threshold="${thresholds[step]}"); fi
   if ((step)) && [[ $(cat "$LABELED_SAMPLES_PATH.step" 2>/dev/null) != "$step" ]]; then
     rm -f "$LABELED_SAMPLES_PATH" "$LABELED_SAMPLES_PATH.meta.json"
     echo "$step" >"$LABELED_SAMPLES_PATH.step"
   fi
+  if ((KEEP_BEST)); then keep=(export_reward=True); fi
+  if ((KEEP_BEST)) && [[ -f $best ]]; then keep+=(best_so_far_file="$best"); fi
   if ! is_whole "$LABELED_SAMPLES_PATH"; then
     run_stage label -m nemo_aligner label \
       ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
@@ -167,7 +180,7 @@ improve() {
       data.concat_sampling_probabilities=[1] \
       processor="$PROCESSOR" \
       output_file="$LABELED_SAMPLES_PATH" \
-      "${threshold[@]}" "${labeler_args[@]}"
+      "${threshold[@]}" "${labeler_args[@]}" "${keep[@]}"
   fi
   run_stage train -m nemo_aligner sft \
     model.restore_from_path="$POLICY_MODEL_PATH" \
@@ -209,11 +222,19 @@ while ((iter < TRAINING_ITERS)); do
 
   # The new policy takes the old one's place in one rename; until the count below is written, $trained says that this
   # iteration's work is done, so a kill anywhere here repeats only these lines.
-  ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
-  mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  if [[ ! $trained -ef $MODEL_OUTPUT_PATH ]]; then # it has where a kill came since, and mv refuses two names of one file
+    ln -f "$trained" "$MODEL_OUTPUT_PATH.new"
+    mv -f "$MODEL_OUTPUT_PATH.new" "$MODEL_OUTPUT_PATH"
+  fi
   if [[ -f $GENERATE_SAMPLES_PATH && -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after the record was made
     attended -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
       --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
+  fi
+  if ((KEEP_BEST)) && is_whole "$LABELED_SAMPLES_PATH"; then # or a kill came after it was kept
+    for part in .meta.json ""; do
+      cp "$LABELED_SAMPLES_PATH$part" "$best$part.new"
+      mv -f "$best$part.new" "$best$part"
+    done
   fi
   rm -rf "$GENERATE_SAMPLES_PATH"* "$LABELED_SAMPLES_PATH"*
   echo $((iter + 1)) >"$ITER_LOG_PATH.new"

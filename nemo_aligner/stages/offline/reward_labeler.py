@@ -30,6 +30,7 @@ from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
+from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -59,6 +60,8 @@ def run(cfg: LabelerConfig) -> None:
     keys = keys_of(cfg)
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
+    check_best_so_far(cfg)
+    Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
     cfg.reward_standardization.validate("reward_standardization")
     check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
@@ -201,6 +204,9 @@ def finish(
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     known = None if plan.functions else stored  # the model's are those of its own rewards
     samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+        samples = Earlier(cfg, keys, samples)
     filled = [index for index, sample in enumerate(samples) if sample.output]
     tell_empty(len(samples) - len(filled), len(samples))
     if cfg.skip_empty:
@@ -210,12 +216,13 @@ def finish(
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    empty, export = 0, cfg.export_reward or cfg.processor is None
+    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
 
     def in_order() -> Iterator[Row]:
-        nonlocal empty
+        nonlocal empty, before
         for sample in kept:
             empty += not sample.output
+            before += isinstance(sample, EarlierSample)
             yield sample.to_row(keys, export)
 
     write_jsonl(cfg.output_file, in_order())
@@ -223,6 +230,9 @@ def finish(
         log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", empty, len(kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
+    if cfg.best_so_far_file is not None:
+        counts["kept_from_before"] = before
+        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"

@@ -41,14 +41,15 @@ def run(cfg: ReinforceConfig) -> None:
         from nemo_aligner.engine.policy import load_policy_for_training
         from nemo_aligner.servers.reward_client import RewardClient
         from nemo_aligner.stages.reinforce.drawing import encode
-        from nemo_aligner.stages.reinforce.loop import Actor, step_settings
+        from nemo_aligner.stages.reinforce.loop import Actor
+        from nemo_aligner.stages.reinforce.settings import step_settings
 
         with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
             refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg) | settings)
             policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
             prompts = encode(cfg, policy, train)
             held_out = [] if validation is None else encode(cfg, policy, validation)
-            if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+            if cfg.trainer.ppo.measures_kl:
                 policy.keep_initial_weights()
             actor = Actor(cfg, policy, cluster, prompts, held_out, settings)
             policy.add_optimizer(

@@ -34,9 +34,9 @@ printf '%s\\n' "${*:2}" >>"$NOTES"
 for word in "$@"; do
   case $word in
     output_file=*)
-      touch "${word#*=}"
+      echo "$*" >"${word#*=}"
       if [[ -n $DIES_IN && $2 == nemo_aligner && $3 == "$DIES_IN" ]]; then exit 9; fi
-      touch "${word#*=}.meta.json"
+      echo "$*" >"${word#*=}.meta.json"
       ;;
     exp_manager.explicit_log_dir=*)
       mkdir -p "${word#*=}/checkpoints"
@@ -160,6 +160,40 @@ def test_a_stage_that_was_killed_before_its_record_is_run_again(stage: str, play
     ]
     spent = [line.rpartition(" ")[0] for line in (play.result / "seconds.log").read_text().splitlines()]
     assert list(dict.fromkeys(spent)) == ["0 sample", "0 label", "0 train"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("dies_at", ["", "iter_1", "loop_record"])
+def test_what_was_best_in_an_iteration_competes_in_the_next_also_after_a_kill(dies_at: str, play: Played) -> None:
+    settings = ("TRAINING_ITERS=3", "KEEP_BEST=1", "LABELER_ARGS=export_reward=False")
+    if dies_at:
+        assert play("rs", *settings, dies_at=dies_at).returncode == 9
+    done = play("rs", *settings)
+    assert done.returncode == 0, done.stderr
+    labels = play.told("label")
+    assert words_of(labels, "export_reward")[1::2] == ["True"] * 3, "the last one wins"
+    assert words_of(labels, "best_so_far_file") == [f"{play.result}/best_so_far.jsonl"] * 2
+    assert "best_so_far_file" not in labels[0]
+    for part in ("", ".meta.json"):
+        assert (play.result / f"best_so_far.jsonl{part}").read_text() == f"-m {labels[-1]}\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("loop", "value", "line"),
+    [
+        ("rs", "yes", "KEEP_BEST=yes is not 0 or 1"),
+        (
+            "rest",
+            "1",
+            "KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=rest",
+        ),
+    ],
+)
+def test_keeping_the_best_is_for_rejection_sampling(loop: str, value: str, line: str, play: Played) -> None:
+    done = play(loop, f"KEEP_BEST={value}")
+    assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
+    assert not play.result.exists()
 
 
 @pytest.mark.processes
