@@ -11,7 +11,6 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from nemo_aligner.errors import ConfigError, DataError
@@ -72,7 +71,7 @@ def best_of_group(samples: Sequence[ScoredSample]) -> Sequence[ScoredSample]:
     """
     best: dict[bytes, tuple[int, float]] = {}
     for index, sample in enumerate(samples):
-        group = hashlib.blake2b(sample.input.encode(), digest_size=16).digest()  # prompts may be long
+        group = hashlib.blake2b(sample.prompt_id.encode(), digest_size=16).digest()  # prompts may be long
         kept = best.get(group)
         if kept is None or math.isnan(kept[1]) or sample.reward > kept[1]:
             best[group] = index, sample.reward
@@ -108,7 +107,8 @@ def with_rewards(samples: Sequence[ScoredSample]) -> Sequence[ScoredSample]:
 def with_reward_prompt(sample: ScoredSample, template: str, keys: Keys) -> ScoredSample:
     """Decision transformer (arXiv 2308.12050): the reward, to one decimal, becomes part of the prompt.
 
-    Plain replacement, the reward first, so that `{reward}` inside a user's text stays as it is.
+    Of a conversation, of the turn that is answered. Plain replacement, the reward first, so that `{reward}` inside a
+    user's text stays as it is.
     """
     with_reward = template.replace(f"{{{keys.reward}}}", f"{sample.reward:.1f}")
-    return replace(sample, input=with_reward.replace(f"{{{keys.input}}}", sample.input))
+    return sample.with_input(with_reward.replace(f"{{{keys.input}}}", sample.input))

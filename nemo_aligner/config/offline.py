@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.fixed import NO_MODEL, Fixed, check_amp_o2, check_fixed
+from nemo_aligner.config.chat import ChatKeys
+from nemo_aligner.config.fixed import NO_MODEL, NO_TEMPLATE, Fixed, check_amp_o2, check_fixed
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
 
 @dataclass
-class OfflineDataConfig:
+class OfflineDataConfig(ChatKeys):
     """Which rows are read, and how they become model input."""
 
     file_names: list[str] = MISSING  # JSONL files
@@ -84,6 +85,7 @@ class LabelerConfig(RewardSources, OfflineConfig):
     data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
     processor: str | None = None  # rs, rest, dt or null
     threshold: float = 0.0  # rest keeps rewards strictly above it
+    best_so_far_file: str | None = None  # rs: what the labeler wrote before, with rewards; its rows compete too
     skip_empty: bool = False  # leave out rows whose response is empty, whatever their reward
     reward_template: str = "{input} <rm_score>: {reward} "  # dt
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
@@ -93,6 +95,7 @@ class LabelerConfig(RewardSources, OfflineConfig):
         self.reward_plan.check_model(self.gpt_model_file, "gpt_model_file")
         if self.gpt_model_file is None:
             check_fixed(self, NO_MODEL)
+            check_fixed(self.data, NO_TEMPLATE, "data")
         at_least(1, checkpoint_interval=self.checkpoint_interval)
         self.data.validate()
         self.trainer.validate()

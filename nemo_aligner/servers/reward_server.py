@@ -30,6 +30,7 @@ from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
     ARCHIVE,
+    CONVERSATIONS,
     ERROR,
     EXCEEDED,
     FIELDS,
@@ -164,7 +165,9 @@ def serve(
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
         return answer_requests([request.data for request in requests], reader, score, judge)
 
-    more_inputs, more_outputs = ((), ()) if judge is None else ((PROMPTS, RESPONSES, FIELDS), (PARTS,))
+    more_inputs = [] if judge is None else [PROMPTS, RESPONSES, FIELDS]
+    more_inputs += [] if reader.texts is None else [CONVERSATIONS]
+    more_outputs = [] if judge is None else [PARTS]
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     root = scratch_root()

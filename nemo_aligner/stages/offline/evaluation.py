@@ -25,13 +25,13 @@ from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
-from nemo_aligner.records import part_fields, part_name
+from nemo_aligner.records import Keys, part_fields, part_name
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Judgement
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -64,7 +64,7 @@ class Drawn:
 def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     for path in cfg.policy_files:
         check_is_policy(path, "policy_files")
     if cfg.initial_policy_file is not None:
@@ -177,8 +177,7 @@ def score(
         candidate_of(
             {**rows[d.response.prompt_index], data.output_key: d.response.text},
             rows.where(d.response.prompt_index),
-            data.input_key,
-            data.output_key,
+            Keys(data.input_key, data.output_key),
         )
         for d in drawn
     ]

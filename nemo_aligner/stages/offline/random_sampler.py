@@ -20,18 +20,20 @@ from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
-from nemo_aligner.data.prompts import filled, with_bos
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.data.row_texts import texts_of
 from nemo_aligner.data.token_texts import ids_key, spelling
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
+from nemo_aligner.records import Turns
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -55,7 +57,7 @@ _NEWEST = 256
 def run(cfg: SamplerConfig) -> None:
     """Sample `cfg.data.n` responses for each prompt of the chunk into `cfg.output_file`."""
     check_output(cfg)
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     check_archive(cfg, cfg.gpt_model_file)
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
@@ -65,7 +67,9 @@ def run(cfg: SamplerConfig) -> None:
         from nemo_aligner.engine.policy import load_policy
 
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
-        sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+        sample(cfg, rows, policy, cluster)
+        policy.stay_in_memory()
 
 
 def sampling_params(inference: InferenceConfig, seed: int) -> SamplingParams:
@@ -91,10 +95,6 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     archive = cluster.broadcast(policy.archive_hash() if cluster.is_main else "")
     journal = Journal(cfg.output_file, fingerprint(cfg, archive), cluster)
     prompts = Prompts(cfg, rows, policy)
-    if policy.tokenizer.chat_template is not None and cfg.data.prompt_template is None:
-        log.info(
-            "the model has a chat template, and prompts go to it as they are: data.prompt_template may hold its turns"
-        )
     places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
     if not journal.done:  # else the run that began has looked at them
         prompts.look_at(chunk[place] for place in places)
@@ -139,13 +139,14 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
 
 
 class Prompts:
-    """Prompt positions as token ids: template, BOS, and the head of prompts longer than `data.max_seq_length`.
+    """Prompt positions as token ids: template, BOS, and the head of plain ones longer than `data.max_seq_length`.
 
     Prompts are read and tokenized when asked for; those of a long run would fill the memory.
     """
 
     def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
         self._cfg, self._rows, self._policy = cfg, rows, policy
+        self._texts = texts_of(cfg.data, policy.tokenizer)
         self._encoded = lru_cache(_NEWEST)(self._encode)
 
     def tokens(self, position: int) -> tuple[int, ...]:
@@ -154,29 +155,43 @@ class Prompts:
 
     def look_at(self, positions: Iterable[int]) -> None:
         """Say how many of them are cut. Raises DataError for one as `tokens` does, before anything is drawn."""
-        cut = sum(self._encoded(position)[1] for position in positions)
+        cut = plain = 0
+        for position in positions:
+            _, is_cut, is_plain = self._encoded(position)
+            cut, plain = cut + is_cut, plain + is_plain
+        if plain and self._policy.tokenizer.chat_template is not None and self._cfg.data.prompt_template is None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: data.prompt_template may hold "
+                "its turns, or rows may have `messages`"
+            )
         if cut:
             log.warning("%d prompts were cut to data.max_seq_length=%d", cut, self._cfg.data.max_seq_length)
 
-    def _encode(self, position: int) -> tuple[tuple[int, ...], bool]:
-        """Token ids, and whether the prompt had more of them."""
+    def _encode(self, position: int) -> tuple[tuple[int, ...], bool, bool]:
+        """Token ids, whether the prompt had more of them, and whether it is plain."""
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
-        ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
+        row, where = self._rows[index], self._rows.where(index)
+        ids = tokenizer.encode(self._texts.prompt(row, *where))
         ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
+        is_plain, room = Turns.of(row, data.input_key) is None, self._policy.max_sequence_length - 1
+        if not is_plain and len(ids) > min(room, data.max_seq_length):
+            raise DataError(
+                f"the conversation has {len(ids)} tokens; data.max_seq_length is {data.max_seq_length}, the model's "
+                f"context {room + 1}, and one that is cut would ask for no answer",
+                *where,
+            )
         cut = len(ids) > data.max_seq_length
         ids = ids[: data.max_seq_length]
         if not ids:
-            raise DataError(
-                f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index)
-            )
+            raise DataError(f"field {data.input_key!r} is empty, there is nothing to go on from", *where)
         if len(ids) >= self._policy.max_sequence_length:
             raise DataError(
                 f"the prompt has {len(ids)} tokens and the model's context is {self._policy.max_sequence_length}; "
                 "set data.max_seq_length below it to cut prompts",
-                *self._rows.where(index),
+                *where,
             )
-        return tuple(ids), cut
+        return tuple(ids), cut, is_plain
 
     def spelling(self, response: Response) -> list[int] | None:
         """The response's tokens without what ended it; None where an end string begins inside a token."""

@@ -26,14 +26,15 @@ from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
+from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -46,6 +47,7 @@ from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+    from nemo_aligner.engine.reward_model import MegatronRewardModel
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,10 @@ def run(cfg: LabelerConfig) -> None:
     keys = keys_of(cfg)
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
+    check_best_so_far(cfg)
+    Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
     cfg.reward_standardization.validate("reward_standardization")
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     path = cfg.gpt_model_file
     if path is not None:
@@ -71,10 +75,13 @@ def run(cfg: LabelerConfig) -> None:
         check_fields(functions, rows, all_but(keys.input, keys.output))
         with start_cluster(cfg, path) as cluster:
             refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
-            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
+            model = _load(path, cfg, cluster)
+            label(cfg, rows, model, cluster, functions)
+            if model is not None:
+                model.stay_in_memory()
 
 
-def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> MegatronRewardModel | None:
     if path is None:
         return None
     from nemo_aligner.engine.reward_model import load_reward_model
@@ -136,7 +143,7 @@ def label(
 
 def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
     index = position % len(rows)
-    return candidate_of(rows[index], rows.where(index), cfg.data.input_key, cfg.data.output_key)
+    return candidate_of(rows[index], rows.where(index), keys_of(cfg))
 
 
 def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
@@ -197,6 +204,9 @@ def finish(
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     known = None if plan.functions else stored  # the model's are those of its own rewards
     samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+        samples = Earlier(cfg, keys, samples)
     filled = [index for index, sample in enumerate(samples) if sample.output]
     tell_empty(len(samples) - len(filled), len(samples))
     if cfg.skip_empty:
@@ -206,12 +216,13 @@ def finish(
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    empty, export = 0, cfg.export_reward or cfg.processor is None
+    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
 
     def in_order() -> Iterator[Row]:
-        nonlocal empty
+        nonlocal empty, before
         for sample in kept:
             empty += not sample.output
+            before += isinstance(sample, EarlierSample)
             yield sample.to_row(keys, export)
 
     write_jsonl(cfg.output_file, in_order())
@@ -219,6 +230,9 @@ def finish(
         log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", empty, len(kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
+    if cfg.best_so_far_file is not None:
+        counts["kept_from_before"] = before
+        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
@@ -271,8 +285,8 @@ def scored(
     row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
 ) -> ScoredSample:
     """A row with its reward and those of several sources; the user's other fields travel along."""
-    extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
-    return ScoredSample(row[keys.input], row[keys.output], extra, reward, parts or {})
+    sample = Sample.of(row, keys)
+    return ScoredSample(sample.input, sample.output, sample.extra, reward, parts or {}, turns=sample.turns)
 
 
 def standardize(cfg: LabelerConfig, rewards: Sequence[float], stored: tuple[float, float] | None) -> Sequence[float]:

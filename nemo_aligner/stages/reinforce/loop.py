@@ -32,16 +32,16 @@ from nemo_aligner.stages.reinforce.advantages import (
     rollout_metrics,
     rollout_rows,
     score,
+    shaped,
 )
 from nemo_aligner.stages.reinforce.drawing import sampling_params, tell_what_changes_the_draw
+from nemo_aligner.stages.reinforce.kl_control import KLControl
 from nemo_aligner.stages.reinforce.rollout import KL, RolloutWorker, token_count
+from nemo_aligner.stages.reinforce.settings import step_settings
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import (
-    adapter_settings,
     archive_of,
     check_same_run,
-    optimizer_settings,
-    router_settings,
     tell_end_of_data,
     tell_resumed,
     tokens_hash,
@@ -56,25 +56,6 @@ _NO_REWARDS = (ServerError, RewardError)
 def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
     fields = microbatch.fields
     return reinforce_loss(logprobs, fields["loss_mask"], fields["weights"], fields.get("targets"))
-
-
-def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
-    """What decides a step besides policy and prompts."""
-    model, loop, ppo = cfg.model, cfg.trainer.ppo, cfg.model.ppo
-    names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
-    return {
-        "model.global_batch_size": model.global_batch_size,
-        **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
-        **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
-        **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
-        **optimizer_settings(model.optim, loop.gradient_clip_val),
-        **adapter_settings(model.peft),
-        **router_settings(model),
-        "model.seed": model.seed,
-        "model.data.shuffle": model.data.shuffle,
-        "model.ppo.num_rollout_samples": ppo.num_rollout_samples,
-        "model.ppo.num_rollout_per_prompt": ppo.num_rollout_per_prompt,
-    }
 
 
 class Actor:
@@ -96,6 +77,7 @@ class Actor:
         total = self.plan.steps_per_epoch * self.loop.max_epochs
         self.steps = total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
         self.folder = log_dir(cfg.exp_manager)
+        self.kl_control = KLControl(cfg)
         self.timers = Timers()
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
@@ -121,7 +103,7 @@ class Actor:
         self.served = served
         step, logged = self.resume(checkpoints)
         self.announce()
-        kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
+        kl = KL(loop.estimator, loop.kl_reduction) if loop.measures_kl else None
         worker = RolloutWorker(
             self.policy,
             cluster,
@@ -151,7 +133,7 @@ class Actor:
                 self.validate_or_stop(0, worker, checkpoints, control)
             elif self.validation_owed:
                 self.conclude(step, worker, checkpoints, control)
-            while step < self.steps:
+            while step < self.steps and not self.kl_control.spent:
                 scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
                 checkpoints.settle(wait=False)
@@ -160,7 +142,8 @@ class Actor:
 
     def conclude(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """What comes after `step` steps: validation, a stop, a checkpoint."""
-        exp, loop, at_end = self.cfg.exp_manager, self.loop, step == self.steps
+        exp, loop = self.cfg.exp_manager, self.loop
+        at_end = step == self.steps or self.kl_control.spent
         if at_end or step % loop.val_check_interval == 0:
             self.validate_or_stop(step, worker, checkpoints, control)
         self.log_timers(step)
@@ -212,8 +195,12 @@ class Actor:
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
         )  # fmt: skip
-        if self.policy.tokenizer.chat_template is not None:
-            log.info("the model has a chat template, and prompts go to it as they are: they may hold its turns")
+        plain = any(prompt.turns is None for prompt in self.prompts)
+        if plain and self.policy.tokenizer.chat_template is not None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: they may hold its turns, or "
+                "rows may have `messages`"
+            )
         tell_what_changes_the_draw(sampling_params(self.cfg, self.policy))
 
     def step(self, step: int, worker: RolloutWorker) -> Scored:
@@ -223,6 +210,7 @@ class Actor:
         first = step * self.settings.num_rollout_samples
         prompts = [(first + j, self.prompts[i]) for j, i in enumerate(self.plan.indices(step))]
         slots = self.settings.rollout_micro_batch_size * n
+        longest = self.settings.length_params.max_length
         with self.timers.phase("rollout_time"):
             rollouts = worker.run(prompts, n, sampling_params(self.cfg, self.policy), slots)
             check_finite(rollouts)
@@ -230,16 +218,18 @@ class Actor:
             if self.loop.baseline == "ReMax":
                 best = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
                 check_finite(best)
-                of_group = {r.group: math.nan if r.reward is None else r.reward for r in best}
+                of_group = dict(zip((r.group for r in best), shaped(best, self.loop, longest).tolist(), strict=True))
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts], dtype=torch.float64)
-        scored = score(rollouts, self.loop, greedy)
+        scored = score(rollouts, self.loop, greedy, kl_penalty=self.kl_control.penalty, max_length=longest)
         self.log_rollouts(step + 1, "train_rollouts", scored)
+        self.kl_control.observe(step + 1, self.values.get("init_policy_kl"))
         if self.cluster.is_main and self.loop.keep_rollouts:
             write_jsonl(
                 self.folder / "rollouts" / f"step_{step + 1}.jsonl", rollout_rows(scored)[: self.loop.keep_rollouts]
             )
-        with self.timers.phase("train_time"):
-            self.update(scored)
+        if not self.kl_control.spent:
+            with self.timers.phase("train_time"):
+                self.update(scored)
         return scored
 
     def update(self, scored: Scored) -> None:
@@ -275,7 +265,7 @@ class Actor:
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
             rollouts = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
-        scored = score(rollouts, self.loop, None, validation=True)
+        scored = score(rollouts, self.loop, None, kl_penalty=self.kl_control.penalty, validation=True)
         self.log_rollouts(step, "val_rollouts", scored)
         if self.cluster.is_main:
             write_jsonl(self.folder / "validation" / f"step_{step}.jsonl", rollout_rows(scored))
@@ -290,6 +280,7 @@ class Actor:
         found = rollout_metrics(scored)
         if name == "train_rollouts":
             found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
+            found |= self.kl_control.figures()
         prefix = "val_" if name == "val_rollouts" else ""
         self.values |= {f"{prefix}{key}": value for key, value in found.items()}
         if self.logger is not None:
@@ -315,6 +306,7 @@ class Actor:
             "updates": self.updates,
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
+            **self.kl_control.state(),
             "fingerprint": self.made_with,
             "reward_model": None if self.served is None else self.served.archive,
             "validation_owed": self.validation_owed,
@@ -345,5 +337,7 @@ class Actor:
         if self.served is not None:
             self.served.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])
-        tell_resumed(newest, step, int(state["steps"]), self.steps)
+        self.kl_control.load(state)
+        if not self.kl_control.spent:
+            tell_resumed(newest, step, int(state["steps"]), self.steps)
         return step, state["metrics_bytes"]

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import RMConfig
+from nemo_aligner.data import preferences
 from nemo_aligner.data.blending import blend, prefix_files
-from nemo_aligner.data.jsonl import Row, load_rows
-from nemo_aligner.data.supervised import Pairs, preference_examples
+from nemo_aligner.data.chat import ChatTemplate, check_template
+from nemo_aligner.data.row_texts import RowTexts
+from nemo_aligner.data.supervised import preference_examples
 from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
@@ -27,15 +29,17 @@ from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 if TYPE_CHECKING:
     from nemo_aligner.stages.supervised.loop import Task
 
+_TEMPLATE = "model.data.chat_template"
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
-_Pairs = Sequence[tuple[Row, Row]]
+_Pairs = Sequence[tuple[Any, Any]]
 
 
 def run(cfg: RMConfig) -> None:
     """Train on `model.data.data_prefix.train`; the archive carries mean and std of the validation rewards."""
     if cfg.model.reward_model_type != "binary_ranking":
         raise ConfigError(f"{cfg.model.reward_model_type!r} is not binary_ranking", "model.reward_model_type")
+    check_templates(cfg)
     pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
@@ -57,6 +61,14 @@ def run(cfg: RMConfig) -> None:
             train(task, model, cfg.exp_manager, asdict(cfg))
 
 
+def check_templates(cfg: RMConfig) -> None:
+    """Raises ConfigError."""
+    data = cfg.model.data
+    check_template(data, _TEMPLATE)
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise ConfigError(f"{data.prompt_template!r} lacks {{prompt}}", "model.data.prompt_template")
+
+
 def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
@@ -70,7 +82,7 @@ def open_pairs(cfg: RMConfig, split: str) -> _Pairs:
     names, weights = prefix_files(cfg.model.data.data_prefix, split, key)
     if not names:
         return []
-    files = [Pairs(load_rows(name, required={"text": key})) for name in names]
+    files = [preferences.open_pairs(name, key=key, chat=cfg.model.data.chat) for name in names]
     return files[0] if len(files) == 1 else blend(files, weights, key=key)
 
 
@@ -86,8 +98,17 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, _Pairs]) ->
 
     data = cfg.model.data
     limit = min(data.seq_length, model.max_sequence_length)
+    chat = ChatTemplate.of(model.tokenizer, data, _TEMPLATE)
+    texts = RowTexts(data.prompt_template, "prompt", chat, _TEMPLATE)
     splits = {
-        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit, source=split)
+        split: preference_examples(
+            rows,
+            model.tokenizer,
+            eos=data.append_eod,
+            limit=limit,
+            source=split,
+            text=lambda side: preferences.side_text(side, texts),
+        )
         for split, rows in pairs.items()
     }
     check_not_empty(splits["train"], "model.data.data_prefix.train")

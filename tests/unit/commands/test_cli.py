@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -39,6 +40,21 @@ def test_the_planner_explains_each_of_its_keys_with_its_default() -> None:
     assert [*found] == [field.name for field in dataclasses.fields(PlanConfig)]
     assert (found["gpus_per_node"].default, found["gpus"].default, found["model"].default) == ("8", "null", "???")
     assert all(key.comment for key in found.values())
+
+
+@pytest.mark.parametrize("name", sorted({*cli.COMMANDS} - {*cli.CONFIGURED, "plan", "loop"}))
+def test_every_option_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    def parsed(parser: argparse.ArgumentParser, *_: object) -> None:
+        assert [action.dest for action in parser._actions if not action.help] == []
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", ["aligner", name])
+    with pytest.raises(Parsed):
+        cli.main()
 
 
 @pytest.mark.processes

@@ -89,7 +89,9 @@ def test_a_template_that_does_not_end_with_the_label_is_refused(tmp_path: Path, 
     ],
 )  # fmt: skip
 def test_chat_trains_every_assistant_turn_and_nothing_else(tmp_path: Path, row: dict[str, Any]) -> None:
-    [found] = chat_examples(rows(tmp_path, row), CHAT, ByteTokenizer(), answer_only=True, limit=1000)
+    [found] = chat_examples(
+        rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=1000
+    )
     [tokens], [mask] = found.rows, found.masks
     assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>a2;"
     assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "a1;a2;"
@@ -101,8 +103,9 @@ def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> No
             rows(tmp_path, {"input": "x"}),
             CHAT,
             ByteTokenizer(),
+            SFTDatasetConfig(),
             answer_only=True,
-            limit=9,
+            max_length=9,
         )
 
 
@@ -214,7 +217,9 @@ def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
     data = rows(tmp_path, {"messages": turns})
 
     def made(limit: int, answer_only: bool = True) -> list[tuple[list[int], list[int]]]:
-        found = chat_examples(data, CHAT, ByteTokenizer(), answer_only=answer_only, limit=limit)
+        found = chat_examples(
+            data, CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=answer_only, max_length=limit
+        )
         return [(example.rows[0], example.masks[0]) for example in found]
 
     begins = whole.index(b"abc")
@@ -239,3 +244,19 @@ def test_a_pair_is_used_where_both_sides_fit_and_every_token_counts(
         mask == [1] * len(row) for example in found for row, mask in zip(example.rows, example.masks, strict=True)
     )
     assert (f"{3 - len(found)} of 3 pairs left out" in caplog.text) == (len(found) < 3)
+
+
+def test_a_row_with_its_answer_beside_the_turns_trains_on_the_answer_alone_as_it_was_drawn(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "u2"},
+    ]
+    drawn = {"output": "é", "output_token_ids": list("é".encode())}
+    for row in ({"messages": turns, "output": "é"}, {"messages": turns, **drawn}):
+        [found] = chat_examples(
+            rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=99
+        )
+        [tokens], [mask] = found.rows, found.masks
+        assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>é;"
+        assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "é;"
