@@ -35,9 +35,17 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 if [[ -f $root/pyproject.toml ]]; then export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; fi # a checkout
 
 : "${TRAINING_ITERS:=20}" "${ROLLOUT_BATCH_SIZE:=2048}" "${SEED:=1234}" "${PROCESSOR:=rs}" "${PYTHON:=python}"
-: "${KEEP_SAMPLES:=256}" "${KEEP_BEST:=0}" "${ONE_PROCESS:=0}"
+: "${KEEP_SAMPLES:=256}" "${ONE_PROCESS:=0}" "${KEEP_BEST:=0}"
 if [[ $ONE_PROCESS != [01] ]]; then
   echo "error: ONE_PROCESS=$ONE_PROCESS is not 0 or 1" >&2
+  exit 1
+fi
+if [[ $KEEP_BEST != [01] ]]; then
+  echo "error: KEEP_BEST=$KEEP_BEST is not 0 or 1" >&2
+  exit 1
+fi
+if ((KEEP_BEST)) && [[ $PROCESSOR != rs ]]; then
+  echo "error: KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=$PROCESSOR" >&2
   exit 1
 fi
 if ((ONE_PROCESS)) && [[ -n ${LAUNCH:-} ]]; then
@@ -54,17 +62,8 @@ fi
 : "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
 eval "sampler_args=(${SAMPLER_ARGS:-})" "later_args=(${LATER_SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
 
-if [[ $KEEP_BEST != [01] ]]; then
-  echo "error: KEEP_BEST=$KEEP_BEST: 1 or 0 is needed" >&2
-  exit 1
-fi
-if ((KEEP_BEST)) && [[ $PROCESSOR != rs ]]; then
-  echo "error: KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=$PROCESSOR" >&2
-  exit 1
-fi
-best=$RESULT_PATH/best_so_far.jsonl
-
 MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
+best=$RESULT_PATH/best_so_far.jsonl
 mkdir -p "$RESULT_PATH/checkpoints"
 
 # The lock belongs to the open file, so it ends with this script; stages are started without it.
@@ -231,7 +230,7 @@ while ((iter < TRAINING_ITERS)); do
     attended -m nemo_aligner.stages.offline.loop_record --result "$RESULT_PATH" --iteration "$iter" \
       --generated "$GENERATE_SAMPLES_PATH" --labeled "$LABELED_SAMPLES_PATH" --keep "$KEEP_SAMPLES"
   fi
-  if ((KEEP_BEST)) && [[ -f $LABELED_SAMPLES_PATH ]]; then # or a kill came after it was kept
+  if ((KEEP_BEST)) && is_whole "$LABELED_SAMPLES_PATH"; then # or a kill came after it was kept
     for part in .meta.json ""; do
       cp "$LABELED_SAMPLES_PATH$part" "$best$part.new"
       mv -f "$best$part.new" "$best$part"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,43 @@ def check_best_so_far(cfg: LabelerConfig) -> None:
         raise OutputError(f"output_file={cfg.output_file} is also {KEY}")
 
 
-def best_so_far(cfg: LabelerConfig, keys: Keys) -> list[ScoredSample]:
-    """The samples of `best_so_far_file`, none where it is not given.
+class EarlierSample(ScoredSample):
+    """A sample that was best before."""
 
-    Raises DataError for a row without a reward, and where other functions gave them than this run's.
+
+class Earlier(Sequence[ScoredSample]):
+    """The samples of `best_so_far_file`, none where it is not given, and after them those of this iteration.
+
+    Raises DataError for a row that is no sample or has no reward, and where other functions gave them than this run's.
     """
-    if cfg.best_so_far_file is None:
-        return []
-    path = Path(cfg.best_so_far_file)
-    texts = {keys.input: "data.input_key", keys.output: "data.output_key"}
-    rows = load_rows(path, required={}, check=RowCheck(cfg.data, texts))
-    if (had := _meta(path)["config"].get("reward_function")) != cfg.reward_function:
-        raise DataError(f"its rewards are those of reward_function={had}, this run has {cfg.reward_function}", path)
-    return [_sample(row, keys, path, number) for row, number in zip(rows, rows.numbers, strict=True)]
+
+    def __init__(self, cfg: LabelerConfig, keys: Keys, now: Sequence[ScoredSample] = ()) -> None:
+        self._keys, self._now = keys, now
+        self._rows: Sequence[Row] = ()
+        if cfg.best_so_far_file is None:
+            return
+        path = Path(cfg.best_so_far_file)
+        is_sample = RowCheck(cfg.data, {keys.input: "data.input_key", keys.output: "data.output_key"})
+
+        def check(row: Row, path: Path, line: int) -> None:
+            is_sample(row, path, line)
+            _check_reward(row, keys, path, line)
+
+        self._rows = load_rows(path, required={}, check=check)
+        had = _meta(path)["config"].get("reward_function")
+        if had != cfg.reward_function:
+            raise DataError(f"its rewards are those of reward_function={had}, this run has {cfg.reward_function}", path)
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._now)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self._rows):
+            return self._now[index - len(self._rows)]
+        row = self._rows[index]
+        sample = Sample.of(row, self._keys)
+        extra = {name: value for name, value in sample.extra.items() if name != self._keys.reward}
+        return EarlierSample(sample.input, sample.output, extra, float(row[self._keys.reward]), turns=sample.turns)
 
 
 def check_archive_of(cfg: LabelerConfig, archive: str | None) -> None:
@@ -77,13 +102,11 @@ def _meta(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _sample(row: Row, keys: Keys, path: Path, number: int) -> ScoredSample:
+def _check_reward(row: Row, keys: Keys, path: Path, line: int) -> None:
     reward = row.get(keys.reward)
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
         raise DataError(
             f"field {keys.reward!r} (data.reward_key) is no number; the labeler writes it with export_reward=True",
             path,
-            number,
+            line,
         )
-    sample = Sample.of(row, keys)
-    return ScoredSample(sample.input, sample.output, sample.extra, float(reward), turns=sample.turns)

@@ -30,7 +30,7 @@ from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
-from nemo_aligner.stages.offline.best_so_far import best_so_far, check_archive_of, check_best_so_far
+from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -61,7 +61,7 @@ def run(cfg: LabelerConfig) -> None:
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
     check_best_so_far(cfg)
-    best_so_far(cfg, keys)
+    Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
     cfg.reward_standardization.validate("reward_standardization")
     check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
@@ -203,24 +203,26 @@ def finish(
     for name, figures in of_sources.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     known = None if plan.functions else stored  # the model's are those of its own rewards
-    check_archive_of(cfg, archive)
-    drawn = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
-    tell_empty(sum(not sample.output for sample in drawn), len(drawn))
-    earlier = best_so_far(cfg, keys)
-    samples: Sequence[ScoredSample] = Joined(earlier, drawn)
+    samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+        samples = Earlier(cfg, keys, samples)
+    filled = [index for index, sample in enumerate(samples) if sample.output]
+    tell_empty(len(samples) - len(filled), len(samples))
     if cfg.skip_empty:
-        samples = Chosen(samples, (index for index, sample in enumerate(samples) if sample.output))
+        samples = Chosen(samples, filled)
         if not samples:
             raise DataError("skip_empty=True leaves no sample: every response is empty")
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    empty, export = 0, cfg.export_reward or cfg.processor is None
+    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
 
     def in_order() -> Iterator[Row]:
-        nonlocal empty
+        nonlocal empty, before
         for sample in kept:
             empty += not sample.output
+            before += isinstance(sample, EarlierSample)
             yield sample.to_row(keys, export)
 
     write_jsonl(cfg.output_file, in_order())
@@ -229,9 +231,8 @@ def finish(
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
     if cfg.best_so_far_file is not None:
-        before = {id(sample) for sample in earlier}
-        counts["kept_from_before"] = sum(id(sample) in before for sample in kept)
-        log.info("%d of the %d rows kept are those of %s", counts["kept_from_before"], len(kept), cfg.best_so_far_file)
+        counts["kept_from_before"] = before
+        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
@@ -278,20 +279,6 @@ class Samples(Sequence[ScoredSample]):
     def __getitem__(self, index: Any) -> Any:
         row = self._rows[self._chunk[index] % len(self._rows)]
         return scored(row, self._rewards[index], self._keys, self._judged[index].parts)
-
-
-class Joined(Sequence[ScoredSample]):
-    """One list after another."""
-
-    def __init__(self, first: Sequence[ScoredSample], second: Sequence[ScoredSample]) -> None:
-        self._first, self._second = first, second
-
-    def __len__(self) -> int:
-        return len(self._first) + len(self._second)
-
-    def __getitem__(self, index: Any) -> Any:
-        later = index - len(self._first)
-        return self._first[index] if later < 0 else self._second[later]
 
 
 def scored(

@@ -150,3 +150,17 @@ def test_bash_asks_the_command_itself(tmp_path: Path) -> None:
         "complete -o default -o nospace -F hydra_bash_completion aligner",
         "data.n= data.num_samples=",
     ], done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["sample", "--help"], ["plan", "model=llama3_8b", "gpus=8", "gpu_memory_gb=80"]],
+)
+def test_a_reader_that_leaves_early_ends_a_command_without_a_word(words: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "nemo_aligner", *words]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
