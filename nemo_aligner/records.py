@@ -78,6 +78,14 @@ class Turns:
         place = len(self.given) - 1 - self.answered
         return _content(self.given[place]) if place >= 0 else ""
 
+    @property
+    def shown(self) -> str | None:
+        """As a person reads it; None for what is no list of turns."""
+        if not self.given or not all(isinstance(t, Mapping) and any(key in t for key in _CONTENT) for t in self.given):
+            return None
+        names = (next((turn[key] for key in _SPEAKER if key in turn), "?") for turn in self.given)
+        return "\n\n".join(f"{name}: {_content(turn)}" for name, turn in zip(names, self.given, strict=True))
+
     def saying(self, text: str) -> Turns:
         """The same with another `text`."""
         place = len(self.given) - 1 - self.answered
@@ -117,7 +125,7 @@ class Sample:
         if self.turns is None:
             return self.input
         asked = self.turns.given[: len(self.turns.given) - self.turns.answered]
-        return json.dumps([asked, *(self.extra.get(name) for name in TEMPLATE_FIELDS)], sort_keys=True)
+        return json.dumps([asked, *(self.extra.get(name) or None for name in TEMPLATE_FIELDS)], sort_keys=True)
 
     def with_input(self, text: str) -> Self:
         return replace(self, input=text, turns=None if self.turns is None else self.turns.saying(text))

@@ -5,8 +5,9 @@ r"""Run an online loop: sample, label, train, and again with the better policy.
     aligner loop rest THRESHOLD=0.5 ...
     aligner loop dt TARGET_REWARD=1 ...
 
-A setting that is not given is taken from the environment. After a kill the same command goes on where it was. All
-stages run in one process (ONE_PROCESS=1, as long as nothing else is said), and no model is loaded twice.
+A setting that is not given is taken from the environment. After a kill the same command goes on where it was.
+
+All stages run in one process (ONE_PROCESS=1, as long as nothing else is said), and no model is loaded twice.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class OfflineDataConfig(ChatKeys):
     prompt_template: str | None = None  # e.g. "User: {input}\nAssistant:"; must contain "{<input_key>}"
     add_bos: bool = False
     add_eos: bool | None = None  # sampler: never; labeler: null = as the reward model was trained
-    hf_dataset: bool = True  # read through Hugging Face datasets (memory-mapped Arrow) or by line offsets
+    hf_dataset: bool = False  # read by line offsets, or through Hugging Face datasets (a copy in Arrow, cached)
     index_mapping_dir: str | None = None  # cache of the loader; null = its default
     sample_split_size: int | None = None  # online loops: rows [iter*size, (iter+1)*size), wrapping around at the end
     sample_split_iter: int = 0

@@ -136,7 +136,8 @@ def load_rows(
     cache_dir: str | None = None,
     check: Callable[[Row, Path, int], object] | None = None,
 ) -> Rows:
-    """Open a JSONL file, plain or compressed (.gz, .zst), after checking every line of it, in one pass.
+    """Open a JSONL file, plain or compressed (.gz, .zst), or a source of data/sources.py, after checking every line of
+    it, in one pass.
 
     Lines end in LF, CR LF or CR. `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in
     `cache_dir`); otherwise lines are found by byte offset. Both give the same rows, with every field as it stands in
@@ -151,7 +152,12 @@ def load_rows(
         if check is not None:
             check(row, path, number)
 
-    rows = _arrow_rows(path, cache_dir, inspect) if hf_dataset else _offset_rows(path, inspect)
+    from nemo_aligner.data.sources import is_source, source_rows
+
+    if is_source(path):
+        rows = source_rows(path, cache_dir, inspect)
+    else:
+        rows = _arrow_rows(path, cache_dir, inspect) if hf_dataset else _offset_rows(path, inspect)
     if not rows:
         raise DataError("the file holds no rows", path)
     return rows
@@ -159,7 +165,7 @@ def load_rows(
 
 def _check_readable(path: Path) -> None:
     if not path.is_file():
-        raise DataError("a folder, a file is needed" if path.is_dir() else "no such file", path)
+        raise DataError("no such file", path)
     if not os.access(path, os.R_OK):
         raise DataError("no permission to read it", path)
 

@@ -181,13 +181,14 @@ class RewardClient:
     def judge(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         """Outcomes of `candidates`, in their order, to come; of a server with reward functions they hold the fields."""
         chats = {}
-        if any(candidate.turns is not None for candidate in candidates):
+        chat = next((candidate for candidate in candidates if candidate.turns is not None), None)
+        if chat is not None:
             if self.reads_conversations:
                 entries = [[conversation_of(candidate)] for candidate in candidates]
                 chats[CONVERSATIONS] = np.array(entries, dtype=object)
             elif not self.reads_parts:
                 raise ServerError(
-                    f"the reward model at {self._url} takes texts alone, and {candidates[0].where} is a conversation"
+                    f"the reward model at {self._url} takes texts alone, and {chat.where} is a conversation"
                 )
         if not self.reads_parts:
             texts = ["" if c.turns is not None else c.prompt + c.response for c in candidates]

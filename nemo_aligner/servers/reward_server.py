@@ -135,6 +135,11 @@ def answer_requests(
     return answers
 
 
+def _done(work: Callable[[], None]) -> bool:
+    work()
+    return True
+
+
 def serve(
     config: ServingConfig,
     reader: RequestReader,
@@ -142,8 +147,12 @@ def serve(
     run: Callable[[], None],
     token: str | None = None,
     judge: Judge | None = None,
+    start: Callable[[Callable[[], None]], bool] = _done,
 ) -> None:
-    """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError."""
+    """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError.
+
+    `start` does what it is given, which takes seconds, and says whether it was done; if not, nothing is served.
+    """
     find_shared_python()
     check_port_is_free(config.ip, config.port)
     from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -214,7 +223,7 @@ def serve(
         )
         try:
             with roomy_stacks():
-                triton.run()
+                started = start(triton.run)
         except Exception as fault:
             triton.stop()
             said = (
@@ -223,8 +232,9 @@ def serve(
             reason = " ".join((said or [str(fault)])[-1].split())
             raise ServerError(f"Triton did not start on {config.ip}:{config.port}: {reason}") from None
         try:
-            with open_doors(Gate(f"http://127.0.0.1:{inner}", access), [door]):
-                run()
+            if started:
+                with open_doors(Gate(f"http://127.0.0.1:{inner}", access), [door]):
+                    run()
         finally:
             log.info("the reward server stops, which takes some seconds")
             triton.stop()

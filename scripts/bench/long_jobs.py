@@ -6,8 +6,9 @@ runs sampler and labeler, all but their models, on --prompts prompts with --samp
 them: a model that answers at once stands in for theirs. Each job is killed (SIGKILL) at its middle and right before its
 merge, and started again. Then every reader of JSONL opens a file of --megabytes.
 
-Memory is the resident set of a process, which torch and Megatron begin; seconds are of the clock on the wall, of jobs
-from the first look at the data on, of readers with the check of every row.
+Memory is the resident set of a process, which torch and Megatron begin. Seconds are of the clock on the wall, and those
+that the process computes, which hold on a busy machine: of jobs from the first look at the data to the first row that
+is made and to the end, of readers with the check of every row.
 """
 
 from __future__ import annotations
@@ -45,19 +46,28 @@ def text(number: int, characters: int) -> str:
     return f"{number} {WORDS[start : start + characters]}"
 
 
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(begun: tuple[float, float]) -> dict[str, float]:
+    wall, cpu = (now - before for now, before in zip(clocks(), begun, strict=True))
+    return {"seconds": wall, "cpu_seconds": cpu}
+
+
 class Watch:
     """Memory and time while rows are made; `die_at` rows are the end of this process, if not None."""
 
     def __init__(self, total: int, die_at: int | None) -> None:
         self._marks = {round(total * part): part for part in (0.05, 0.25, 0.5, 0.75, 0.95)}
-        self._die_at, self._begun = die_at, time.perf_counter()
+        self._die_at, self._begun = die_at, clocks()
         self.made = 0
-        self.first_row_s: float | None = None
+        self.first_row: dict[str, float] = {}
         self.resident_mb: dict[str, float] = {}
 
     def row(self) -> None:
-        if self.first_row_s is None:
-            self.first_row_s = time.perf_counter() - self._begun
+        if not self.first_row:
+            self.first_row = since(self._begun)
         if self.made in self._marks:
             self.resident_mb[f"{self._marks[self.made]:.0%}"] = memory_kb("VmRSS") / 1024
         self.made += 1
@@ -65,7 +75,7 @@ class Watch:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def figures(self) -> dict[str, Any]:
-        found = {"first_row_s": self.first_row_s, "seconds": time.perf_counter() - self._begun, "rows": self.made}
+        found = {"rows": self.made, "first_row": self.first_row, **since(self._begun)}
         return {**found, "resident_mb": self.resident_mb, "peak_mb": memory_kb("VmHWM") / 1024}
 
 
@@ -119,7 +129,7 @@ def begun(cfg: OfflineConfig, file: str) -> None:
     """What both jobs read and write."""
     cfg.data.file_names = [file]  # type: ignore[attr-defined]
     cfg.output_file, cfg.checkpoint_interval = f"{file}.out.jsonl", 100
-    cfg.trainer.precision, cfg.trainer.accelerator = "32", "cpu"
+    cfg.trainer.precision = "32"
 
 
 def run_sampler(given: argparse.Namespace) -> dict[str, Any]:
@@ -162,10 +172,9 @@ def timed(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "pairs": lambda: reward_training.open_pairs(ranking, "train"),
     }
     forget_loading()
-    before, start = memory_kb("VmRSS"), time.perf_counter()
+    before, start = memory_kb("VmRSS"), clocks()
     rows = readers[name]()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "rows": len(rows), "added_mb": (memory_kb("VmHWM") - before) / 1024}
+    return {**since(start), "rows": len(rows), "added_mb": (memory_kb("VmHWM") - before) / 1024}
 
 
 READERS = ("responses", "responses_arrow", "prompts", "sft", "pairs")
@@ -242,7 +251,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
     parser.add_argument("--megabytes", type=int, default=1000, help="of the file that is opened")
-    parser.add_argument("--only", choices=["jobs", "files"], help="null: both")
+    parser.add_argument("--only", choices=["jobs", "files"], help="not both")
     parser.add_argument("--json", type=Path, help="where the figures go")
     for name in ("--work", "--file", "--rows", "--die-at"):
         parser.add_argument(name, type=str if name in ("--work", "--file") else int, help=argparse.SUPPRESS)

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.chat import check_template, template_text
 from nemo_aligner.data.conversations import check_turns
 from nemo_aligner.data.jsonl import Row, check_texts, load_rows
+from nemo_aligner.data.sources import source_sum
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.errors import ConfigError, OutputError
 from nemo_aligner.records import Turns
@@ -114,7 +114,7 @@ def check_output(cfg: OfflineConfig) -> None:
 def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:
     """What decides which rows a run reads and what the model sees of them."""
     return {
-        "data": [[name, file_sum(name)] for name in data.file_names],
+        "data": [[name, source_sum(name, data.index_mapping_dir)] for name in data.file_names],
         "data.concat_sampling_probabilities": list(data.concat_sampling_probabilities),
         "data.num_samples": data.num_samples,
         "data.max_seq_length": data.max_seq_length,

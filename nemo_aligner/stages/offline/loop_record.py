@@ -20,10 +20,13 @@ from typing import Any
 
 from nemo_aligner.algorithms.statistics import mean_and_std
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.event_file import EventFile
 from nemo_aligner.files import write_atomically, writing
+from nemo_aligner.records import Keys, Sample
+from nemo_aligner.stages.offline.data import RowCheck
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +46,10 @@ def rewards_of(labeled: Path) -> dict[int, float]:
 
 def samples_of(generated: Path, labeled: Path) -> list[Row]:
     """The iteration's samples in their order, with `reward` and `kept`."""
-    required = {"input": "data.input_key", "output": "data.output_key"}
     rewards = rewards_of(labeled)
-    samples, trained_on = (load_rows(path, required=required) for path in (generated, labeled))
+    required = {"input": "data.input_key", "output": "data.output_key"}
+    check = RowCheck(OfflineDataConfig(), required)
+    samples, trained_on = (load_rows(path, required={}, check=check) for path in (generated, labeled))
     kept = {_pair(row) for row in trained_on}
     # also of dt, which writes other prompts; of rs there may be as many of earlier iterations
     every = len(trained_on) == len(samples) and processor_of(labeled) != "rs"
@@ -54,8 +58,13 @@ def samples_of(generated: Path, labeled: Path) -> list[Row]:
     ]
 
 
+def prompt_of(row: Row) -> str:
+    """The same for samples of the same prompt alone."""
+    return Sample.of(row, Keys()).prompt_id
+
+
 def _pair(row: Row) -> tuple[str, str]:
-    return row["input"], row["output"]
+    return prompt_of(row), row["output"]
 
 
 def processor_of(labeled: Path) -> str | None:
@@ -80,7 +89,7 @@ def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, f
     of_prompt: dict[str, list[float]] = {}
     for sample in samples:
         if sample["reward"] is not None:
-            of_prompt.setdefault(sample["input"], []).append(sample["reward"])
+            of_prompt.setdefault(prompt_of(sample), []).append(sample["reward"])
     mean, std = mean_and_std([reward for rewards in of_prompt.values() for reward in rewards])
     best, _ = mean_and_std([max(rewards) for rewards in of_prompt.values()])
     return {

@@ -95,12 +95,6 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     archive = cluster.broadcast(policy.archive_hash() if cluster.is_main else "")
     journal = Journal(cfg.output_file, fingerprint(cfg, archive), cluster)
     prompts = Prompts(cfg, rows, policy)
-    plain = any(Turns.of(rows[position % len(rows)], cfg.data.input_key) is None for position in chunk)
-    if plain and policy.tokenizer.chat_template is not None and cfg.data.prompt_template is None:
-        log.info(
-            "the model has a chat template, and plain prompts go to it as they are: data.prompt_template may hold its "
-            "turns, or rows may have `messages`"
-        )
     places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
     if not journal.done:  # else the run that began has looked at them
         prompts.look_at(chunk[place] for place in places)
@@ -161,24 +155,33 @@ class Prompts:
 
     def look_at(self, positions: Iterable[int]) -> None:
         """Say how many of them are cut. Raises DataError for one as `tokens` does, before anything is drawn."""
-        cut = sum(self._encoded(position)[1] for position in positions)
+        cut = plain = 0
+        for position in positions:
+            _, is_cut, is_plain = self._encoded(position)
+            cut, plain = cut + is_cut, plain + is_plain
+        if plain and self._policy.tokenizer.chat_template is not None and self._cfg.data.prompt_template is None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: data.prompt_template may hold "
+                "its turns, or rows may have `messages`"
+            )
         if cut:
             log.warning("%d prompts were cut to data.max_seq_length=%d", cut, self._cfg.data.max_seq_length)
 
-    def _encode(self, position: int) -> tuple[tuple[int, ...], bool]:
-        """Token ids, and whether the prompt had more of them."""
+    def _encode(self, position: int) -> tuple[tuple[int, ...], bool, bool]:
+        """Token ids, whether the prompt had more of them, and whether it is plain."""
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
         row, where = self._rows[index], self._rows.where(index)
         ids = tokenizer.encode(self._texts.prompt(row, *where))
         ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
-        cut = len(ids) > data.max_seq_length
-        if cut and Turns.of(row, data.input_key) is not None:
+        is_plain, room = Turns.of(row, data.input_key) is None, self._policy.max_sequence_length - 1
+        if not is_plain and len(ids) > min(room, data.max_seq_length):
             raise DataError(
-                f"the conversation has {len(ids)} tokens and data.max_seq_length is {data.max_seq_length}; what is "
-                "left of one that is cut does not ask for an answer",
+                f"the conversation has {len(ids)} tokens; data.max_seq_length is {data.max_seq_length}, the model's "
+                f"context {room + 1}, and one that is cut would ask for no answer",
                 *where,
             )
+        cut = len(ids) > data.max_seq_length
         ids = ids[: data.max_seq_length]
         if not ids:
             raise DataError(f"field {data.input_key!r} is empty, there is nothing to go on from", *where)
@@ -188,7 +191,7 @@ class Prompts:
                 "set data.max_seq_length below it to cut prompts",
                 *where,
             )
-        return tuple(ids), cut
+        return tuple(ids), cut, is_plain
 
     def spelling(self, response: Response) -> list[int] | None:
         """The response's tokens without what ended it; None where an end string begins inside a token."""

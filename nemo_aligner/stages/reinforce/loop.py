@@ -19,7 +19,7 @@ from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import RewardError, ServerError, StoppedEarly
+from nemo_aligner.errors import AlignerError, RewardError, ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.rewards.interfaces import Rewarder, ServedModel
 from nemo_aligner.stages.batches import BatchPlan, microbatches
@@ -49,6 +49,8 @@ from nemo_aligner.stages.run_identity import (
 from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
+
+_NO_REWARDS = (ServerError, RewardError)
 
 
 def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
@@ -81,6 +83,7 @@ class Actor:
         self.updates = 0  # optimizer steps done
         self.values: dict[str, float] = {}  # newest value of everything a monitor may name
         self.settings_of_rewards = dict(settings or {})  # what else decides a step
+        self.validation_owed = False  # the one after the steps that are done
         self.made_with: dict[str, Any] = {}  # the run's fingerprint, for its checkpoints
 
     @property
@@ -122,38 +125,59 @@ class Actor:
 
     def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
-        exp, loop = self.cfg.exp_manager, self.loop
         with (
             Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress,
             checkpoints,
         ):
             if step == 0:
-                self.validate(0, worker)
+                self.validate_or_stop(0, worker, checkpoints, control)
+            elif self.validation_owed:
+                self.conclude(step, worker, checkpoints, control)
             while step < self.steps and not self.kl_control.spent:
                 scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
                 checkpoints.settle(wait=False)
-                at_end = step == self.steps or self.kl_control.spent
-                if at_end or step % loop.val_check_interval == 0:
-                    self.validate(step, worker)
-                self.log_timers(step)
                 progress.advance(1, token_count(scored.rollouts), reward=self.values["rewards"])
-                reason = None if at_end else control.stop_reason()
-                if reason:
-                    self.stop(reason, step, checkpoints)
-                if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
-                    checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+                self.conclude(step, worker, checkpoints, control)
+
+    def conclude(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+        """What comes after `step` steps: validation, a stop, a checkpoint."""
+        exp, loop = self.cfg.exp_manager, self.loop
+        at_end = step == self.steps or self.kl_control.spent
+        if at_end or step % loop.val_check_interval == 0:
+            self.validate_or_stop(step, worker, checkpoints, control)
+        self.log_timers(step)
+        reason = None if at_end else control.stop_reason()
+        if reason:
+            self.stop(reason, step, checkpoints)
+        if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
+            checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
 
     def step_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> Scored:
         """`step`; where the run is told to stop as those who reward it are, the step begun is given up. Collective."""
         try:
             return self.step(step, worker)
-        except (ServerError, RewardError) as fault:  # on every rank, before anything is learned or logged
-            reason = control.stop_reason()
-            if reason is None:
-                raise
-            log.info("step %d is given up: %s", step + 1, fault)
-            self.stop(reason, step, checkpoints)
+        except _NO_REWARDS as fault:  # on every rank, before anything is learned or logged
+            self.give_up(f"step {step + 1}", fault, step, checkpoints, control)
+
+    def validate_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+        """Validate after `step` steps; told to stop meanwhile, the run that goes on from here owes it. Collective."""
+        try:
+            self.validate(step, worker)
+        except _NO_REWARDS as fault:
+            self.validation_owed = True
+            self.give_up(f"the validation after step {step}", fault, step, checkpoints, control)
+        self.validation_owed = False
+
+    def give_up(
+        self, what: str, fault: AlignerError, step: int, checkpoints: Checkpoints, control: RunControl
+    ) -> NoReturn:
+        """`what` has no rewards: raises StoppedEarly where the run was told to stop, else `fault`. Collective."""
+        reason = control.stop_reason()
+        if reason is None:
+            raise fault
+        log.info("%s is given up: %s", what, fault)
+        self.stop(reason, step, checkpoints)
 
     def stop(self, reason: str, step: int, checkpoints: Checkpoints) -> NoReturn:
         """Save the run as it is after `step` steps, and raise StoppedEarly. Collective."""
@@ -285,6 +309,7 @@ class Actor:
             **self.kl_control.state(),
             "fingerprint": self.made_with,
             "reward_model": None if self.served is None else self.served.archive,
+            "validation_owed": self.validation_owed,
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -308,6 +333,7 @@ class Actor:
         check_same_run(newest, state["fingerprint"], self.made_with)
         checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
+        self.validation_owed = bool(state.get("validation_owed"))
         if self.served is not None:
             self.served.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])

@@ -13,8 +13,9 @@ from typing import Any
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
-from nemo_aligner.data.jsonl import dump_row, write_jsonl
+from nemo_aligner.data.jsonl import dump_row, load_rows, write_jsonl
 from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.sources import is_source
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
@@ -64,7 +65,13 @@ def run(cfg: GenerationConfig) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError."""
+    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError.
+
+    Compressed files and the sources of data/sources.py have objects alone.
+    """
+    if path.suffix in (".gz", ".zst") or is_source(path):
+        rows = load_rows(path, required={})
+        return [_prompt_in(row, path, number) for row, number in zip(rows, rows.numbers, strict=True)]
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
@@ -77,12 +84,16 @@ def read_prompts(path: Path) -> list[str]:
             value = json.loads(line)
         except json.JSONDecodeError as fault:
             raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
-        found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
-        texts = [text for text in found if isinstance(text, str)]
-        if not texts:
-            raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
-        prompts.append(texts[0])
+        prompts.append(_prompt_in(value, path, number))
     return prompts
+
+
+def _prompt_in(value: Any, path: Path, number: int) -> str:
+    found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts:
+        raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
+    return texts[0]
 
 
 def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[tuple[int, ...]]:

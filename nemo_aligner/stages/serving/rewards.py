@@ -87,7 +87,7 @@ def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) 
             while stop.name is None:
                 time.sleep(0.2)
 
-        serve(cfg.inference, reader, lambda rows: [], wait, token, judge)
+        serve(cfg.inference, reader, lambda rows: [], wait, token, judge, stop.unless_told)
 
 
 class Bytes:
@@ -147,7 +147,11 @@ def talk_to_clients(
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
     judge = None if functions is None else both(cfg.reward_plan, functions, main.score)
-    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token, judge)
+
+    def run() -> None:
+        main.run(lambda: stop.name is not None, heartbeat)
+
+    serve(serving, reader, main.score, run, token, judge, stop.unless_told)
 
 
 def both(

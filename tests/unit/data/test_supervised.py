@@ -244,3 +244,19 @@ def test_a_pair_is_used_where_both_sides_fit_and_every_token_counts(
         mask == [1] * len(row) for example in found for row, mask in zip(example.rows, example.masks, strict=True)
     )
     assert (f"{3 - len(found)} of 3 pairs left out" in caplog.text) == (len(found) < 3)
+
+
+def test_a_row_with_its_answer_beside_the_turns_trains_on_the_answer_alone_as_it_was_drawn(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "u2"},
+    ]
+    drawn = {"output": "é", "output_token_ids": list("é".encode())}
+    for row in ({"messages": turns, "output": "é"}, {"messages": turns, **drawn}):
+        [found] = chat_examples(
+            rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=99
+        )
+        [tokens], [mask] = found.rows, found.masks
+        assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>é;"
+        assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "é;"

@@ -6,7 +6,7 @@ conversations, and trained on what is kept; at each step the tokens are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found = Seen()
     generate, score, train = MegatronPolicy.generate, MegatronRewardModel.score, loop.train
 
-    def drawn(self: Any, requests: list[GenerationRequest], *how: Any) -> Iterator[Response]:
+    def drawn(self: Any, requests: Iterable[GenerationRequest], *how: Any) -> Iterator[Response]:
+        requests = list(requests)
         found.prompts |= {(r.prompt_index, r.sample_index): r.prompt_tokens for r in requests}
         for response in generate(self, requests, *how):
             found.drawn[response.prompt_index, response.sample_index] = response
