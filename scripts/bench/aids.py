@@ -1,8 +1,8 @@
-"""What each aid of REINFORCE does: the same small runs with it and without, three seeds each, and one picture an aid.
+"""What each aid of REINFORCE and of the loop does: small runs with it and without, and one picture an aid.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench/aids.py --out results/bench/aids [max_kl kl_target ...]
 
-A Llama of random weights over bytes is trained for rewards of `aids_rewards.py`, which takes seconds a run. A run that
+A Llama of random weights over bytes is trained for rewards of `aids_rewards.py`, with three seeds. A run that
 is done is not done again; `--pictures FOLDER` says where pictures go (docs/images holds those of docs/methods.md).
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Experiment:
     overrides: tuple[str, ...]
     variants: tuple[Variant, ...]
     panels: tuple[tuple[str, str], ...]
-    log_scale: tuple[str, ...] = field(default=())
+    log_scale: tuple[str, ...] = ()
+    loop: bool = False  # steps are iterations of `aligner loop rs`, overrides its settings
 
 
 def rewards(**functions: dict[str, Any]) -> str:
@@ -83,13 +85,14 @@ EXPERIMENTS = {
         ),
     ),
     "kl_target": Experiment(
-        120,
-        (rewards(letters={}), *SHORT),
+        100,
+        (rewards(letters={}), *SHORT, "model.ppo.length_params.min_length=16"),
         (
             Variant("β = 0.005", (beta(0.005),), "tab:red", dashed=True),
             Variant("β = 0.1", (beta(0.1),), "tab:blue", dashed=True),
-            Variant("from 0.005, kl_target=10", (beta(0.005), *ppo(kl_target=10, kl_horizon=128)), "tab:red"),
-            Variant("from 0.1, kl_target=10", (beta(0.1), *ppo(kl_target=10, kl_horizon=128)), "tab:blue"),
+            Variant("from 0.01, kl_target=10, K = 0.1", (beta(0.01), *ppo(kl_target=10, kl_horizon=640)), "tab:red"),
+            Variant("from 0.05, kl_target=10, K = 0.1", (beta(0.05), *ppo(kl_target=10, kl_horizon=640)), "tab:blue"),
+            Variant("from 0.005, kl_target=10, K = 0.5", (beta(0.005), *ppo(kl_target=10, kl_horizon=128)), "tab:gray"),
         ),
         (KL, ("initial_policy_kl_penalty", "β (where it moves)"), LETTERS),
         log_scale=("initial_policy_kl_penalty",),
@@ -138,6 +141,27 @@ EXPERIMENTS = {
             ("fraction_of_samples_properly_ended", "part that ended by itself"),
         ),
     ),
+    "keep_best": Experiment(
+        6,
+        (
+            f"LABELER_ARGS=reward_function={REWARDS}:letters trainer.precision=32 data.micro_batch_size=64",
+            "ROLLOUT_BATCH_SIZE=4",
+            "SAMPLER_ARGS=data.n=16 data.micro_batch_size=8 inference.tokens_to_generate=16 trainer.precision=32",
+            "SFT_ARGS='model.data.train_ds.prompt_template=\"{input}{output}\"' model.data.train_ds.add_eos=False "
+            "model.data.train_ds.global_batch_size=4 model.data.train_ds.micro_batch_size=4 ~model.optim.sched "
+            "model.optim.lr=3e-3 trainer.sft.max_epochs=10 trainer.sft.save_interval=0 trainer.precision=32",
+        ),
+        (
+            Variant("of the last iteration (KEEP_BEST=0)", ("KEEP_BEST=0",), "tab:gray"),
+            Variant("of all iterations (KEEP_BEST=1)", ("KEEP_BEST=1",), "tab:blue"),
+        ),
+        (
+            ("reward_mean", "mean reward of what is drawn"),
+            ("best_of_n_mean", "mean best of 16 of the iteration"),
+            ("kept_from_before", "of what is trained on: from before"),
+        ),
+        loop=True,
+    ),
 }
 
 
@@ -170,18 +194,35 @@ def start_model(out: Path) -> Path:
 
 
 def run(out: Path, experiment: Experiment, variant: Variant, seed: int, folder: Path) -> list[dict[str, float]]:
-    """The figures of each step of a run, which is done if it has not been."""
+    """The figures of each step of a run, which is done if it has not been; `step` says which."""
     done = folder / "done"
     if not done.exists():
-        aligner(
-            *("reinforce", f"pretrained_checkpoint.restore_from_path={start_model(out)}", f"model.seed={seed}"),
-            f"model.data.data_prefix={{train: [{out / 'prompts.jsonl'}]}}",
-            *(f"trainer.ppo.max_epochs={experiment.steps}", f"exp_manager.explicit_log_dir={folder}"),
-            *(*COMMON, *experiment.overrides, *variant.overrides),
-        )
+        start, prompts, overrides = start_model(out), out / "prompts.jsonl", (*experiment.overrides, *variant.overrides)
+        if experiment.loop:
+            words = (
+                f"PROMPTS_PATH={prompts}",
+                f"POLICY_MODEL_PATH={start}",
+                f"RESULT_PATH={folder}",
+                f"SEED={seed}000",
+            )
+            command = ("-m", "nemo_aligner", "loop", "rs", *words, f"TRAINING_ITERS={experiment.steps}", *overrides)
+            subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        else:
+            aligner(
+                *("reinforce", f"pretrained_checkpoint.restore_from_path={start}", f"model.seed={seed}"),
+                f"model.data.data_prefix={{train: [{prompts}]}}",
+                *(f"trainer.ppo.max_epochs={experiment.steps}", f"exp_manager.explicit_log_dir={folder}"),
+                *(*COMMON, *overrides),
+            )
         done.touch()
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if "train_rollouts/rewards" in row]
+    if experiment.loop:
+        return [{"step": row["iteration"] + 1, **row} for row in lines(folder / "iterations.jsonl")]
+    rows = [row for row in lines(folder / "metrics.jsonl") if "train_rollouts/rewards" in row]
+    return [{name.removeprefix("train_rollouts/"): value for name, value in row.items()} for row in rows]
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def draw(path: Path, experiment: Experiment, found: dict[str, list[list[dict[str, float]]]]) -> None:
@@ -193,20 +234,23 @@ def draw(path: Path, experiment: Experiment, found: dict[str, list[list[dict[str
 
     figure, panels = pyplot.subplots(1, len(experiment.panels), figsize=(4 * len(experiment.panels), 3.4))
     for axes, (name, title) in zip(panels, experiment.panels, strict=True):
-        metric = f"train_rollouts/{name}"
         for variant in experiment.variants:
             for number, rows in enumerate(found[variant.label]):
-                kept = [row for row in rows if metric in row]
+                kept = [row for row in rows if name in row]
                 axes.plot(
                     [row["step"] for row in kept],
-                    [row[metric] for row in kept],
-                    *("--" if variant.dashed else "-",),
+                    [row[name] for row in kept],
+                    "--" if variant.dashed else "-",
                     color=variant.color,
                     linewidth=1,
                     alpha=0.8,
                     label=None if number else variant.label,
                 )
-        axes.set(xlabel="step", title=title, yscale="log" if name in experiment.log_scale else "linear")
+        axes.set(
+            xlabel="iteration" if experiment.loop else "step",
+            title=title,
+            yscale="log" if name in experiment.log_scale else "linear",
+        )
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -220,16 +264,15 @@ def draw(path: Path, experiment: Experiment, found: dict[str, list[list[dict[str
 
 def table(experiment: Experiment, found: dict[str, list[list[dict[str, float]]]]) -> str:
     """The means of the last five steps of every seed, for the words that go with a picture."""
-    lines = []
+    said = []
     for variant in experiment.variants:
         figures = []
         for name, _ in experiment.panels:
-            metric = f"train_rollouts/{name}"
-            ends = [[row[metric] for row in rows[-5:] if metric in row] for rows in found[variant.label]]
+            ends = [[row[name] for row in rows[-5:] if name in row] for rows in found[variant.label]]
             figures.append(f"{name} " + " ".join(f"{sum(end) / len(end):.3g}" for end in ends if end))
         steps = " ".join(str(len(rows)) for rows in found[variant.label])
-        lines.append(f"  {variant.label}: steps {steps}; " + "; ".join(figures))
-    return "\n".join(lines)
+        said.append(f"  {variant.label}: steps {steps}; " + "; ".join(figures))
+    return "\n".join(said)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
