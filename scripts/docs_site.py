@@ -15,6 +15,7 @@ from nemo_aligner.commands import plan
 from nemo_aligner.commands.cli import COMMANDS, CONFIGURED, summary
 from nemo_aligner.config.keys import Key, keys_of
 from scripts.site_pages import errors, migration
+from scripts.site_pages.markdown import cell, code
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -80,17 +81,8 @@ def _table(keys: Iterable[Key]) -> Iterator[str]:
     yield "|---|---|---|"
     for key in keys:
         if key.default is not None or key.comment:
-            default = "" if key.default is None else f"`{_cell(key.default)}`"
-            yield f"| `{key.name}` | {default} | {_cell(re.sub(r'([<>*_`])', _escaped, key.comment))} |"
+            yield f"| {code(key.name)} | {'' if key.default is None else code(key.default)} | {cell(key.comment)} |"
 
 
 MADE = {"keys.md": keys_page, "errors.md": errors.page, "migration_keys.md": migration.page}
 """Pages made of the code, and what makes them."""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return f"\\{found[0]}"

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from nemo_aligner import errors
+from scripts.site_pages.markdown import code
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = Path(__file__).with_name("errors.yaml")
@@ -207,15 +208,10 @@ def page() -> Iterator[str]:
             yield f"\n## {subject}"
         yield f"\n### {family.title}\n\n{family.advice}\n"
         for entry in sorted(entries, key=lambda entry: entry.text.lstrip(f"{GAP}: ")):
-            yield f"- {_code(entry.text)}"
+            yield f"- {code(entry.text)}"
             if GAP in entry.text:
-                yield from (f"    - {_code(line)}" for line in entry.lines[:_SHOWN])
+                yield from (f"    - {code(line)}" for line in entry.lines[:_SHOWN])
 
 
 _SHOWN = 3
 """Examples of one message, at most."""
-
-
-def _code(text: str) -> str:
-    ticks = "``" if "`" in text else "`"
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"

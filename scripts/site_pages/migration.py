@@ -28,6 +28,7 @@ from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig
 from nemo_aligner.errors import ConfigError
+from scripts.site_pages.markdown import cell, code
 
 KEYS = Path(__file__).with_name("nemo_aligner.yaml")
 SCHEMAS: dict[str, type] = {
@@ -116,10 +117,11 @@ def faults_of(command: str, entry: Entry, given: Mapping[str, Any]) -> dict[str,
 _INTRODUCTION = """\
 # Every key of NeMo-Aligner
 
-What becomes of each key of NeMo-Aligner's configs here, with the default that it has there: found by giving it to the
-command. A key with a meaning is taken, under the name that it has here; a key that is given in vain is refused, in the
-line that stands here, unless its default says that there is nothing to do. [Coming from elsewhere](migration.md) says
-where a key that is taken means something else than there."""
+What becomes of each key of NeMo-Aligner's configs here, with the default that it has there: found by giving all of
+them to the command. A key that does something is taken, if need be under another name. One that would do nothing is
+refused, in the line that stands here, so that nobody is left to think that it works; where one value of it says what
+happens anyway, that value is taken. [Coming from elsewhere](migration.md) says where a key that is taken means
+something else than there."""
 
 
 def page() -> Iterator[str]:
@@ -131,30 +133,19 @@ def page() -> Iterator[str]:
         yield "| key there | default there | default here | |"
         yield "|---|---|---|---|"
         for verdict in verdicts(command):
-            yield f"| `{verdict.key}` | {_value(verdict.there)} | {_default(verdict)} | {_told(verdict)} |"
+            yield f"| {code(verdict.key)} | {_value(verdict.there)} | {_default(verdict)} | {_told(verdict)} |"
 
 
 def _told(verdict: Verdict) -> str:
     if verdict.refused is not None:
-        return f"refused, {_cell(asked()['refused'][verdict.key])}: {_code(verdict.refused)}"
-    name = f"`{verdict.name}`: " if verdict.name != verdict.key else ""
-    return name + _cell(verdict.here.comment if verdict.here else "taken with `++`")
+        return f"refused, {asked()['refused'][verdict.key]}: {code(verdict.refused)}"
+    name = f"{code(verdict.name)}: " if verdict.name != verdict.key else ""
+    return name + (cell(verdict.here.comment) if verdict.here else "taken with `++`")
 
 
 def _default(verdict: Verdict) -> str:
-    return _code(verdict.here.default) if verdict.here and verdict.here.default is not None else ""
+    return code(verdict.here.default) if verdict.here and verdict.here.default is not None else ""
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return "`null`"
-    return _code(value.replace("\n", r"\n") if isinstance(value, str) else str(value)) if value != "" else ""
-
-
-def _code(text: str) -> str:
-    return f"`{_cell(text)}`"
-
-
-def _cell(text: str) -> str:
-    printable = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
-    return printable.replace("|", r"\|")
+    return code("null" if value is None else str(value))

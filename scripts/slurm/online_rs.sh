@@ -9,7 +9,8 @@
 #
 # Takes the settings of scripts/online_rs.sh from the environment, and CONTAINER, MOUNTS as scripts/slurm/reinforce.sh.
 # Three minutes before the time limit Slurm warns the running step; it saves, and the job queues itself again. A job that
-# is killed outright and requeued goes on in the same way, in the stage it was in.
+# is pre-empted, requeued (scontrol requeue) or killed outright goes on in the same way, in the stage it was in; with
+# checkpoint_interval in SAMPLER_ARGS and LABELER_ARGS, and trainer.sft.save_interval in SFT_ARGS, a kill costs less.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '/^#SBATCH/d;2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 

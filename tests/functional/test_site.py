@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,12 @@ def test_every_key_of_every_command_is_on_its_page(site: Path) -> None:
 def test_pages_made_of_the_code_say_what_it_says(site: Path, page: str, texts: list[str]) -> None:
     shown = html.unescape((site / f"{page}.html").read_text())
     assert [text for text in texts if text not in shown] == []
+
+
+def test_the_search_of_the_site_finds_an_error_by_its_words(site: Path) -> None:
+    sections = json.loads((site / "search/search_index.json").read_text())["docs"]
+    found = {section["title"] for section in sections if "data.n: 0 is below 1" in html.unescape(section["text"])}
+    assert found == {"A number out of its range"}
 
 
 def test_every_file_beside_the_guides_is_a_page(site: Path) -> None:

@@ -126,11 +126,16 @@ def test_a_loop_that_is_requeued_pre_empted_and_warned_goes_on_and_ends_with_the
         ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true"),
         ("scancel", "--signal=USR1", job),  # to its steps, as --signal does before the time limit
     )
+
+    def runs_again(restarts: int) -> bool:
+        shown = run("scontrol", "show", "job", job, **cluster).stdout
+        return f"Restarts={restarts} " in shown and "JobState=RUNNING" in shown
+
     size = 0
     for restarts, blow in enumerate(blows, 1):
         wait_for(lambda: written(result) > size)  # noqa: B023
         run(*blow, **cluster)
-        wait_for(lambda: f"Restarts={restarts} " in run("scontrol", "show", "job", job, **cluster).stdout)  # noqa: B023
+        wait_for(lambda: runs_again(restarts))  # noqa: B023
         size = written(result)
     assert "JobState=COMPLETED" in wait_for_end(cluster, job), log.read_text()
     said = log.read_text()

@@ -7,7 +7,6 @@ there: models, optimizers, process groups and random numbers are those of a proc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer
     from nemo_aligner.engine.processes.cluster import MegatronCluster
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
