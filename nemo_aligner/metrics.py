@@ -17,38 +17,50 @@ from nemo_aligner.event_file import PATTERN, EventFile, shown_before
 
 log = logging.getLogger(__name__)
 
-_PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
+_LINE_EVERY_S = 60.0
 
 
 class Progress:
-    """A bar counting samples or steps, with their rate, tokens/s and ETA; silent but on the rank that shows it.
+    """Counts samples or steps, with their rate, tokens/s and ETA; silent but on the rank that shows it.
 
-    A context manager: what is said of the end, good or bad, stands below the bar.
+    A bar on a terminal; elsewhere, as in a log file, a line a minute at most, and one at the end. A context manager:
+    what is said of the end, good or bad, stands below it.
     """
 
     def __init__(self, name: str, total: int, *, show: bool, done: int = 0, unit: str = "sample") -> None:
         from tqdm import tqdm
 
-        self._tokens, self._start = 0, time.monotonic()
+        self._name, self._total, self._first, self._unit = name, total, done, unit
+        self._count, self._tokens, self._shown = done, 0, dict[str, str]()
+        self._start = time.monotonic()
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=name,
-            unit=unit,
-            disable=not show,
-            mininterval=0.2 if on_terminal else _PLAIN_INTERVAL,
-            ascii=not on_terminal,
-        )
+        self._prints_lines = show and not on_terminal
+        self._next_line = self._start + _LINE_EVERY_S
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=not (show and on_terminal))
 
     def advance(self, count: int, tokens: int = 0, **values: float) -> None:
-        """`count` more are done, made of `tokens` tokens; `values` stand behind the bar."""
+        """`count` more are done, made of `tokens` tokens; `values` stand behind them."""
+        count = min(count, self._total - self._count)  # other ranks are taken to be as far as this one
+        now = time.monotonic()
+        self._count += count
         self._tokens += tokens
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        self._shown = {name: f"{value:.4g}" for name, value in values.items()}
         if self._tokens:
-            shown["tokens/s"] = f"{self._tokens / max(1e-9, time.monotonic() - self._start):.0f}"
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(min(count, self._bar.total - self._bar.n))  # other ranks are taken to be as far as this one
+            self._shown["tokens/s"] = f"{self._tokens / max(1e-9, now - self._start):.0f}"
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(count)
+        if now >= self._next_line:
+            self._next_line = now + _LINE_EVERY_S
+            self._print_line(now)
+
+    def _print_line(self, now: float) -> None:
+        if not self._prints_lines:
+            return
+        line = self._bar.format_meter(
+            self._count, self._total, now - self._start, ncols=0, prefix=self._name, unit=self._unit,
+            initial=self._first, postfix=", ".join(f"{name}={value}" for name, value in self._shown.items()),
+        )  # fmt: skip
+        print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -57,6 +69,7 @@ class Progress:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+        self._print_line(time.monotonic())
 
 
 class Sink(Protocol):

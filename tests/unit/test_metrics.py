@@ -165,6 +165,38 @@ def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(
     assert capsys.readouterr().err == ""
 
 
+def test_a_log_file_gets_a_line_a_minute_with_rate_and_eta_and_one_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Progress("training", 1000, show=True, done=100, unit="step") as bar:
+        for second in range(1, 151):
+            now[0] = float(second)
+            bar.advance(2, loss=1 / second)
+    assert capsys.readouterr().err.splitlines() == [
+        "training:  22% 220/1000 [01:00<06:30,  2.00step/s, loss=0.01667]",
+        "training:  34% 340/1000 [02:00<05:30,  2.00step/s, loss=0.008333]",
+        "training:  40% 400/1000 [02:30<05:00,  2.00step/s, loss=0.006667]",
+    ]
+
+
+def test_a_terminal_gets_one_bar_that_is_redrawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("training", 3, show=True) as bar:
+        for _ in range(3):
+            bar.advance(1, loss=0.5)
+    *redrawn, end = capsys.readouterr().err.split("\n")
+    assert [end, len(redrawn)] == ["", 1]
+    assert redrawn[0].count("\r") >= 2
+    assert "3/3" in redrawn[0].rpartition("\r")[2]
+    with Progress("training", 3, show=False) as hidden:
+        hidden.advance(3)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_bar_ends_before_what_is_said_of_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(StoppedEarly), Progress("labeling", 10, show=True) as bar:
         bar.advance(2)
