@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar with rate and ETA, and scalars to TensorBoard, JSON lines and other loggers."""
+"""What a run shows: progress with rate and ETA; scalars, samples and more to TensorBoard, JSON lines, other loggers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_aligner.errors import OutputError
 from nemo_aligner.event_file import PATTERN, EventFile, shown_before
@@ -72,12 +72,21 @@ class Progress:
         self._print_line(time.monotonic())
 
 
+Row = Mapping[str, Any]
+
+
 class Sink(Protocol):
     """Where scalars go besides files: a logger of another package, of one run."""
 
     continues: bool  # a run that was stopped goes on in it
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        """Samples, all with the same fields."""
+
+    def note(self, name: str, value: str) -> None:
+        """What is known of a run when it ends."""
 
     def archived(self, path: Path) -> None:
         """The archive is written."""
@@ -87,17 +96,26 @@ class Sink(Protocol):
 
 
 class MetricsLogger:
-    """Scalars of a training run, by step, into `<folder>/metrics.jsonl`, TensorBoard, and what else is asked for.
+    """Scalars of a run, by step, into `<folder>/metrics.jsonl`, TensorBoard, and what else is asked for.
 
+    TensorBoard and sinks show some samples too, and TensorBoard `config`, as the sinks do by themselves.
     `resumed_at` is the `position` that the checkpoint holds from which the run goes on: what was logged after it will
     be logged again, so it is cut off; a sink that continues has it already, and gets it once. Raises OutputError when
     the disk does not take them.
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool, sinks: Sequence[Sink] = (), resumed_at: int | None = None
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        sinks: Sequence[Sink] = (),
+        resumed_at: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        samples: int = 0,
     ) -> None:
-        self._folder, self._sinks = folder, sinks
+        """`samples`: how many are shown of those that come with scalars."""
+        self._folder, self._sinks, self._samples, self._step = folder, sinks, samples, 0
         self._events: EventFile | None = None
         self._logged_before: set[tuple[int, str]] = set()  # (step, first name) of what was cut off
         with _writing(folder):
@@ -109,41 +127,64 @@ class MetricsLogger:
                 self._file.truncate(resumed_at)
             if tensorboard:
                 self._events = self._opened_events(resumed_at is not None)
+                if config:
+                    self._events.add_text(0, "config", _verbatim(json.dumps(config, indent=1, default=str)))
 
     def _opened_events(self, resumes: bool) -> EventFile:
         """TensorBoard's file; of a run that resumes, one with what metrics.jsonl holds, in place of all others."""
         if not resumes:
             return EventFile(self._folder)
-        times, others = shown_before(self._folder), list(self._folder.glob(PATTERN))
+        before, others = shown_before(self._folder), list(self._folder.glob(PATTERN))
         events = EventFile(self._folder)
         path = self._folder / "metrics.jsonl"
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 step, scalars = _scalars(line, f"{path}:{number}")
-                events.add(step, scalars, times.get((step, next(iter(scalars), ""))))
+                first = next(iter(scalars), "")
+                events.add(step, scalars, before.times.get((step, first)))
+                table = step, _table(first.partition("/")[0])
+                if table in before.texts:
+                    events.add_text(*table, before.texts[table], before.times[table])
         for path in others:
             path.unlink()
         return events
 
-    def log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
-        """Write `prefix/name` for every value at `step`."""
+    def log(self, step: int, prefix: str, values: Mapping[str, float], samples: Sequence[Row] = ()) -> None:
+        """Write `prefix/name` for every value at `step`, and the first of `samples` as the table `table/prefix`.
+
+        Samples of every step in one order, or nobody could watch them change.
+        """
         scalars = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        rows, self._step = samples[: self._samples], step
         with _writing(self._folder):
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
             if self._events is not None:
                 self._events.add(step, scalars)
+                if rows:
+                    self._events.add_text(step, _table(prefix), "\n\n".join(map(_markdown, rows)))
         for sink in self._sinks:
             if not (sink.continues and (step, next(iter(scalars), "")) in self._logged_before):
                 sink.log(step, scalars)
+                if rows:
+                    sink.log_table(step, _table(prefix), rows)
 
     @property
     def position(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
         return self._file.tell()
 
-    def archived(self, path: Path) -> None:
-        """The run's archive is written: loggers that keep models may take it."""
+    def note(self, name: str, value: str) -> None:
+        """What is known of the run when it ends, such as the hash of what it wrote."""
+        with _writing(self._folder):
+            if self._events is not None:
+                self._events.add_text(self._step, name, value)
+        for sink in self._sinks:
+            sink.note(name, value)
+
+    def archived(self, path: Path, sha256: str) -> None:
+        """The run's archive is written, with this hash: loggers that keep models may take it."""
+        self.note("archive_sha256", sha256)
         for sink in self._sinks:
             sink.archived(path)
 
@@ -155,6 +196,26 @@ class MetricsLogger:
             self._file.close()
             if self._events is not None:
                 self._events.close()
+
+
+def _table(prefix: str) -> str:
+    return f"table/{prefix}"
+
+
+def _markdown(row: Row) -> str:
+    """Numbers in a line, texts below it as they are."""
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    told = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in texts
+    ]
+    return "\n\n".join([f"**{', '.join(told)}**", *(f"{name}\n\n{_verbatim(text)}" for name, text in texts.items())])
+
+
+def _verbatim(text: str) -> str:
+    """As Markdown that shows it letter by letter."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _scalars(line: str, where: str) -> tuple[int, dict[str, float]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.config.secrets import is_secret
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.errors import DataError
 from nemo_aligner.report.samples import SampleSet, file_name
 from nemo_aligner.report.scalars import Scalars, read_scalars, whole_lines
 from nemo_aligner.report.sources import find_sets, folders_below, read_json
 
-_SECRET = re.compile(r"(token|secret|password|api_?key|credential)s?$", re.IGNORECASE)
 _NESTED_TIMERS = ("rollout_time", "validation_time")  # hold the phases that are timed by themselves
 _BARS = 40
 
@@ -177,7 +176,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, own in value.items():
             yield from flat(own, f"{prefix}.{name}" if prefix else str(name))
-    elif _SECRET.search(prefix) and value not in (None, "", {}):
+    elif is_secret(prefix, value):
         yield prefix, "(not shown)"
     else:
         yield prefix, value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=str)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.algorithms.processors import apply_processor, check_processor
@@ -17,14 +17,14 @@ from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.config.rewards import REWARD_MODEL
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
-from nemo_aligner.data.jsonl import write_jsonl
+from nemo_aligner.data.jsonl import Row, write_jsonl
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_architecture
 from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
-from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.metrics import MetricsLogger, Progress
+from nemo_aligner.records import Keys, ScoredSample, part_fields, part_name
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
@@ -40,6 +40,7 @@ from nemo_aligner.stages.offline.data import (
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_logger import one_of_each, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -99,6 +100,24 @@ def label(
     archive = None if model is None else cluster.broadcast(model.archive_hash() if cluster.is_main else "")
     known = None if model is None or archive is None else (archive, model.append_eod)
     journal = Journal(cfg.output_file, fingerprint(cfg, known, functions), cluster)
+    with output_logger(cfg, cluster, journal.made_with) as logger:
+        judge(cfg, rows, chunk, model, journal, cluster, functions)
+        if cluster.is_main:
+            stored = None if model is None else model.stored_standardization
+            finish(cfg, rows, chunk, journal, stored, archive, logger)
+        cluster.barrier()
+
+
+def judge(
+    cfg: LabelerConfig,
+    rows: Blend,
+    chunk: range,
+    model: RewardModel | None,
+    journal: Journal,
+    cluster: Cluster,
+    functions: Functions | None,
+) -> None:
+    """Fill the journal. Raises StoppedEarly."""
     mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
     source = None if model is None else ModelSource(model, cfg.data)
     rewarder = rewarder_of(cfg.reward_plan, functions, source, cluster)
@@ -125,9 +144,6 @@ def label(
                 raise StoppedEarly(f"{reason}; progress is in {journal.folder}")
     if source is not None:
         source.report()
-    cluster.barrier()
-    if cluster.is_main:
-        finish(cfg, rows, chunk, journal, None if model is None else model.stored_standardization, archive)
     cluster.barrier()
 
 
@@ -173,6 +189,7 @@ def finish(
     journal: Journal,
     stored: tuple[float, float] | None,
     archive: str | None,
+    logger: MetricsLogger | None = None,
 ) -> None:
     """Rewards → standardised → processed → output file, rows in the order of the input."""
     keys, plan = keys_of(cfg), cfg.reward_plan
@@ -210,9 +227,24 @@ def finish(
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
+    if logger is not None:
+        figures = {name: counts[name] for name in ("rows", "kept", "reward_mean", "reward_std")}
+        figures |= {f"{part_name(name)}_{key}": value for name, own in of_sources.items() for key, value in own.items()}
+        shown = one_of_each(judged(cfg, rows, chunk, rewards, judgements), keys.input, cfg.exp_manager.log_samples)
+        logger.log(0, "labeler", figures, shown)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
+
+
+def judged(
+    cfg: LabelerConfig, rows: Blend, chunk: range, rewards: Sequence[float], judgements: Sequence[Judgement]
+) -> Iterator[Row]:
+    """What was judged, with its raw rewards."""
+    keys = keys_of(cfg)
+    for position, reward, judgement in zip(chunk, rewards, judgements, strict=True):
+        row, parts = rows[position % len(rows)], part_fields(judgement.parts, keys.reward)
+        yield {keys.input: row[keys.input], keys.output: row[keys.output], keys.reward: reward, **parts}
 
 
 def source_figures(judgements: Sequence[Judgement], name: str) -> dict[str, float]:
