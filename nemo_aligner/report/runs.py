@@ -153,8 +153,13 @@ def _tables(root: Path, folders: list[Path]) -> Iterator[dict[str, Any]]:
             except (OSError, ValueError):
                 continue
             if isinstance(rows, list) and rows and all(isinstance(row, dict) and "policy" in row for row in rows):
-                short = [{**dict(flat(row)), "policy": Path(str(row["policy"])).name} for row in rows]
-                yield {"title": file_name(path, root), "rows": short}
+                yield {"title": file_name(path, root), "rows": [_figures(row) for row in rows]}
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a policy: numbers by their full names, intervals as they are."""
+    intervals = {name: value for name, value in row.items() if isinstance(value, list)}
+    return {**dict(flat(dict(row))), **intervals, "policy": Path(str(row["policy"])).name}
 
 
 def _read_meta(run: Run, root: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -197,6 +198,17 @@ def records(path: Path) -> Iterator[Any]:
             message = b""
 
 
+def all_records(path: Path) -> list[Any]:
+    """With the last, which W&B's own process writes when it has told the run that it is done."""
+    end = time.monotonic() + 60
+    while True:
+        found = [*records(path)]
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < end, f"{path} does not end"
+        time.sleep(0.05)
+
+
 @pytest.mark.processes
 def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path: Path) -> None:
     exp = experiment(tmp_path / "logs", "wandb", project="p", name="n", offline=True, tags=["t"])
@@ -204,7 +216,7 @@ def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path:
     in_two_parts(exp)
     files = sorted((tmp_path / "logs/wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 2
-    found = [list(records(file)) for file in files]
+    found = [all_records(file) for file in files]
     rows: list[tuple[float, str, float]] = []
     for record in (record for part in found for record in part if record.HasField("history")):
         values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
