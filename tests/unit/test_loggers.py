@@ -200,7 +200,7 @@ def records(path: Path) -> Iterator[Any]:
 
 def all_records(path: Path) -> list[Any]:
     """With the last, which W&B's own process writes when it has told the run that it is done."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 20
     while True:
         found = [*records(path)]
         if any(record.HasField("exit") for record in found):
