@@ -61,7 +61,7 @@ def test_the_overview_shows_what_a_run_came_to(page: Page, loop: Path) -> None:
 def test_an_evaluation_shows_how_its_policies_compare(page: Page, loop: Path) -> None:
     page.open(loop)
     page.on("#figure-tables .charts", "own => own.scrollIntoView()")
-    page.wait("document.querySelectorAll('#figure-tables .plot[data-drawn] .main-svg').length >= 4")
+    page.wait("document.querySelectorAll('#figure-tables .plot[data-drawn]').length === 4")
     charts = page.do("[...document.querySelectorAll('#figure-tables .charts figcaption')].map(own => own.textContent)")
     assert charts == [
         "Win rateover policy_0.nemo, 95 % interval", "Best of kunbiased, from all samples",
