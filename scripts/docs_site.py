@@ -1,4 +1,4 @@
-"""Pages of the site that are not in docs/ (a hook of mkdocs.yml): files beside it, and every key of the commands."""
+"""Pages of the site that are not in docs/ (a hook of mkdocs.yml): files beside it, and those made of the code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the clone, where it
 from nemo_aligner.commands import plan
 from nemo_aligner.commands.cli import COMMANDS, CONFIGURED, summary
 from nemo_aligner.config.keys import Key, keys_of
+from scripts.site_pages import errors, migration
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -39,8 +40,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
-    pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in PAGES.items()}
-    for page, text in (*pages.items(), ("keys.md", "\n".join(keys_page()))):
+    texts = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in PAGES.items()}
+    texts |= {page: "\n".join(lines()) for page, lines in MADE.items()}
+    for page, text in texts.items():
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -80,6 +82,10 @@ def _table(keys: Iterable[Key]) -> Iterator[str]:
         if key.default is not None or key.comment:
             default = "" if key.default is None else f"`{_cell(key.default)}`"
             yield f"| `{key.name}` | {default} | {_cell(re.sub(r'([<>*_`])', _escaped, key.comment))} |"
+
+
+MADE = {"keys.md": keys_page, "errors.md": errors.page, "migration_keys.md": migration.page}
+"""Pages made of the code, and what makes them."""
 
 
 def _cell(text: str) -> str:

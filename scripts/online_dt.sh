@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Online decision transformer: `aligner loop dt`, from a checkout; --help says which settings it takes from the environment.
+# Online decision transformer: `aligner loop dt ONE_PROCESS=0`, from a checkout; --help says which settings it takes from the
+# environment.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../nemo_aligner/commands/loops/online_dt.sh" "$@"

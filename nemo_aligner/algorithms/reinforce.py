@@ -45,7 +45,7 @@ def baselines(kind: str, rewards: Tensor, groups: Tensor, greedy: Tensor | None,
         counted: `[B]` bool; responses that are masked out of the loss say nothing of their prompt either.
 
     RLOO: b_i = Σ_{j≠i} m_j R_j / Σ_{j≠i} m_j over the group of i; a response that stands alone gets b_i = R_i, so
-    that it moves nothing.
+    that it moves nothing. It is summed as R_i + mean_j(R_j − R_i): where all are equal, b_i is R_i to the last digit.
     """
     rewards = rewards.double()
     if kind == "none":
@@ -56,8 +56,8 @@ def baselines(kind: str, rewards: Tensor, groups: Tensor, greedy: Tensor | None,
     same = groups[:, None] == groups[None, :]
     others = (same & ~torch.eye(len(groups), dtype=torch.bool)) & counted[None, :]
     number = others.sum(dim=1)
-    total = (others * torch.where(counted, rewards, 0.0)[None, :]).sum(dim=1)
-    return torch.where(number > 0, total / number.clamp(min=1), rewards)
+    differences = torch.where(others, rewards[None, :] - rewards[:, None], 0.0).sum(dim=1)
+    return rewards + differences / number.clamp(min=1)
 
 
 def reinforce_loss(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor, targets: Tensor | None = None) -> LossTerms:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nemo_aligner.config.pipes import as_long_as_somebody_reads
+
 COMMANDS = {
     "import": "nemo_aligner.commands.import_hf",
     "export": "nemo_aligner.commands.export_hf",
@@ -43,6 +45,7 @@ aligner <command> --help explains every key or option of a command.
 eval "$(aligner -sc install=bash)" completes commands and keys on TAB (zsh, fish alike; uninstall=bash ends it)."""
 
 
+@as_long_as_somebody_reads()
 def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):

@@ -6,6 +6,8 @@ r"""Run an online loop: sample, label, train, and again with the better policy.
     aligner loop dt TARGET_REWARD=1 ...
 
 A setting that is not given is taken from the environment. After a kill the same command goes on where it was.
+
+All stages run in one process (ONE_PROCESS=1, as long as nothing else is said), and no model is loaded twice.
 """
 
 from __future__ import annotations
@@ -72,5 +74,5 @@ def main() -> None:
         return
     if loop not in LOOPS:
         raise ConfigError(f"aligner loop {loop}: which loop? One of {', '.join(LOOPS)}")
-    environment = {"PYTHON": sys.executable, **os.environ, **environment_of(loop, words)}
+    environment = {"PYTHON": sys.executable, "ONE_PROCESS": "1", **os.environ, **environment_of(loop, words)}
     os.execvpe("bash", ["bash", str(script_of(loop))], environment)

@@ -2,7 +2,7 @@
 
 exit status 0     done
 exit status 1     `error: ...` on stderr: wrong config, data, archive or disk
-exit status 75    stopped early on purpose (time limit, SIGTERM), state saved; the same command goes on
+exit status 75    stopped early on purpose (time limit, SIGTERM, SIGUSR1), state saved; the same command goes on
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import nemo_aligner.config.requirements  # noqa: F401
 # isort: split
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -31,6 +33,7 @@ from nemo_aligner.config.aliases import Aliases, let_through
 from nemo_aligner.config.folders import SHARED_CONF
 from nemo_aligner.config.multirun import is_job, is_override, run_job, sweep_overrides
 from nemo_aligner.config.overrides import explained, group_fault
+from nemo_aligner.config.pipes import as_long_as_somebody_reads
 from nemo_aligner.config.resolvers import register_resolvers
 from nemo_aligner.config.usage import usage
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, AlignerError, ConfigError, StoppedEarly
@@ -53,7 +56,8 @@ class SharedConf(SearchPathPlugin):
 def one_line_errors() -> Iterator[None]:
     """Turn the faults a user can cause into one line and an exit status; anything else keeps its traceback."""
     try:
-        yield
+        with as_long_as_somebody_reads():
+            yield
     except StoppedEarly as stop:
         _say(f"stopped early: {stop}; run the same command again to go on")
         sys.exit(EXIT_STOPPED_EARLY)
@@ -72,6 +76,26 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted")
         sys.exit(130)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (Slurm's warning) are exit status 75 too where there is nothing to save, as in a load.
+
+    What has something to save takes their handlers' place meanwhile. Of two signals the second one kills.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        _say(f"stopped early: {signal.Signals(number).name}; run the same command again to go on")
+        sys.exit(EXIT_STOPPED_EARLY)  # no Exception, which a library might catch
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:
@@ -116,7 +140,8 @@ class Entry:
         arguments, name, folder = sys.argv[1:], self.config_name, self.config_dir
         answer = usage(arguments, self.task.__globals__.get("__doc__"), folder, name, SHARED_CONF)
         if answer is not None:
-            sys.stdout.write(f"{answer}\n")
+            with as_long_as_somebody_reads():
+                sys.stdout.write(f"{answer}\n")
             return
 
         began = False
@@ -124,7 +149,7 @@ class Entry:
         def checked(cfg: DictConfig) -> None:
             nonlocal began
             began = True
-            with one_line_errors():
+            with one_line_errors(), told_to_stop():
                 if is_job():
                     run_job(cfg, self.output, arguments)
                 else:

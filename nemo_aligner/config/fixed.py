@@ -71,6 +71,8 @@ NO_MODEL = {
     f"{kind}_model_parallel_size": Fixed((-1, 1), "reward functions alone have no model to cut; leave it out")
     for kind in ("tensor", "pipeline")
 }
+_NO_RENDERING = "reward functions alone are given the turns themselves; leave it out"
+NO_TEMPLATE = {"chat_template": Fixed((None,), _NO_RENDERING), "chat_template_kwargs": Fixed((None,), _NO_RENDERING)}
 SAMPLING = {
     "all_probs": Fixed((False,), "rollouts keep the drawn tokens' log-probabilities alone; leave it at False"),
     "compute_logprob": Fixed((False,), "log-probabilities of rollouts are always computed; leave it at False"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import check_amp_o2
 from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig
 from nemo_aligner.errors import ConfigError
@@ -20,7 +21,7 @@ class EvalInferenceConfig(InferenceConfig):
 
 
 @dataclass
-class GenerationConfig(ParallelConfig):
+class GenerationConfig(ChatKeys, ParallelConfig):
     gpt_model_file: str = MISSING  # .nemo file, extracted or Hugging Face folder
     prompts: list[str] | None = None
     prompts_jsonl: str | None = None  # JSONL: a text, or {"input"} or {"text"}, in each line
@@ -34,7 +35,6 @@ class GenerationConfig(ParallelConfig):
     host: str = "127.0.0.1"  # 0.0.0.0 = every network of this machine
     port: int = 5555
     model_name: str | None = None  # what OpenAI's clients call it; null = the archive's name
-    chat_template: str | None = None  # Jinja; null = the archive's own
     web_server: bool = False
     web_port: int = 9889
     username: str | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.fixed import NO_MODEL, Fixed, check_amp_o2, check_fixed
+from nemo_aligner.config.chat import ChatKeys
+from nemo_aligner.config.fixed import NO_MODEL, NO_TEMPLATE, Fixed, check_amp_o2, check_fixed
 from nemo_aligner.config.loggers import OutputLoggersConfig
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
@@ -12,7 +13,7 @@ from nemo_aligner.errors import ConfigError
 
 
 @dataclass
-class OfflineDataConfig:
+class OfflineDataConfig(ChatKeys):
     """Which rows are read, and how they become model input."""
 
     file_names: list[str] = MISSING  # JSONL files
@@ -26,7 +27,7 @@ class OfflineDataConfig:
     prompt_template: str | None = None  # e.g. "User: {input}\nAssistant:"; must contain "{<input_key>}"
     add_bos: bool = False
     add_eos: bool | None = None  # sampler: never; labeler: null = as the reward model was trained
-    hf_dataset: bool = True  # read through Hugging Face datasets (memory-mapped Arrow) or by line offsets
+    hf_dataset: bool = False  # read by line offsets, or through Hugging Face datasets (a copy in Arrow, cached)
     index_mapping_dir: str | None = None  # cache of the loader; null = its default
     sample_split_size: int | None = None  # online loops: rows [iter*size, (iter+1)*size), wrapping around at the end
     sample_split_iter: int = 0
@@ -87,6 +88,7 @@ class LabelerConfig(RewardSources, OfflineConfig):
     data: OfflineDataConfig = field(default_factory=OfflineDataConfig)
     processor: str | None = None  # rs, rest, dt or null
     threshold: float = 0.0  # rest keeps rewards strictly above it
+    best_so_far_file: str | None = None  # rs: what the labeler wrote before, with rewards; its rows compete too
     skip_empty: bool = False  # leave out rows whose response is empty, whatever their reward
     reward_template: str = "{input} <rm_score>: {reward} "  # dt
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
@@ -96,6 +98,7 @@ class LabelerConfig(RewardSources, OfflineConfig):
         self.reward_plan.check_model(self.gpt_model_file, "gpt_model_file")
         if self.gpt_model_file is None:
             check_fixed(self, NO_MODEL)
+            check_fixed(self.data, NO_TEMPLATE, "data")
         at_least(1, checkpoint_interval=self.checkpoint_interval)
         self.data.validate()
         self.trainer.validate()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
 from nemo_aligner.config.loggers import SampleLoggersConfig
 from nemo_aligner.config.rewards import RewardSources
@@ -24,6 +25,8 @@ from nemo_aligner.errors import ConfigError
 BASELINES = ("RLOO", "ReMax", "none")
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 KL_REDUCTIONS = ("sum", "mean")
+KL_HORIZON = 10_000
+OVERLONG_PENALTY = 1.0
 _POSITION = ("global_step", "step", "consumed_samples", "epoch", "reinforce_optimization_step")
 MONITORS = ("val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", *_POSITION)
 """What `monitor` and `filename` of exp_manager.checkpoint_callback_params may name."""
@@ -47,6 +50,13 @@ class ReinforceLoopConfig:
     initial_policy_kl_penalty: float = 0.01  # β; 0 = no initial policy is kept
     kl_estimator: str = "k1"  # k1, abs, k2 or k3
     kl_reduction: str = "sum"  # over the tokens of a response: sum or mean
+    max_kl: float | None = None  # nats; a step whose mean KL is above it ends the run; null = no end
+    kl_target: float | None = None  # nats; β follows it (Ziegler et al. 2019); null = β stays
+    kl_horizon: int = KL_HORIZON  # responses; K of the controller = responses of a step / kl_horizon
+    reward_clip_range: list[float] | None = None  # [low, high]; null = no clipping
+    overlong_buffer_length: int | None = None  # the last tokens of max_length, which cost reward; null = none do
+    overlong_buffer_penalty: float = OVERLONG_PENALTY  # of a response of max_length tokens
+    whiten_rewards: bool = False  # (r − mean)/std over the responses of a step
     use_absolute_kl: bool | None = None  # NeMo-Aligner 0.7: True is kl_estimator=abs, False is k1
     baseline: str = "RLOO"  # RLOO, ReMax or none
     unfinished: str = "keep"  # responses that hit the length limit: keep, or mask (out of loss and baseline)
@@ -64,8 +74,52 @@ class ReinforceLoopConfig:
         one_of(("keep", "mask"), self.unfinished, f"{key}.unfinished")
         if not self.initial_policy_kl_penalty >= 0:
             raise ConfigError(f"{self.initial_policy_kl_penalty} is below 0", f"{key}.initial_policy_kl_penalty")
+        self._check_kl(key)
+        self._check_shaping(key)
         check_switched_off(self.trt_llm, "enable", f"{key}.trt_llm")
         check_switched_off(self.batch_iterator, "use_flask", f"{key}.batch_iterator")
+
+    def _check_kl(self, key: str) -> None:
+        """The keys of budget and target. Raises ConfigError."""
+        for name in ("max_kl", "kl_target"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{value} is not a number above 0", f"{key}.{name}")
+        at_least(1, trainer__ppo__kl_horizon=self.kl_horizon)
+        if self.kl_target is None:
+            if self.kl_horizon != KL_HORIZON:
+                raise ConfigError(f"nothing is done with it without {key}.kl_target", f"{key}.kl_horizon")
+            return
+        if not self.initial_policy_kl_penalty > 0:
+            raise ConfigError(
+                f"it multiplies {key}.initial_policy_kl_penalty, which is 0; give that a value to begin with",
+                f"{key}.kl_target",
+            )
+        if self.max_kl is not None and self.max_kl <= self.kl_target:
+            raise ConfigError(
+                f"{self.max_kl} is not above {key}.kl_target={self.kl_target}: training would end on its way there",
+                f"{key}.max_kl",
+            )
+
+    def _check_shaping(self, key: str) -> None:
+        """The keys of what becomes of rewards. Raises ConfigError."""
+        clip = self.reward_clip_range
+        if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+            raise ConfigError(f"{list(clip)} are not two numbers, the lower first", f"{key}.reward_clip_range")
+        at_least(1, trainer__ppo__overlong_buffer_length=self.overlong_buffer_length)
+        if not 0 <= self.overlong_buffer_penalty < math.inf:
+            raise ConfigError(
+                f"{self.overlong_buffer_penalty} is not a number from 0 on", f"{key}.overlong_buffer_penalty"
+            )
+        if self.overlong_buffer_length is None and self.overlong_buffer_penalty != OVERLONG_PENALTY:
+            raise ConfigError(
+                f"nothing is done with it without {key}.overlong_buffer_length", f"{key}.overlong_buffer_penalty"
+            )
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether an initial policy is kept, to measure the KL to it."""
+        return self.initial_policy_kl_penalty > 0 or self.max_kl is not None
 
     @property
     def estimator(self) -> str:
@@ -112,11 +166,11 @@ class RolloutConfig:
 
 
 @dataclass
-class PromptDataConfig:
+class PromptDataConfig(ChatKeys):
     """`model.data`."""
 
     data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"  # lines of {"text": ...} or {"input": ...}
+    data_impl: str = "jsonl"  # lines of {"text": ...}, {"input": ...} or {"messages": ...}
     seq_length: int | None = None  # prompt tokens at most; null = half of the model's context
     shuffle: bool = True
     num_workers: int = 0
@@ -178,6 +232,11 @@ class ReinforceConfig(RewardSources):
         optim = self.model.optim
         return replace(optim, cpu_offload=optim.cpu_offload or self.model.ppo.offload_adam_states)
 
+    @property
+    def responses_per_step(self) -> int:
+        """Of a rollout step; the last of an epoch may have fewer."""
+        return self.model.ppo.num_rollout_samples * self.model.ppo.num_rollout_per_prompt
+
     def validate(self) -> None:
         self.trainer.validate()
         self.exp_manager.validate()
@@ -210,7 +269,29 @@ class ReinforceConfig(RewardSources):
                 "give 2 or more, or set trainer.ppo.baseline to ReMax or none",
                 "model.ppo.num_rollout_per_prompt",
             )
+        self._check_aids()
         if rollout.sampling_params.use_greedy:
             raise ConfigError(
                 "greedy responses to one prompt are all alike; set it to False", "model.ppo.sampling_params.use_greedy"
+            )
+
+    def _check_aids(self) -> None:
+        """What `trainer.ppo` asks of the responses of a step and of their length. Raises ConfigError."""
+        loop, longest = self.trainer.ppo, self.model.ppo.length_params.max_length
+        if loop.kl_target is not None and loop.kl_horizon < self.responses_per_step:
+            raise ConfigError(
+                f"{loop.kl_horizon} is below the {self.responses_per_step} responses of a step",
+                "trainer.ppo.kl_horizon",
+            )
+        if loop.whiten_rewards and self.responses_per_step < 3:
+            raise ConfigError(
+                f"of {self.responses_per_step} whitened rewards only the sign is left; draw 3 responses a step or more",
+                "trainer.ppo.whiten_rewards",
+            )
+        if loop.overlong_buffer_length is not None and loop.overlong_buffer_length > (longest or 0):
+            raise ConfigError(
+                f"{loop.overlong_buffer_length} is above model.ppo.length_params.max_length={longest}"
+                if longest
+                else "it is counted from model.ppo.length_params.max_length, which is not given",
+                "trainer.ppo.overlong_buffer_length",
             )

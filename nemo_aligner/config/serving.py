@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.fixed import NO_MODEL, check_fixed
+from nemo_aligner.config.chat import ChatKeys
+from nemo_aligner.config.fixed import NO_MODEL, NO_TEMPLATE, check_fixed
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import ParallelConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
@@ -35,7 +36,7 @@ class ServedModelConfig(ParallelConfig):
 
 
 @dataclass
-class ServerConfig(RewardSources):
+class ServerConfig(ChatKeys, RewardSources):
     rm_model_file: str | None = None  # .nemo file or extracted folder
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: ServingConfig = field(default_factory=ServingConfig)
@@ -46,6 +47,7 @@ class ServerConfig(RewardSources):
         self.reward_plan.check_model(self.rm_model_file, "rm_model_file")
         if self.rm_model_file is None:
             check_fixed(self.model, NO_MODEL, "model")
+            check_fixed(self, NO_TEMPLATE)
             if self.model.reward_standardization.enable:
                 raise ConfigError("there is no reward model to standardise", "model.reward_standardization.enable")
             if self.trainer.devices * self.trainer.num_nodes > 1:

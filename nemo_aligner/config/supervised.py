@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import SFT_ROWS, WORKERS, check_fixed
 from nemo_aligner.config.schema import MISSING, ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
 
@@ -58,9 +59,8 @@ class SFTDatasetConfig:
 
 
 @dataclass
-class SFTDataConfig:
+class SFTDataConfig(ChatKeys):
     chat: bool = False
-    chat_template: str | None = None  # Jinja; null = the tokenizer's own
     train_ds: SFTDatasetConfig = field(default_factory=SFTDatasetConfig)
     validation_ds: SFTDatasetConfig | None = None
     num_workers: int = 0
@@ -94,9 +94,11 @@ class SFTConfig:
 
 
 @dataclass
-class RMDataConfig:
+class RMDataConfig(ChatKeys):
     data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"
+    data_impl: str = "jsonl"  # lines of {"text": ...} by twos, or of {"chosen": ..., "rejected": ...}
+    chat: bool = False  # prompt, chosen and rejected that are texts are turns
+    prompt_template: str | None = None  # around a prompt, as in the labeler; must contain "{prompt}"
     seq_length: int = 512  # texts longer than this are skipped, pair by pair, and counted
     append_eod: bool = False  # the archive remembers it, and the labeler does the same
     shuffle: bool = True

@@ -1,12 +1,14 @@
-"""Conversations as text segments, each known to be the assistant's or not."""
+"""Conversations as text: up to where the assistant goes on, with an answer, or whole, the assistant's parts known."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
@@ -15,41 +17,21 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_aligner.config.chat import ChatKeys
+from nemo_aligner.data.conversations import Messages, messages_of, template_values
 from nemo_aligner.data.jsonl import Row
 from nemo_aligner.data.token_texts import TextTokenizer
 from nemo_aligner.errors import ConfigError, DataError
 
-_ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant"}
 
+class ChatTokenizer(TextTokenizer, Protocol):
+    """The part of engine.interfaces.Tokenizer that decides how conversations are written."""
 
-def messages_of(row: Row, path: str, line: int) -> list[dict[str, str]]:
-    """`messages` [{role, content}] as they are, NeMo's {system, conversations: [{from, value}]} brought to that form.
-
-    A turn's `weight` is 1, or 0 where it is not trained on. Raises DataError.
-    """
-    if isinstance(row.get("messages"), list):
-        messages = row["messages"]
-    elif isinstance(row.get("conversations"), list):
-        turns = [turn if isinstance(turn, dict) else {} for turn in row["conversations"]]
-        roles = [str(turn.get("from", "")).lower() for turn in turns]
-        messages = [
-            {"role": _ROLES.get(role, role), "content": turn.get("value"), "weight": turn.get("weight", 1)}
-            for role, turn in zip(roles, turns, strict=True)
-        ]
-        if row.get("system"):
-            messages = [{"role": "system", "content": row["system"]}, *messages]
-    else:
-        raise DataError("a chat row needs `messages` or `conversations`, a list of turns", path, line)
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
-            raise DataError(f"the turn {message!r} lacks a role or a text", path, line)
-        if message.get("weight", 1) not in (0, 1):
-            raise DataError(f"a turn's weight is 0 or 1, not {message['weight']!r}", path, line)
-    return messages
+    chat_template: str | None
 
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"
-"""Around what `{% generation %}` holds; Unicode gives these two to nobody, so that no text has them."""
+"""Around what `{% generation %}` holds; Unicode gives these to nobody, so that no text has them."""
 
 
 class _Generation(Extension):
@@ -93,64 +75,146 @@ def _compiled(template: str, key: str) -> jinja2.Template:
         raise ConfigError(f"not a valid Jinja template: {fault}", key) from None
 
 
-def check_template(text: str | None, key: str) -> None:
-    """Raises ConfigError for what is no Jinja template; `key` is the config key that it comes from."""
-    if text is not None:
+def template_text(given: str | None, key: str) -> str | None:
+    """What `chat_template=` means: Jinja, or the path of a file of it that ends in .jinja. Raises ConfigError."""
+    if given is None or not given.endswith(".jinja"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{given} cannot be read: {getattr(fault, 'strerror', None) or fault}", key) from None
+
+
+def check_template(given: ChatKeys, key: str) -> None:
+    """Raises ConfigError for what is no Jinja template, and for values that no template may be given.
+
+    `key` is the config key of the template.
+    """
+    if (text := template_text(given.chat_template, key)) is not None:
         _compiled(text, key)
+    for name in sorted(_OWN & (given.chat_template_kwargs or {}).keys()):
+        raise ConfigError("every template is given its own; leave it out", f"{key}_kwargs.{name}")
+
+
+_OWN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+
+_PROBE = "\ufdd2"
+"""An answer that no template has a use for."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the chat template puts around an answer, which stands there as it was drawn.
+
+    `closing` is what the assistant would have to write behind it, such as <|im_end|>; `rest` what it would not.
+    """
+
+    prompt: str
+    closing: str
+    rest: str
+
+    def text(self, answer: str) -> str:
+        return f"{self.prompt}{answer}{self.closing}{self.rest}"
 
 
 class ChatTemplate:
     """A Jinja template as Hugging Face tokenizers have it, with the tokens that it may write itself.
 
-    `key` is the config key that it comes from, for messages. Raises ConfigError for what is no template.
+    `key` is the config key that it comes from, for messages; `options` are values for the template, such as
+    {enable_thinking: False}, before which those of a row go. Raises ConfigError for what is no template.
     """
 
-    def __init__(self, text: str, tokenizer: TextTokenizer, key: str) -> None:
+    def __init__(self, text: str, tokenizer: TextTokenizer, key: str, options: Mapping[str, Any] | None = None) -> None:
         self._template = _compiled(text, key)
+        self._options = dict(options or {})
         self._special = {"eos_token": tokenizer.piece(tokenizer.eos_id)}
         if tokenizer.bos_id is not None:
             self._special["bos_token"] = tokenizer.piece(tokenizer.bos_id)
 
-    def _marked(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        values = {"messages": messages, "add_generation_prompt": generation_prompt, "tools": None, "documents": None}
+    @classmethod
+    def of(cls, tokenizer: ChatTokenizer, given: ChatKeys, key: str) -> ChatTemplate | None:
+        """The template given under `key`, else the tokenizer's own; None where there is neither."""
+        text = template_text(given.chat_template, key) or tokenizer.chat_template
+        return None if text is None else cls(text, tokenizer, key, given.chat_template_kwargs)
+
+    def _marked(self, messages: Messages, generation_prompt: bool, values: Mapping[str, Any] | None = None) -> str:
+        own = {"messages": messages, "add_generation_prompt": generation_prompt, **self._special}
         try:
-            return self._template.render(**values, **self._special)
+            return self._template.render({"tools": None, "documents": None, **self._options, **(values or {}), **own})
         except _FAULTS as fault:
             raise jinja2.TemplateError(str(fault)) from None
 
-    def render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+    def render(self, messages: Messages, *, generation_prompt: bool, values: Mapping[str, Any] | None = None) -> str:
         """The conversation as text; with `generation_prompt` up to where the assistant would go on.
 
-        Raises jinja2.TemplateError where the template refuses it.
+        `values` are more for the template. Raises jinja2.TemplateError where it refuses the conversation.
         """
-        return self._marked(messages, generation_prompt).replace(_BEGIN, "").replace(_END, "")
+        return self._marked(messages, generation_prompt, values).replace(_BEGIN, "").replace(_END, "")
 
-    def segments(self, row: Row, path: str, line: int) -> list[tuple[str, bool]]:
+    def prompt(self, row: Row, path: str | Path, line: int | None) -> str:
+        """The conversation of a row up to where the assistant goes on. Raises DataError."""
+        messages, values = messages_of(row, path, line), template_values(row, path, line)
+        text = self._rendered(messages, values, path, line, generation_prompt=True)
+        for message in messages:
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                raise DataError(
+                    f"the chat template leaves out the {message['role']} turn {message['content'][:60]!r}", path, line
+                )
+        return text
+
+    def whole(self, row: Row, path: str | Path, line: int | None) -> str:
+        """The conversation of a row with all its turns. Raises DataError."""
+        return self._rendered(messages_of(row, path, line), template_values(row, path, line), path, line)
+
+    def frame(self, row: Row, path: str | Path, line: int | None) -> Frame:
+        """What stands around an answer to the conversation of a row. Raises DataError."""
+        messages = [*messages_of(row, path, line), {"role": "assistant", "content": _PROBE}]
+        values = template_values(row, path, line)
+        behind = self._rendered(messages, values, path, line, marks=True).rpartition(_PROBE)
+        if not behind[1]:
+            raise DataError("the chat template leaves out what the assistant answers", path, line)
+        closing, _, rest = behind[2].partition(_END)
+        return Frame(self.prompt(row, path, line), closing, rest)
+
+    def _rendered(
+        self, messages: Messages, values: Mapping[str, Any], path: str | Path, line: int | None, *,
+        generation_prompt: bool = False, marks: bool = False,
+    ) -> str:  # fmt: skip
+        try:
+            if marks:
+                return self._marked(messages, generation_prompt, values)
+            return self.render(messages, generation_prompt=generation_prompt, values=values)
+        except jinja2.TemplateError as fault:
+            raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
+
+    def segments(self, row: Row, path: str | Path, line: int) -> list[tuple[str, bool]]:
         """(text, is the assistant's) pieces that make up the rendered conversation of a row.
 
         What the template itself puts into `{% generation %}` is the assistant's. Without any, the conversation before
         each assistant turn is rendered with its generation prompt: what the turn adds to that is what the assistant
         would have to write. Turns of weight 0 are not the assistant's here. Raises DataError.
         """
-        messages = messages_of(row, path, line)
+        messages, values = messages_of(row, path, line), template_values(row, path, line)
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError("the conversation has no assistant turn to train on", path, line)
         try:
-            whole = self._marked(messages, generation_prompt=False)
+            whole = self._marked(messages, generation_prompt=False, values=values)
             if _BEGIN not in whole:
-                return self._by_turns(messages, path, line)
+                return self._by_turns(messages, values, path, line)
             return _weighted(_between_marks(whole), messages, path, line)
         except jinja2.TemplateError as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}", path, line) from None
 
-    def _by_turns(self, messages: list[dict[str, str]], path: str, line: int) -> list[tuple[str, bool]]:
+    def _by_turns(
+        self, messages: Messages, values: Mapping[str, Any], path: str | Path, line: int
+    ) -> list[tuple[str, bool]]:
         segments: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(messages[:i], generation_prompt=True)
-            after = self.render(messages[: i + 1], generation_prompt=False)
+            before = self.render(messages[:i], generation_prompt=True, values=values)
+            after = self.render(messages[: i + 1], generation_prompt=False, values=values)
             if not (before.startswith(done) and after.startswith(before)):
                 raise DataError(
                     "the chat template does not render a conversation as a prefix of its continuation", path, line
@@ -166,7 +230,7 @@ def is_target(message: Mapping[str, Any]) -> bool:
 
 
 def _weighted(
-    segments: list[tuple[str, bool]], messages: list[dict[str, str]], path: str, line: int
+    segments: list[tuple[str, bool]], messages: Messages, path: str | Path, line: int
 ) -> list[tuple[str, bool]]:
     """Segments without those as targets whose turn has weight 0."""
     wanted = [is_target(message) for message in messages if message["role"] == "assistant"]

@@ -4,7 +4,8 @@
     <output_file>_temp/rank_<r>.json       JSON lines {"index": 17, "row": {...}}, appended by data-parallel rank r
 
 A row and its index are one line, so no kill can part them: a torn last line is cut off when the run goes on, and the
-places taken are read back from all files, whatever the number of ranks that wrote them.
+places taken are read back from all files, whatever the number of ranks that wrote them. Rows stay on the disk: what is
+in memory is a byte for each of them, and 12 while they are merged.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_aligner.data.jsonl import Row, dump_row
-from nemo_aligner.errors import OutputError
+import numpy as np
+
+from nemo_aligner.data.jsonl import Row, dump_row, parse_line
+from nemo_aligner.errors import DataError, OutputError
 from nemo_aligner.files import write_atomically, writing
 from nemo_aligner.ranks import together
 
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
+
+_PAGE = 4096
 
 
 class _Cluster(Protocol):
@@ -53,6 +58,38 @@ def refuse_other_run(output_file: str | Path, fingerprint: Callable[[], Mapping[
             _same_run(folder, fingerprint())
 
 
+class Indices(Set[int]):
+    """Indices of rows, a byte for each where they stand close together, as they do in the end."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self._count = 0
+
+    def add(self, index: int) -> bool:
+        """Whether it is new."""
+        number, place = divmod(index, _PAGE)
+        page = self._pages.get(number)
+        if page is None:
+            page = self._pages[number] = bytearray(_PAGE)
+        new = not page[place]
+        page[place] = 1
+        self._count += new
+        return new
+
+    def __contains__(self, index: object) -> bool:
+        if not isinstance(index, int):
+            return False
+        page = self._pages.get(index // _PAGE)
+        return page is not None and bool(page[index % _PAGE])
+
+    def __iter__(self) -> Iterator[int]:
+        for number, page in sorted(self._pages.items()):
+            yield from (number * _PAGE + place for place, there in enumerate(page) if there)
+
+    def __len__(self) -> int:
+        return self._count
+
+
 class Journal:
     """Rows of one run, each with its place (`index`) in the final file.
 
@@ -67,8 +104,10 @@ class Journal:
         with together(cluster):
             if cluster.is_main:
                 self._prepare(fingerprint)
-        self.done: set[int] = {index for index, _, _ in _entries(self.folder)}
+        self.done = Indices()
         """Indices whose rows are on disk."""
+        for index, _, _ in _entries(self.folder):
+            self.done.add(index)
 
     def _prepare(self, fingerprint: Mapping[str, Any]) -> None:
         with writing(self.folder):
@@ -94,38 +133,46 @@ class Journal:
             os.fsync(stream.fileno())
         self._buffer.clear()
 
-    def merged(self, count: int) -> Iterator[tuple[int, Row]]:
-        """Each (index, row) of `count` once, in the order of the indices; rows are read one at a time.
+    def merged(self, count: int) -> MergedRows:
+        """The rows of all `count` indices. Raises OutputError where some are not there any more."""
+        return MergedRows(self.folder, count)
 
-        Raises OutputError, before the first one, where some are not there any more.
-        """
-        places = {index: (path, offset) for index, path, offset in _entries(self.folder)}
-        gone = count - len(places.keys() & range(count))
+
+class MergedRows(Sequence[Row]):
+    """Rows of all files of a journal by their indices, read when asked for."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        files = _files(folder)
+        numbers = {path: number for number, path in enumerate(files)}
+        self._file, self._offset = np.full(count, -1, dtype=np.int32), np.empty(count, dtype=np.int64)
+        for index, path, offset in _entries(folder):
+            if index >= count:
+                raise OutputError(f"{path}: row {index} of {count} at byte {offset}: damaged; remove that line")
+            self._file[index], self._offset[index] = numbers[path], offset
+        gone = int((self._file < 0).sum())
         if gone:
             raise OutputError(
-                f"{self.folder}: {gone} of {count} rows are not there any more, somebody removed them during the run; "
+                f"{folder}: {gone} of {count} rows are not there any more, somebody removed them during the run; "
                 "run the same command again to make them"
             )
-        assert len(places) == count, "no other index was given"
-        streams = {path: path.open("rb") for path, _ in places.values()}
-        try:
-            for index in sorted(places):
-                path, offset = places[index]
-                streams[path].seek(offset)
-                yield index, json.loads(streams[path].readline())["row"]
-        finally:
-            for stream in streams.values():
-                stream.close()
+        self._streams = [path.open("rb") for path in files]  # as long as somebody may ask
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: Any) -> Any:
+        stream = self._streams[self._file[index]]
+        stream.seek(self._offset[index])
+        return json.loads(stream.readline())["row"]
 
 
 def check_journal(folder: Path) -> tuple[int, bool]:
     """How many rows a journal has, and whether a kill cut one off. Raises OutputError for what damages it otherwise."""
     _fingerprint(folder)
-    seen: set[int] = set()
+    seen = Indices()
     for index, path, offset in _entries(folder, until_torn=True):
-        if index in seen:
+        if not seen.add(index):
             raise OutputError(f"{path}: row {index} is there twice; its second line begins at byte {offset}")
-        seen.add(index)
     return len(seen), any(_is_torn(path) for path in _files(folder))
 
 
@@ -148,9 +195,12 @@ def _entries(folder: Path, *, until_torn: bool = False) -> Iterator[tuple[int, P
                 if until_torn and not line.endswith(b"\n"):
                     break
                 try:
-                    yield json.loads(line)["index"], path, offset
-                except (ValueError, KeyError, TypeError):
-                    raise OutputError(f"{path}:{number}: damaged; remove that line to make its row again") from None
+                    index = parse_line(line, path, number)["index"]
+                except (DataError, KeyError):
+                    index = None
+                if not isinstance(index, int) or index < 0:
+                    raise OutputError(f"{path}:{number}: damaged; remove that line to make its row again")
+                yield index, path, offset
                 offset += len(line)
 
 

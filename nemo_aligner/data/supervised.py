@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Row, Rows
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.token_texts import TextTokenizer, continuation, drawn_tokens
 from nemo_aligner.errors import ConfigError, DataError
+from nemo_aligner.records import Turns
 
 log = logging.getLogger(__name__)
 
@@ -138,15 +142,24 @@ def truncated(
 
 
 def chat_examples(
-    rows: Rows, template: ChatTemplate, tokenizer: TextTokenizer, *, answer_only: bool, limit: int
+    rows: Rows,
+    template: ChatTemplate,
+    tokenizer: TextTokenizer,
+    config: SFTDatasetConfig,
+    *,
+    answer_only: bool,
+    max_length: int,
 ) -> list[Example]:
-    """Conversations through a chat template; the assistant's turns are the targets."""
-    examples, dropped = [], 0
+    """Conversations through a chat template.
+
+    The assistant's turns are the targets; of a row that holds its answer under `label_key`, as samplers write it, the
+    answer alone, and what the template puts behind it.
+    """
+    examples, dropped, limit = [], 0, min(config.max_seq_length, max_length)
     for index, row in enumerate(rows):
         tokens: list[int] = []
         mask: list[int] = []
-        for text, is_target in template.segments(row, str(rows.path), rows.numbers[index]):
-            ids = continuation(tokenizer, tokens, text)
+        for ids, is_target in _chat_pieces(row, template, tokenizer, config, str(rows.path), rows.numbers[index]):
             tokens += ids
             mask += [int(is_target or not answer_only)] * len(ids)
         tokens, mask = tokens[:limit], mask[:limit]
@@ -158,13 +171,46 @@ def chat_examples(
     return examples
 
 
+def _chat_pieces(
+    row: Row, template: ChatTemplate, tokenizer: TextTokenizer, config: SFTDatasetConfig, path: str, line: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Token ids of a conversation, and whether they are targets, one piece going on from another."""
+    turns, before = Turns.of(row, None), list[int]()
+    if turns is None or turns.answered or not isinstance(row.get(config.label_key), str):
+        for place, (text, is_target) in enumerate(template.segments(row, path, line)):
+            ids = continuation(tokenizer, before, text)
+            ids = ids if place or not config.add_bos else with_bos(ids, tokenizer.bos_id)
+            before += ids
+            yield ids, is_target
+        return
+    frame, answer = template.frame(row, path, line), row[config.label_key]
+    prompt = tokenizer.encode(frame.prompt)
+    yield with_bos(prompt, tokenizer.bos_id if config.add_bos else None), False
+    drawn = drawn_tokens(row, config.label_key, answer, prompt, tokenizer)
+    if drawn is None:
+        drawn = continuation(tokenizer, prompt, answer + frame.closing)
+    else:
+        drawn = drawn + continuation(tokenizer, prompt + drawn, frame.closing)
+    yield drawn, True
+    yield continuation(tokenizer, prompt + drawn, frame.rest), False
+
+
 def preference_examples(
-    rows: Sequence[tuple[Row, Row]], tokenizer: TextTokenizer, *, eos: bool, limit: int, source: str
+    rows: Sequence[tuple[Any, Any]],
+    tokenizer: TextTokenizer,
+    *,
+    eos: bool,
+    limit: int,
+    source: str,
+    text: Callable[[Any], str] = itemgetter("text"),
 ) -> list[Example]:
-    """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`."""
+    """Pairs of texts; one with a side longer than `limit` tokens is left out, and counted in the log under `source`.
+
+    `text` is that of a side.
+    """
     examples = []
     for pair in rows:
-        sides = tuple(tokenizer.encode(row["text"]) + ([tokenizer.eos_id] if eos else []) for row in pair)
+        sides = tuple(tokenizer.encode(text(row)) + ([tokenizer.eos_id] if eos else []) for row in pair)
         if all(0 < len(side) <= limit for side in sides):
             examples.append(Example(sides, tuple([1] * len(side) for side in sides)))
     if len(examples) < len(rows):
@@ -178,13 +224,27 @@ def preference_examples(
     return examples
 
 
-def pairs_of(rows: Rows) -> list[tuple[Row, Row]]:
-    """Adjacent lines as (chosen, rejected). Raises DataError for an odd number."""
-    if len(rows) % 2:
-        raise DataError(
-            f"{len(rows)} rows; chosen and rejected texts come in pairs of adjacent lines", rows.path, rows.numbers[-1]
-        )
-    return [(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
+class Pairs(Sequence[tuple[Row, Row]]):
+    """Adjacent lines as (chosen, rejected), read when asked for. Raises DataError for an odd number."""
+
+    unit = "pairs"
+
+    def __init__(self, rows: Rows) -> None:
+        self.path, self.numbers, self._rows = rows.path, rows.numbers[::2], rows
+        if len(rows) % 2:
+            raise DataError(
+                f"{len(rows)} rows; chosen and rejected texts come in pairs of adjacent lines",
+                rows.path,
+                rows.numbers[-1],
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows) // 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._rows[2 * index], self._rows[2 * index + 1]
 
 
 def _report(rows: Rows, dropped: int, cut: int, limit: int) -> None:

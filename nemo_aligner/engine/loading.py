@@ -14,7 +14,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints import nemo_archive, resident
 from nemo_aligner.engine.checkpoints.hf_settings import named
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
@@ -96,6 +96,7 @@ class LoadedModel:
     run: RunOptions
     source: Path  # the archive it came from
     merges_adapter: bool = False  # before it is written
+    digest: str | None = None  # of the archive whose weights these are, all of them; None also where nobody asks
 
 
 def load_for_inference(
@@ -197,8 +198,17 @@ def _load(
         arch = replace(arch, reward_model_type=new_head)
     if encoder_seq_length is not None:
         arch = replace(arch, encoder_seq_length=encoder_seq_length)
+    digest = None if adapter is not None or head_is_new else resident.digest_of(path, cluster)
+    stayed = resident.take(arch, digest, run.dtype, cluster)
+    if stayed is not None:
+        if cluster.is_main:
+            log.info("%s is in memory already", path)
+        arch, tokenizer = _with_vocabulary(path, arch, stayed.tokenizer, key)
+        module = build_model(arch, run)
+        resident.fill(module, stayed.weights)
+        return LoadedModel(module, arch, tokenizer, run, source, digest=digest)
     with nemo_archive.open_archive(base, cluster, key=key) as folder:
-        arch, tokenizer = _with_vocabulary(path, folder, arch, key)
+        arch, tokenizer = _opened(path, folder, arch, key)
         module = build_model(arch, run)
         nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new, key=key)
     if adapter is not None:
@@ -207,15 +217,20 @@ def _load(
         if merge:
             module.adapters.dissolve(module)
             arch = replace(arch, peft=None)
-    return LoadedModel(module, arch, tokenizer, run, source)
+    return LoadedModel(module, arch, tokenizer, run, source, digest=digest)
+
+
+def _opened(path: str | Path, folder: Path, arch: Architecture, key: str) -> tuple[Architecture, ArchiveTokenizer]:
+    """The shape with its vocabulary, and the tokenizer, of an opened archive."""
+    with placed(named(key, path)):
+        tokenizer = load_tokenizer(folder, arch)
+    return _with_vocabulary(path, arch, tokenizer, key)
 
 
 def _with_vocabulary(
-    path: str | Path, folder: Path, arch: Architecture, key: str
+    path: str | Path, arch: Architecture, tokenizer: ArchiveTokenizer, key: str
 ) -> tuple[Architecture, ArchiveTokenizer]:
     """The shape with its vocabulary, which archives of NeMo leave to the tokenizer, and this tokenizer."""
-    with placed(named(key, path)):
-        tokenizer = load_tokenizer(folder, arch)
     if not arch.vocab_size:
         arch = replace(arch, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > arch.vocab_size:
@@ -247,6 +262,6 @@ def described_archive(path: str | Path, cluster: MegatronCluster, *, key: str) -
         yield DescribedArchive(loaded.arch, loaded.tokenizer, LazyTensors.of(weights))
         return
     with nemo_archive.open_archive(path, cluster, key=key) as folder:
-        arch, tokenizer = _with_vocabulary(path, folder, arch, key)
+        arch, tokenizer = _opened(path, folder, arch, key)
         model = build_model(arch, RunOptions(dtype=parse_precision(arch.precision), shapes_only=True))
         yield DescribedArchive(arch, tokenizer, nemo_archive.whole_tensors(model, folder))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.algorithms.statistics import finite
-from nemo_aligner.records import Keys, part_name
+from nemo_aligner.records import Keys, Turns, part_name
 from nemo_aligner.report.figures import quantiles, summary
 
 Row = dict[str, Any]
@@ -89,12 +89,10 @@ def _mean(values: list[float]) -> float | None:
 
 def prompt_text(row: Row, keys: Keys) -> str | None:
     """The prompt as a person reads it: its text, or the turns of a conversation; None where it has neither."""
-    given = row.get(keys.input, row.get("messages"))
-    if isinstance(given, str):
+    if isinstance(given := row.get(keys.input), str):
         return given
-    if isinstance(given, list) and given and all(isinstance(turn, dict) and "content" in turn for turn in given):
-        return "\n\n".join(f"{turn.get('role', '?')}: {turn['content']}" for turn in given)
-    return None
+    turns = Turns.of(row, keys.input)
+    return None if turns is None else turns.shown
 
 
 def columns_of(rows: Iterable[Row], keys: Keys, limit: int = ROWS) -> tuple[Columns, int]:
@@ -115,7 +113,8 @@ def columns_of(rows: Iterable[Row], keys: Keys, limit: int = ROWS) -> tuple[Colu
         found.output.append(row[keys.output])
         found.reward.append(_number(row.get(keys.reward)))
         kept.append(row.get("kept", row.get("trained")))
-        skipped = {keys.input, keys.output, keys.reward, "messages", *_OWN}
+        turns = Turns.of(row, keys.input)
+        skipped = {keys.input, keys.output, keys.reward, *_OWN, *([] if turns is None else [turns.field])}
         extras.append({name: value for name, value in row.items() if name not in skipped})
     found.prompts = list(places)
     part = part_name("", keys.reward)

@@ -7,15 +7,28 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from nemo_aligner.records import Turns
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response to be judged, with the other fields of its prompt's row; `where` names the row in messages."""
+    """A response to be judged, with the other fields of its prompt's row; `where` names the row in messages.
+
+    Of a conversation `prompt` is the text of the turn that is answered, and `turns` are all of them, which are among
+    the `fields` too.
+    """
 
     prompt: str
     response: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    turns: Turns | None = None
+
+    def row(self, input_key: str, output_key: str) -> dict[str, Any]:
+        """As a row of samples: the prompt under `input_key`, or the turns under the name that they have."""
+        prompt = {input_key: self.prompt} if self.turns is None else {self.turns.field: self.turns.given}
+        answer = {} if self.turns is not None and self.turns.answered else {output_key: self.response}
+        return {**self.fields, **prompt, **answer}
 
 
 @dataclass(frozen=True)

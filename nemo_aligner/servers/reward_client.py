@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +26,7 @@ from nemo_aligner.errors import ServerError
 from nemo_aligner.rewards.interfaces import Candidate, Outcome
 from nemo_aligner.servers.wire import (
     ARCHIVE,
+    CONVERSATIONS,
     ERROR,
     FIELDS,
     PARTS,
@@ -35,6 +36,7 @@ from nemo_aligner.servers.wire import (
     SENTENCES,
     SERVER_FAILED,
     RequestError,
+    conversation_of,
     outcome_of,
 )
 
@@ -64,6 +66,7 @@ class RewardClient:
         self._closed = threading.Event()
         self._hurried = False
         self.reads_parts = False  # known once it is ready: it takes prompt, response and fields apart
+        self.reads_conversations = False  # as well
         self._without_since: float | None = None  # the server is ready, and has no such model
         self._lock = threading.Lock()
         self.archive: str | None = None  # sha256: of the model that gave the first reward of the run
@@ -151,7 +154,8 @@ class RewardClient:
             names = [part.get("name") for part in about.get(kind, [])]
             if wanted not in names:
                 raise ServerError(f"{self._url}/{path} has the {kind} {names}, not {wanted}; is {KEY}.name right?")
-        self.reads_parts = RESPONSES in [part.get("name") for part in about.get("inputs", [])]
+        names = [part.get("name") for part in about.get("inputs", [])]
+        self.reads_parts, self.reads_conversations = RESPONSES in names, CONVERSATIONS in names
         if not batching.get("max_batch_size"):
             raise ServerError(f"{self._url}/{path} takes no batches (max_batch_size 0), and texts are sent in batches")
         return None
@@ -169,22 +173,32 @@ class RewardClient:
                 self._refuse_token()
             raise
 
-    def submit(self, texts: Sequence[str]) -> Future[list[float]]:
-        """Rewards of `texts`, in their order, to come."""
-        sentences = _column(texts)
-        return self._threads.submit(lambda: _floats(self._answer({SENTENCES: sentences})))
+    def submit(self, texts: Sequence[str], more: Mapping[str, np.ndarray] | None = None) -> Future[list[float]]:
+        """Rewards of `texts`, in their order, to come; `more` are other inputs."""
+        inputs = {SENTENCES: _column(texts), **(more or {})}
+        return self._threads.submit(lambda: _floats(self._answer(inputs)))
 
     def judge(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         """Outcomes of `candidates`, in their order, to come; of a server with reward functions they hold the fields."""
+        chats = {}
+        chat = next((candidate for candidate in candidates if candidate.turns is not None), None)
+        if chat is not None:
+            if self.reads_conversations:
+                entries = [[conversation_of(candidate)] for candidate in candidates]
+                chats[CONVERSATIONS] = np.array(entries, dtype=object)
+            elif not self.reads_parts:
+                raise ServerError(
+                    f"the reward model at {self._url} takes texts alone, and {chat.where} is a conversation"
+                )
         if not self.reads_parts:
-            texts = self.submit([candidate.prompt + candidate.response for candidate in candidates])
-            return _then(texts, lambda scores: [Outcome(score) for score in scores])
+            texts = ["" if c.turns is not None else c.prompt + c.response for c in candidates]
+            return _then(self.submit(texts, chats), lambda scores: [Outcome(score) for score in scores])
         columns = {
             PROMPTS: [candidate.prompt for candidate in candidates],
             RESPONSES: [candidate.response for candidate in candidates],
             FIELDS: [dump_row(candidate.fields) for candidate in candidates],
         }
-        inputs = {name: _column(own) for name, own in columns.items()}
+        inputs = {name: _column(own) for name, own in columns.items()} | chats
         return self._threads.submit(lambda: [outcome_of(raw) for raw in self._answer(inputs)[PARTS][:, 0]])
 
     def hurry(self) -> None:

@@ -30,6 +30,7 @@ from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 from nemo_aligner.servers.wire import (
     ADD_EOS,
     ARCHIVE,
+    CONVERSATIONS,
     ERROR,
     EXCEEDED,
     FIELDS,
@@ -134,6 +135,11 @@ def answer_requests(
     return answers
 
 
+def _done(work: Callable[[], None]) -> bool:
+    work()
+    return True
+
+
 def serve(
     config: ServingConfig,
     reader: RequestReader,
@@ -141,8 +147,12 @@ def serve(
     run: Callable[[], None],
     token: str | None = None,
     judge: Judge | None = None,
+    start: Callable[[Callable[[], None]], bool] = _done,
 ) -> None:
-    """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError."""
+    """Serve those who know `token`, or everybody without one, until `run` returns. Raises ServerError.
+
+    `start` does what it is given, which takes seconds, and says whether it was done; if not, nothing is served.
+    """
     find_shared_python()
     check_port_is_free(config.ip, config.port)
     from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -155,7 +165,9 @@ def serve(
     def handle(requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
         return answer_requests([request.data for request in requests], reader, score, judge)
 
-    more_inputs, more_outputs = ((), ()) if judge is None else ((PROMPTS, RESPONSES, FIELDS), (PARTS,))
+    more_inputs = [] if judge is None else [PROMPTS, RESPONSES, FIELDS]
+    more_inputs += [] if reader.texts is None else [CONVERSATIONS]
+    more_outputs = [] if judge is None else [PARTS]
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     root = scratch_root()
@@ -211,7 +223,7 @@ def serve(
         )
         try:
             with roomy_stacks():
-                triton.run()
+                started = start(triton.run)
         except Exception as fault:
             triton.stop()
             said = (
@@ -220,8 +232,9 @@ def serve(
             reason = " ".join((said or [str(fault)])[-1].split())
             raise ServerError(f"Triton did not start on {config.ip}:{config.port}: {reason}") from None
         try:
-            with open_doors(Gate(f"http://127.0.0.1:{inner}", access), [door]):
-                run()
+            if started:
+                with open_doors(Gate(f"http://127.0.0.1:{inner}", access), [door]):
+                    run()
         finally:
             log.info("the reward server stops, which takes some seconds")
             triton.stop()

@@ -7,6 +7,9 @@ inputs    sentences         bytes  [B, 1]   UTF-8 texts, prompt and response tog
           prompts           bytes  [B, 1]   of a server with reward functions, instead of sentences:
           responses         bytes  [B, 1]   prompt and response apart,
           fields            bytes  [B, 1]   and a JSON object with the other fields of the row, or nothing
+          conversations     bytes  [B, 1]   JSON {"messages", "response"}, perhaps "tools" and "chat_template_kwargs",
+                                            for the reward model's chat template; alone, or beside sentences or
+                                            responses, of which those count whose conversation is empty
 outputs   rewards           float32 [B, 1]  NaN where there is an error
           exceeded          int32   [B, 1]  1 where the text was longer than the model's context, and was cut; -1: error
           error             bytes   [B, 1]  why the row could not be scored, in one line; empty where it was
@@ -26,19 +29,24 @@ from typing import Any
 
 import numpy as np
 
+from nemo_aligner.data.conversations import check_turns, plain_form
 from nemo_aligner.data.jsonl import dump_row
 from nemo_aligner.data.judged_text import ended
+from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.engine.interfaces import Tokenizer
 from nemo_aligner.errors import AlignerError, DataError
+from nemo_aligner.records import Turns
 from nemo_aligner.rewards.interfaces import Candidate, Judgement, Outcome
 
 SENTENCES, TOKENS, LENGTHS, ADD_EOS = "sentences", "tokens", "sequence_lengths", "add_EOS"
 PROMPTS, RESPONSES, FIELDS, PARTS = "prompts", "responses", "fields", "parts"
+CONVERSATIONS = "conversations"
 REWARDS, EXCEEDED, ERROR, ARCHIVE = "rewards", "exceeded", "error", "archive"
 
 SERVER_FAILED = "the server failed; its log says why"
 """The error of every row of a request that may be asked again, of this server or one started in its place."""
 
+_RESPONSE = "response"
 _Row = Callable[[], list[int]]
 
 
@@ -63,6 +71,7 @@ class RequestReader:
     `limit` is the model's context, `vocab_size` its vocabulary, `append_eod` whether it was trained on texts with EOS,
     `archive` the sha256 of its archive.
     `check_fields` raises DataError for fields that reward functions cannot do without; None: no functions are served.
+    `texts` renders conversations; None: none are taken, as there is no reward model.
     """
 
     tokenizer: Tokenizer
@@ -72,12 +81,16 @@ class RequestReader:
     max_text_bytes: int
     check_fields: Callable[[Mapping[str, Any]], None] | None = None
     archive: str = ""
+    texts: RowTexts | None = None
 
     def read(self, inputs: Mapping[str, np.ndarray]) -> Texts:
         """Raises RequestError, naming the input, for what is wrong with the request as a whole."""
         if RESPONSES in inputs:
             candidates = self._candidates(inputs)
             rows = self._texts([_bytes(c.prompt + c.response) for c in candidates], RESPONSES)
+        elif CONVERSATIONS in inputs and not {SENTENCES, TOKENS} & inputs.keys():
+            rows = self._texts([b""] * len(inputs[CONVERSATIONS]), CONVERSATIONS)
+            candidates = [Candidate("", "", {}, f"row {i}") for i in range(len(rows))]
         elif (SENTENCES in inputs) == (TOKENS in inputs):
             raise RequestError(f"{SENTENCES}: give either {SENTENCES}, or {TOKENS} with {LENGTHS}")
         elif SENTENCES in inputs:
@@ -88,6 +101,8 @@ class RequestReader:
             rows, candidates = self._token_rows(inputs), []
         else:
             raise RequestError(f"{TOKENS}: reward functions read texts; give {PROMPTS} and {RESPONSES}")
+        if CONVERSATIONS in inputs:
+            rows = self._with_conversations(rows, candidates, inputs)
         ends = self._ends(inputs.get(ADD_EOS), len(rows))
         found = Texts([], [], [], candidates)
         for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
@@ -116,9 +131,37 @@ class RequestReader:
             if len(column) != len(responses):
                 raise RequestError(f"{name}: {len(column)} for {len(responses)} {RESPONSES}")
         return [
-            Candidate(_text(prompt, PROMPTS, i), _text(response, RESPONSES, i), _object(own, i), f"row {i}")
+            Candidate(_text(prompt, PROMPTS, i), _text(response, RESPONSES, i), _object(own, FIELDS, i), f"row {i}")
             for i, (prompt, response, own) in enumerate(zip(*columns.values(), strict=True))
         ]
+
+    def _with_conversations(
+        self, rows: list[_Row], candidates: list[Candidate], inputs: Mapping[str, np.ndarray]
+    ) -> list[_Row]:
+        """Rows as they are, but for those of a conversation; where responses are not apart, candidates get theirs."""
+        given = _column(inputs[CONVERSATIONS], CONVERSATIONS)
+        if len(given) != len(rows):
+            raise RequestError(f"{CONVERSATIONS}: {len(given)} for {len(rows)} texts")
+        found = list(rows)
+        for i, raw in enumerate(given):
+            if not raw:
+                continue
+            row = _object(raw, CONVERSATIONS, i)
+            found[i] = functools.partial(self._from_conversation, i, row)
+            turns = Turns.of(row, None)
+            if RESPONSES not in inputs and candidates and turns is not None:
+                fields = {name: value for name, value in row.items() if name != _RESPONSE}
+                candidates[i] = Candidate("", str(row.get(_RESPONSE, "")), fields, f"row {i}", turns)
+        return found
+
+    def _from_conversation(self, index: int, row: Mapping[str, Any]) -> list[int]:
+        if self.texts is None:
+            raise RequestError(f"{CONVERSATIONS}: no reward model is served that would read them")
+        where, turns = f"{CONVERSATIONS}: row {index}", Turns.of(row, None)
+        if turns is None or not isinstance(row.get(_RESPONSE), str):
+            raise RequestError(f'{where} is no {{"messages": [...], "response": "..."}}')
+        check_turns(dict(row), turns, output_key=None, path=where, line=None)
+        return self._from_text(CONVERSATIONS, index, _bytes(self.texts.text(dict(row), _RESPONSE, where)))
 
     def _texts(self, texts: Sequence[bytes], name: str) -> list[_Row]:
         return [functools.partial(self._from_text, name, i, raw) for i, raw in enumerate(texts)]
@@ -186,14 +229,21 @@ def _bytes(text: str) -> bytes:
     return text.encode()
 
 
-def _object(raw: bytes, index: int) -> dict[str, Any]:
+def _object(raw: bytes, name: str, index: int) -> dict[str, Any]:
     try:
         value = json.loads(raw) if raw else {}
     except (ValueError, RecursionError) as fault:
-        raise RequestError(f"{FIELDS}: row {index} is not valid JSON ({fault})") from None
+        raise RequestError(f"{name}: row {index} is not valid JSON ({fault})") from None
     if not isinstance(value, dict):
-        raise RequestError(f"{FIELDS}: row {index} is no JSON object")
+        raise RequestError(f"{name}: row {index} is no JSON object")
     return value
+
+
+def conversation_of(candidate: Candidate) -> bytes:
+    """A candidate as an entry of the input `conversations`; empty for a plain one. Raises DataError."""
+    if candidate.turns is None:
+        return b""
+    return dump_row({**plain_form(dict(candidate.fields), candidate.where), _RESPONSE: candidate.response}).encode()
 
 
 def told(judgement: Judgement) -> bytes:

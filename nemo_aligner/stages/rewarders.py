@@ -13,6 +13,7 @@ from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan, RewardSources
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import Row
 from nemo_aligner.data.judged_text import TextEncoder
+from nemo_aligner.records import Keys, Sample
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Outcome, Source
 from nemo_aligner.rewards.mixture import Mixture
@@ -49,9 +50,12 @@ def rewarder_of(plan: RewardPlan, functions: Functions | None, model: Source | N
     return Mixture(sources, plan.weights, apart=bool(plan.functions))
 
 
-def candidate_of(row: Row, where: tuple[str, int], input_key: str, output_key: str) -> Candidate:
-    """A row with prompt and response, as reward functions see it."""
-    return Candidate(row[input_key], row[output_key], all_but(input_key, output_key)(row), "{}:{}".format(*where))
+def candidate_of(row: Row, where: tuple[str, int], keys: Keys) -> Candidate:
+    """A row with prompt and response, as reward functions see it; the turns of a conversation are a field too."""
+    sample = Sample.of(row, keys)
+    return Candidate(
+        sample.input, sample.output, all_but(keys.input, keys.output)(row), "{}:{}".format(*where), sample.turns
+    )
 
 
 def check_fields(functions: Functions | None, rows: Blend | None, others: Callable[[Row], Row]) -> None:
@@ -84,8 +88,7 @@ class ModelSource(_AtOnce):
 
     def submit(self, candidates: Sequence[Candidate]) -> Future[list[Outcome]]:
         data = self._data
-        rows = [{**c.fields, data.input_key: c.prompt, data.output_key: c.response} for c in candidates]
-        tokens = [self._encoder.tokens(row) for row in rows]
+        tokens = [self._encoder.tokens(c.row(data.input_key, data.output_key), c.where) for c in candidates]
         self.tokens += sum(map(len, tokens))
         scores = self._model.score(tokens, data.micro_batch_size) if tokens else []
         return _known([_outcome(score[0]) for score in scores])

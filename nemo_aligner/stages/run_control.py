@@ -29,6 +29,10 @@ def parse_duration(text: str, key: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+class _ToldError(BaseException):
+    """A signal came; passes by those who catch every Exception."""
+
+
 class StopSignal:
     """Used as a context manager: notes SIGTERM, SIGUSR1 and SIGINT, and passes them on to our own ranks.
 
@@ -39,6 +43,7 @@ class StopSignal:
     def __init__(self, also: Callable[[], None] = lambda: None) -> None:
         self._also = also
         self.name: str | None = None  # of the signal that came
+        self._breaks = False  # whether a signal ends at once what is under way
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -62,6 +67,22 @@ class StopSignal:
             signal_siblings(number)
         self.name = signal.Signals(number).name
         self._also()
+        if self._breaks:
+            self._breaks = False
+            raise _ToldError
+
+    def unless_told(self, work: Callable[[], object]) -> bool:
+        """Do `work` of others, which knows no end but its own: a signal ends it at once. Whether it was done."""
+        try:
+            self._breaks = True
+            if self.name is None:
+                work()
+            self._breaks = False
+        except _ToldError:
+            pass
+        finally:
+            self._breaks = False
+        return self.name is None
 
 
 class RunControl:

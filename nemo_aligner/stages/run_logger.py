@@ -20,6 +20,7 @@ from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.errors import OutputError, StoppedEarly
 from nemo_aligner.loggers import open_sinks
 from nemo_aligner.metrics import MetricsLogger
+from nemo_aligner.records import Keys, Sample
 from nemo_aligner.stages.checkpoint_names import log_dir
 
 
@@ -78,11 +79,17 @@ def _logger(
     logger.close()
 
 
-def one_of_each(rows: Iterable[Mapping[str, Any]], key: str, limit: int) -> Sequence[Mapping[str, Any]]:
-    """The first row of each of the first `limit` values of `key`."""
-    found: dict[Any, Mapping[str, Any]] = {}
+def one_of_each_prompt(
+    rows: Iterable[Mapping[str, Any]], keys: Keys, limit: int, fields: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The first row of each of the first `limit` prompts: prompt, response and `fields`."""
+    found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if len(found) == limit:
             break
-        found.setdefault(row[key], row)
+        sample = Sample.of(row, keys)
+        prompt = sample.input if sample.turns is None else sample.turns.shown
+        found.setdefault(
+            sample.prompt_id, {keys.input: prompt, keys.output: sample.output, **{name: row[name] for name in fields}}
+        )
     return [*found.values()]

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench/crash.py --kills 100 --seed 1 --json crash.json
 
 The commands are those of crash_jobs.py: sampler, labeler, SFT, reward model, actor with its server, evaluation, import
-and both online loops. One process of them, the first one, or all get SIGKILL or SIGTERM, at a random time or right
+and the online loops. One process of them, the first one, or all get SIGKILL or SIGTERM, at a random time or right
 before a random change of a file, which is inside a save, a merge or an import; the reward server's too. Then the same
 command is started again, at times on another number of ranks. Every line, tensor and file name must be as if nothing
 had been killed, no process and no temporary folder may be left. Exit status 1 where something is not.
@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -190,8 +191,9 @@ def crash(jobs: list[Job], kills: int, seed: int, work: Path, tell: Callable[[st
     references: dict[str, Reference] = {}
     done: list[dict[str, Any]] = []
     killed = 0
+    first = rng.sample(jobs, len(jobs))  # each is killed at least once, where there are kills enough
     while killed < kills:
-        job = rng.choices(jobs, [job.weight for job in jobs])[0]
+        job = first.pop() if first else rng.choices(jobs, [job.weight for job in jobs])[0]
         place = places[job.name]
         if job.name not in references:
             references[job.name] = Reference(place)
@@ -206,6 +208,7 @@ def crash(jobs: list[Job], kills: int, seed: int, work: Path, tell: Callable[[st
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with this
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of jobs, moments, signals and numbers of ranks")

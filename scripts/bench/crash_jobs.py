@@ -122,12 +122,12 @@ def evaluation(inputs: Path, out: Path, ranks: int, port: int) -> Invocation:
     )  # fmt: skip
 
 
-def loop(script: str) -> Callable[[Path, Path, int, int], Invocation]:
+def loop(*command: str) -> Callable[[Path, Path, int, int], Invocation]:
     def run(inputs: Path, out: Path, ranks: int, port: int) -> Invocation:
         stage = f"trainer.precision=32 trainer.devices={ranks}"
         data = "model.data.train_ds"
         return Invocation(
-            ["bash", script],
+            [*command],
             {
                 "TRAINING_ITERS": "2", "ROLLOUT_BATCH_SIZE": "3", "KEEP_SAMPLES": "4", "RESULT_PATH": f"{out}/loop",
                 "PROMPTS_PATH": f"{inputs}/prompts.jsonl", "POLICY_MODEL_PATH": f"{inputs}/sft_model.nemo",
@@ -152,8 +152,9 @@ JOBS = {
         Job("reward_model", reward_model, weight=2, most_kills=4),
         Job("actor", actor, most_kills=4, has_server=True),
         Job("evaluation", evaluation, weight=2),
-        Job("online_rs", loop("scripts/online_rs.sh"), weight=1, most_kills=6),
-        Job("online_rest", loop("scripts/online_rest.sh"), weight=1, most_kills=6),
+        Job("online_rs", loop("bash", "scripts/online_rs.sh"), weight=1, most_kills=6),
+        Job("online_rest", loop("bash", "scripts/online_rest.sh"), weight=1, most_kills=6),
+        Job("aligner_loop", loop(sys.executable, "-m", "nemo_aligner", "loop", "rs"), weight=1, most_kills=6),
     )
 }
 

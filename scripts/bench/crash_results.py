@@ -86,7 +86,7 @@ def results(out: Path, temporary: Path) -> Lines:
     for path in sorted(out.rglob("*")):
         if path.is_dir() or any((parent / "state.json").is_file() for parent in path.parents if parent != out):
             continue
-        for name, lines in _read(path):
+        for name, lines in _read(path, out):
             found.setdefault(str((path.parent / name).relative_to(out)), []).extend(lines)
     for state in sorted(out.rglob("state.json")):
         found[f"{state.parent.relative_to(out)}/"] = list(_checkpoint(state.parent))
@@ -96,7 +96,7 @@ def results(out: Path, temporary: Path) -> Lines:
     return found | {f"$TMPDIR/{name}": [] for name in left}
 
 
-def _read(path: Path) -> Iterator[tuple[str, Iterable[str]]]:
+def _read(path: Path, out: Path) -> Iterator[tuple[str, Iterable[str]]]:
     if path.suffix == ".nemo":
         yield path.name, _archive(path)
     elif path.name.startswith(_EVENTS):
@@ -108,7 +108,7 @@ def _read(path: Path) -> Iterator[tuple[str, Iterable[str]]]:
     elif path.name == "iterations.jsonl":
         yield path.name, (_without(json.loads(line), "seconds/") for line in path.read_text().splitlines())
     elif path.name.endswith(".meta.json") or path.name == "run.json":
-        yield path.name, [_provenance(json.loads(path.read_text()))]
+        yield path.name, [_provenance(json.loads(path.read_text()), out)]
     elif path.name == "seconds.log":  # a stage that was begun twice took the time of both
         yield path.name, []
     else:
@@ -120,8 +120,11 @@ def _without(row: dict[str, Any], prefix: str) -> str:
     return json.dumps({name: None if name.startswith(prefix) else value for name, value in row.items()})
 
 
-def _provenance(meta: dict[str, Any]) -> str:
+def _provenance(meta: dict[str, Any], out: Path) -> str:
+    """Without the hash of an archive of the run itself: each rank writes a part, so that its bytes depend on them."""
     del meta["config"]["trainer"]["devices"]
+    if str(meta["config"].get("gpt_model_file")).startswith(f"{out}/"):
+        del meta["archive_sha256"]
     return json.dumps({name: value for name, value in meta.items() if name not in ("created", "started")})
 
 

@@ -7,6 +7,8 @@ repeated_held_out_prompts.jsonl
 pairs.jsonl             {"text": such a prompt with the opening of a sentence, and its rest}: chosen is a positive
                         sentence, rejected a negative one of like length
 held_out_pairs.jsonl    the same from other sentences
+gold_pairs.jsonl, held_out_gold_pairs.jsonl
+                        with --gold-pairs, the same from the last sentence of IMDB reviews: other writers, other films
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ def openings(reviews: list[dict[str, str]], count: int, rng: random.Random) -> l
     return [{"input": chat_prompt(" ".join(text[: rng.randint(3, 5)]))} for text in words]
 
 
+def conclusions(reviews: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The last sentence of each review, where it mostly says what was thought of the film."""
+    return [{**review, "text": re.split(r"(?<=[.!?])\s+", tidy(review["text"]))[-1]} for review in reviews]
+
+
 def pairs(sentences: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, str]]:
     """Positive and negative sentences matched by length, so that length says nothing of which is preferred.
 
@@ -73,6 +80,7 @@ def main() -> None:
     parser.add_argument("--repeat-held-out", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=1600)
     parser.add_argument("--held-out-pairs", type=int, default=200)
+    parser.add_argument("--gold-pairs", type=int, default=0, help="for a second reward model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -91,6 +99,12 @@ def main() -> None:
     write_jsonl(args.folder / "prompts.jsonl", openings(imdb[args.held_out_prompts :], args.prompts, rng))
     write_jsonl(args.folder / "held_out_pairs.jsonl", pairs(held_out_sentences, args.held_out_pairs, rng))
     write_jsonl(args.folder / "pairs.jsonl", pairs(sentences, args.pairs, rng))
+    if args.gold_pairs:
+        unseen = conclusions(imdb[args.held_out_prompts + args.prompts :])
+        kept_back = max(1, len(unseen) // 6)
+        gold = args.folder / "gold_pairs.jsonl"
+        write_jsonl(gold.with_name(f"held_out_{gold.name}"), pairs(unseen[:kept_back], args.held_out_pairs, rng))
+        write_jsonl(gold, pairs(unseen[kept_back:], args.gold_pairs, rng))
 
 
 if __name__ == "__main__":

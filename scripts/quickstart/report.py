@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,16 @@ def samples_text(result: Result, count: int = 5) -> str:
     return "\n".join(parts) + "\n"
 
 
+def save(figure: Any, path: Path) -> None:
+    """A figure of matplotlib as PNG, whole or not at all; it is closed."""
+    from matplotlib import pyplot
+
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    write_atomically(path, [image.getvalue()])
+
+
 def plot(result: Result, path: Path) -> None:
     import matplotlib
 
@@ -165,9 +176,7 @@ def plot(result: Result, path: Path) -> None:
     right.set_ylabel("KL to the start model (nats a response)")
     axes.legend(handles=[reward, kl], loc="upper left")
     figure.tight_layout()
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save(figure, path)
 
 
 def main() -> None:

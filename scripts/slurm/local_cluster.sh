@@ -6,7 +6,8 @@
 #
 # Needs Debian's packages slurm-wlm and munge; as root it installs them. State is kept in $SLURM_LOCAL_DIR (default
 # /tmp/nemo_aligner_slurm). Each node claims $SLURM_LOCAL_CPUS processors (default 8), whatever the machine has. The
-# daemons listen on $SLURM_LOCAL_PORT (default 26817) and the two ports after it.
+# daemons listen on $SLURM_LOCAL_PORT (default 26817) and the two ports after it. Jobs of the partition `urgent` take the
+# nodes of those of `local`, the default, which are requeued; a requeued job begins again after some ten seconds.
 set -euo pipefail
 
 state=${SLURM_LOCAL_DIR:-/tmp/nemo_aligner_slurm} cpus=${SLURM_LOCAL_CPUS:-8} port=${SLURM_LOCAL_PORT:-26817}
@@ -33,7 +34,7 @@ SlurmctldPort=$port
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
-AuthInfo=socket=$state/munge.socket
+AuthInfo=socket=$state/munge.socket,cred_expire=10
 CredType=cred/munge
 MpiDefault=none
 StateSaveLocation=$state/state
@@ -55,7 +56,10 @@ ReturnToService=2
 KillWait=15
 NodeName=n0 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$cpus State=UNKNOWN
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=$cpus State=UNKNOWN
-PartitionName=local Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=local Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=urgent Nodes=n0,n1 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2
 EOF
 }
 
@@ -100,5 +104,5 @@ stop() {
 case ${1:-} in
   start) start ;;
   stop) stop ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 1 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac

@@ -6,12 +6,11 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.functional.conftest import ENV, ROOT, Workshop, run
+from tests.functional.conftest import ENV, ROOT, Workshop, run, wait_for
 
 SAMPLER = "examples/nlp/gpt/offline/launch_random_sampler.py"
 LABELER = "examples/nlp/gpt/offline/launch_reward_labeler.py"
@@ -201,11 +200,3 @@ def test_a_quickstart_whose_server_dies_ends_at_once_and_names_its_log(tmp_path:
         process.kill()
     assert process.returncode == 1, said
     assert f"error: the reward server has ended; its log, {tmp_path}/reward_server.log, says: " in said
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    for _ in range(int(seconds * 10)):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")

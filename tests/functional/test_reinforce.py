@@ -305,9 +305,10 @@ def test_the_guides_hetjob_runs_both_commands_through_srun(workshop: Workshop, t
 def test_an_actor_killed_at_any_step_ends_as_if_it_had_not_been(
     workshop: Workshop, server: int, tmp_path: Path
 ) -> None:
-    run(*actor(workshop, tmp_path / "whole", server))
+    aids = ("trainer.ppo.kl_target=0.001", "trainer.ppo.kl_horizon=8", "trainer.ppo.whiten_rewards=True")
+    run(*actor(workshop, tmp_path / "whole", server, *aids))
     background = "exp_manager.checkpoint_callback_params.async_save=True"
-    command = actor(workshop, tmp_path / "killed", server, background)
+    command = actor(workshop, tmp_path / "killed", server, background, *aids)
     for steps in (1, 2):
         process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while (
@@ -318,6 +319,8 @@ def test_an_actor_killed_at_any_step_ends_as_if_it_had_not_been(
         process.kill()
         process.wait()
     run(*command)
+    penalty = "train_rollouts/initial_policy_kl_penalty"
+    assert len({row[penalty] for row in metrics(tmp_path / "whole") if penalty in row}) > 1
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 

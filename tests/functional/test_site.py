@@ -39,6 +39,19 @@ def test_every_key_of_every_command_is_on_its_page(site: Path) -> None:
         assert [key for key in keys if f"<code>{key}</code>" not in page] == []
 
 
+@pytest.mark.parametrize(
+    ("page", "texts"),
+    [
+        ("errors", ["data.n: 0 is below 1", "another run writes here: …", "A number out of its range"]),
+        ("migration_keys", ["trainer.reinforce.num_rollouts_per_prompt", "model.ppo.num_rollout_per_prompt"]),
+        ("migration_keys", ["model.use_flash_attention: no such key", "the fastest attention that there is"]),
+    ],
+)
+def test_pages_made_of_the_code_say_what_it_says(site: Path, page: str, texts: list[str]) -> None:
+    shown = html.unescape((site / f"{page}.html").read_text())
+    assert [text for text in texts if text not in shown] == []
+
+
 def test_every_file_beside_the_guides_is_a_page(site: Path) -> None:
     for name, page in PAGES.items():
         title = (ROOT / name).read_text().partition("\n")[0].removeprefix("# ")

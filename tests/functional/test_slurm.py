@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.conftest import Workshop, free_port, run
+from tests.functional.test_commands import SAMPLER
 from tests.functional.test_launch import fails
 
 CLUSTER = "scripts/slurm/local_cluster.sh"
@@ -100,25 +102,58 @@ def test_the_hetjob_runs_server_and_actor_on_different_nodes(
     assert sum("validation reward" in text for text in logs.values()) == 1
 
 
-def test_the_online_loop_runs_its_stages_as_job_steps(
+def test_a_loop_that_is_requeued_pre_empted_and_warned_goes_on_and_ends_with_the_same_samples(
     cluster: dict[str, str], workshop: Workshop, tmp_path: Path
 ) -> None:
-    shown = submit(
+    prompts = workshop.write("requeued.jsonl", [{"input": f"prompt {i}"} for i in range(200)])
+    drawn = ("data.n=2", "inference.tokens_to_generate=20", "trainer.precision=32")
+    result, log = tmp_path / "loop", tmp_path / "job.log"
+    job = start(
         cluster,
-        *(f"--output={tmp_path}/job.log", "--nodes=2", "--ntasks-per-node=1", "scripts/slurm/online_rs.sh"),
+        *(f"--output={log}", "--nodes=2", "--ntasks-per-node=1", "scripts/slurm/online_rs.sh"),
         TRAINING_ITERS="1",
-        ROLLOUT_BATCH_SIZE="3",
-        PROMPTS_PATH=str(workshop.path("prompts_dataset.jsonl")),
+        ROLLOUT_BATCH_SIZE="200",
+        PROMPTS_PATH=str(prompts),
         POLICY_MODEL_PATH=str(workshop.path("sft_model.nemo")),
         REWARD_MODEL_PATH=str(workshop.path("reward_model.nemo")),
-        RESULT_PATH=str(tmp_path / "loop"),
-        SAMPLER_ARGS="data.n=2 inference.tokens_to_generate=5 trainer.precision=32",
+        RESULT_PATH=str(result),
+        SAMPLER_ARGS=" ".join((*drawn, "checkpoint_interval=1")),
         LABELER_ARGS="trainer.precision=32",
-        SFT_ARGS="trainer.precision=32 ~model.optim.sched",
+        SFT_ARGS="trainer.precision=32 ~model.optim.sched trainer.sft.max_steps=1",
     )
-    assert "JobState=COMPLETED" in shown, (tmp_path / "job.log").read_text()
-    assert (tmp_path / "loop/checkpoints/megatron_gpt_sft.nemo").exists()
-    assert (tmp_path / "loop/iter.log").read_text() == "1\n"
+    blows = (
+        ("scontrol", "requeue", job),
+        ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true"),
+        ("scancel", "--signal=USR1", job),  # to its steps, as --signal does before the time limit
+    )
+    size = 0
+    for restarts, blow in enumerate(blows, 1):
+        wait_for(lambda: written(result) > size)  # noqa: B023
+        run(*blow, **cluster)
+        wait_for(lambda: f"Restarts={restarts} " in run("scontrol", "show", "job", job, **cluster).stdout)  # noqa: B023
+        size = written(result)
+    assert "JobState=COMPLETED" in wait_for_end(cluster, job), log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert said.count("stopped early: SIGTERM") >= 2, said
+    assert "stopped early: SIGUSR1" in said
+    assert (result / "iter.log").read_text() == "1\n"
+    assert (result / "checkpoints/megatron_gpt_sft.nemo").exists()
+    alone = tmp_path / "alone.jsonl"
+    run(
+        *("python", SAMPLER, f"gpt_model_file={workshop.path('sft_model.nemo')}", f"data.file_names=[{prompts}]"),
+        *(f"output_file={alone}", *drawn),
+    )
+    kept = [json.loads(line) for line in (result / "iterations/0.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in alone.read_text().splitlines()]
+    assert [(row["input"], row["output"]) for row in kept] == [
+        (row["input"], row["output"]) for row in rows[: len(kept)]
+    ]
+
+
+def written(result: Path) -> int:
+    """Bytes of what the loop has drawn and judged, which grow while it works."""
+    return sum(path.stat().st_size for path in result.glob("*_temp/rank_*.json"))
 
 
 def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Workshop, tmp_path: Path) -> None:

@@ -172,11 +172,12 @@ def lives(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("one_process", ["0", "1"])
 def test_a_loop_passes_a_signal_on_takes_its_stage_along_when_killed_and_is_alone(
-    workshop: Workshop, many: Path, tmp_path: Path
+    one_process: str, workshop: Workshop, many: Path, tmp_path: Path
 ) -> None:
     journal = tmp_path / "generated_samples.jsonl_temp" / "rank_0.json"
-    first = loop(workshop, many, tmp_path)
+    first = loop(workshop, many, tmp_path, ONE_PROCESS=one_process)
     stage = stage_of(first, journal)
     second = loop(workshop, many, tmp_path)
     said = second.communicate(timeout=20)[1]
@@ -188,7 +189,7 @@ def test_a_loop_passes_a_signal_on_takes_its_stage_along_when_killed_and_is_alon
     assert not lives(stage)
 
     drawn = journal.stat().st_size
-    third = loop(workshop, many, tmp_path)
+    third = loop(workshop, many, tmp_path, ONE_PROCESS=one_process)
     while journal.stat().st_size == drawn:
         assert third.poll() is None
         time.sleep(0.02)

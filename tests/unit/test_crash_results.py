@@ -42,6 +42,20 @@ def test_files_that_are_missing_and_left_over_are_differences() -> None:
     assert (found.different, found.found) == (2, ["one: not there", "other: left over"])
 
 
+@pytest.mark.parametrize(("model", "is_alike"), [("out/checkpoints/model.nemo", True), ("inputs/model.nemo", False)])
+def test_bytes_of_an_archive_of_the_run_itself_are_not_compared(tmp_path: Path, model: str, is_alike: bool) -> None:
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    out.mkdir()
+    temporary.mkdir()
+    config = {"gpt_model_file": str(tmp_path / model), "trainer": {"devices": 1}}
+
+    def of_archive(sum_of_it: str) -> dict[str, list[str]]:
+        (out / "o.jsonl.meta.json").write_text(json.dumps({"archive_sha256": sum_of_it, "config": config}))
+        return dict(results(out, temporary))
+
+    assert (of_archive("a") == of_archive("b")) is is_alike
+
+
 def test_what_differs_between_two_whole_runs_is_not_compared_and_all_else_is(tmp_path: Path) -> None:
     def written(name: str, seconds: float, devices: int, loss: float) -> dict[str, list[str]]:
         out, temporary = tmp_path / name, tmp_path / f"{name}_tmp"

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, multiplies_bf16
+from nemo_aligner.engine.processes import standing
+from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, hides_gpu, multiplies_bf16
 from nemo_aligner.engine.processes.watch import watching
 from nemo_aligner.errors import ConfigError
 
@@ -90,6 +91,12 @@ class MegatronCluster:
 
 
 def _pick_device(trainer: TrainerConfig) -> torch.device:
+    if standing.program is not None and trainer.accelerator != "cpu" and hides_gpu():
+        raise ConfigError(
+            f"{trainer.accelerator}, after a stage of this process with cpu, which leaves no way back; give all stages "
+            "the same, or each a process of its own",
+            "trainer.accelerator",
+        )
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("gpu was asked for, but torch sees no CUDA device; use auto or cpu", "trainer.accelerator")
     if trainer.accelerator == "cpu" or not torch.cuda.is_available():
@@ -121,7 +128,7 @@ def start_cluster(
 
     `expert` ranks share experts, `expert_tensor` each of them (None: as many as `tensor`).
     """
-    device = _pick_device(trainer)
+    device, threads = _pick_device(trainer), torch.get_num_threads()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -156,3 +163,4 @@ def start_cluster(
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        torch.set_num_threads(threads)

@@ -25,6 +25,11 @@ def multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def hides_gpu() -> bool:
+    """Whether the CPU stands where there is a GPU."""
+    return bool(replaced) and bool(replaced[torch.cuda, "is_available"]())
+
+
 def enable_cpu() -> None:
     """Point Megatron's CUDA calls at the CPU, also on a machine with GPUs, which are then not seen; idempotent."""
     if replaced:

@@ -20,12 +20,14 @@ import time
 
 from nemo_aligner.children import dying_with_parent
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.processes import standing
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, LaunchError
 
 log = logging.getLogger(__name__)
 
 _FIRST_WORD_S = 10.0  # for rank 0 to say itself what ended another rank
 _UNTIL_REAPED_S = 2.0
+_OF_A_RUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _siblings: list[subprocess.Popen[bytes]] = []
 
 
@@ -155,14 +157,22 @@ def _free_port() -> int:
 
 
 def _start_siblings(world: int) -> None:
-    """Start ranks 1..world-1 of this node, tied to this process in life and death."""
-    tied = dying_with_parent()
-    for rank in range(1, world):
+    """Start ranks 1..world-1 of this node, tied to this process in life and death; those that stand by are there."""
+    tied, own, first = dying_with_parent(), sys.orig_argv[1:], not _siblings
+    program, stdin = (own, None) if standing.program is None else (standing.program, subprocess.PIPE)
+    for rank in range(1 + len(_siblings), world):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         _siblings.append(
-            subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env, stdout=subprocess.DEVNULL, preexec_fn=tied)
+            subprocess.Popen(
+                [sys.executable, *program], env=env, stdin=stdin, stdout=subprocess.DEVNULL, preexec_fn=tied
+            )
         )
-    threading.Thread(target=_watch, daemon=True).start()
+    for sibling in _siblings[: world - 1]:
+        if sibling.stdin is not None:
+            with contextlib.suppress(OSError):  # it is gone, which _watch sees
+                standing.send(sibling.stdin, [f"{name}={os.environ[name]}" for name in _OF_A_RUN] + own)
+    if first:
+        threading.Thread(target=_watch, daemon=True).start()
 
 
 def how_sibling_ended(rank: int) -> str | None:

@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.schema import OptimConfig
-from nemo_aligner.engine.checkpoints import nemo_archive, training_state
+from nemo_aligner.engine.checkpoints import nemo_archive, resident, training_state
 from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics
 from nemo_aligner.engine.loading import LoadedModel
 from nemo_aligner.engine.model.forward import has_dropout, run_objective
@@ -38,6 +38,7 @@ class MegatronTrainable:
         self.max_sequence_length, self.vocab_size = loaded.arch.encoder_seq_length, loaded.arch.vocab_size
         self._dtype, self._source = loaded.run.dtype, loaded.source
         self._lora, self._merges_adapter = loaded.run.lora, loaded.merges_adapter
+        self._digest = loaded.digest  # of an archive with the weights as they are now, where one is known
         self._wrapped: DistributedDataParallel | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._schedule: Callable[[int], float]
@@ -74,6 +75,7 @@ class MegatronTrainable:
         """One optimizer step over this rank's micro-batches; see interfaces.TrainableModel."""
         assert self._wrapped is not None, "add_optimizer comes first"
         assert self._optimizer is not None
+        self._digest = None
         self._wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
         sums = run_objective(self._wrapped, microbatches, objective, self.arch.vocab_size, forward_only=False)
@@ -134,6 +136,7 @@ class MegatronTrainable:
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         """Restore what `save_training_state` wrote; returns `state`."""
+        self._digest = None
         with cuda_type_names():
             state = training_state.load(folder, self.module, self._optimizer, self.cluster)
         self._steps_done = state["optimizer_steps"]
@@ -149,6 +152,15 @@ class MegatronTrainable:
             arch.peft = nemo_archive.adapter_entry(self._lora, self._source, digest)
         with nullcontext() if adapters is None or arch.peft is not None else adapters.merged_in():
             nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
+        self._digest = resident.digest_of(path, self.cluster) if adapters is None else None
+
+    def stay_in_memory(self) -> None:
+        """Leave the weights to the next stage of this process, if it has one and an archive has the same.
+
+        The model itself is not to be used any more.
+        """
+        if self._digest is not None:
+            resident.leave(self.module, self.arch, self.tokenizer, self._digest, self.cluster)
 
     def archive_hash(self) -> str:
         return nemo_archive.archive_hash(self._source)

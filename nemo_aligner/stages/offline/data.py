@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
-from nemo_aligner.data.jsonl import load_rows
+from nemo_aligner.data.chat import check_template, template_text
+from nemo_aligner.data.conversations import check_turns
+from nemo_aligner.data.jsonl import Row, check_texts, load_rows
+from nemo_aligner.data.sources import source_sum
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.errors import ConfigError, OutputError
+from nemo_aligner.records import Turns
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
@@ -48,19 +52,57 @@ def start_cluster(cfg: OfflineConfig, path: str | None) -> AbstractContextManage
 
 
 def open_rows(data: OfflineDataConfig, required: Mapping[str, str]) -> Blend:
-    """The blend of `data.file_names`; `required` maps text fields to the config keys that name them."""
+    """The blend of `data.file_names`; `required` maps text fields to the config keys that name them.
+
+    A conversation takes the place of a text in `data.input_key`; with the assistant's answer at its end it takes that
+    of `data.output_key` too, where that is required.
+    """
     check_weights(data.concat_sampling_probabilities, len(data.file_names), "data.concat_sampling_probabilities")
-    files = [
-        load_rows(name, required=required, hf_dataset=data.hf_dataset, cache_dir=data.index_mapping_dir)
-        for name in data.file_names
-    ]
+    files = []
+    for name in data.file_names:
+        check = RowCheck(data, required)
+        files.append(
+            load_rows(name, required={}, check=check, hf_dataset=data.hf_dataset, cache_dir=data.index_mapping_dir)
+        )
+        check.report(name)
     return blend(files, data.concat_sampling_probabilities, data.num_samples, key="data.concat_sampling_probabilities")
 
 
-def check_template(template: str | None, input_key: str) -> None:
-    """`data.prompt_template` must say where the prompt goes. Raises ConfigError."""
-    if template is not None and f"{{{input_key}}}" not in template:
-        raise ConfigError(f"{template!r} lacks {{{input_key}}}", "data.prompt_template")
+class RowCheck:
+    """What a row of prompts or samples must have, and how many of a file are conversations."""
+
+    def __init__(self, data: OfflineDataConfig, required: Mapping[str, str]) -> None:
+        self._input_key, self._required = data.input_key, required
+        self._answer = data.output_key if data.output_key in required else None
+        self._plain = self._chats = self._both = 0
+
+    def __call__(self, row: Row, path: Path, line: int) -> None:
+        """Raises DataError."""
+        turns = Turns.of(row, self._input_key)
+        if turns is None or self._input_key not in self._required:
+            self._plain += 1
+            self._both += Turns.of(row, None) is not None
+            check_texts(row, self._required, path, line)
+            return
+        self._chats += 1
+        check_turns(row, turns, output_key=self._answer, path=path, line=line)
+        there = {self._input_key} | ({self._answer} if turns.answered else set())
+        check_texts(row, {name: key for name, key in self._required.items() if name not in there}, path, line)
+
+    def report(self, name: str) -> None:
+        if self._chats and self._plain:
+            log.info("%s: %d rows are conversations, %d are plain prompts", name, self._chats, self._plain)
+        if self._both:
+            log.info(
+                "%s: %d rows have a conversation beside %r, which is the prompt", name, self._both, self._input_key
+            )
+
+
+def check_templates(data: OfflineDataConfig) -> None:
+    """`data.prompt_template` must say where the prompt goes, `data.chat_template` be one. Raises ConfigError."""
+    if data.prompt_template is not None and f"{{{data.input_key}}}" not in data.prompt_template:
+        raise ConfigError(f"{data.prompt_template!r} lacks {{{data.input_key}}}", "data.prompt_template")
+    check_template(data, "data.chat_template")
 
 
 def check_output(cfg: OfflineConfig) -> None:
@@ -72,23 +114,24 @@ def check_output(cfg: OfflineConfig) -> None:
 def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:
     """What decides which rows a run reads and what the model sees of them."""
     return {
-        "data": [[name, file_sum(name)] for name in data.file_names],
+        "data": [[name, source_sum(name, data.index_mapping_dir)] for name in data.file_names],
         "data.concat_sampling_probabilities": list(data.concat_sampling_probabilities),
         "data.num_samples": data.num_samples,
         "data.max_seq_length": data.max_seq_length,
         "data.prompt_template": data.prompt_template,
+        "data.chat_template": template_text(data.chat_template, "data.chat_template"),
+        "data.chat_template_kwargs": data.chat_template_kwargs,
         "data.input_key": data.input_key,
         "data.add_bos": data.add_bos,
         "data.sample_split": [data.sample_split_size, data.sample_split_iter],
     }
 
 
-def tell_empty(responses: Sequence[str]) -> None:
+def tell_empty(empty: int, responses: int) -> None:
     """Say what may be behind it where a tenth of all responses, or more, are empty."""
-    empty = sum(not response for response in responses)
-    if empty and empty * 10 >= len(responses):
+    if empty and empty * 10 >= responses:
         log.warning(
             "%d of %d responses are empty (%.0f %%): was a chat model sampled without its chat template, did prompts "
             "leave no room for a response, or does an end string come at once?",
-            empty, len(responses), 100 * empty / len(responses),
+            empty, responses, 100 * empty / responses,
         )  # fmt: skip

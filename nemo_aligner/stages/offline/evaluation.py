@@ -25,13 +25,13 @@ from nemo_aligner.engine.checks import check_is_policy, check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response, RewardModel
 from nemo_aligner.files import write_atomically
 from nemo_aligner.metrics import Progress
-from nemo_aligner.records import part_fields, part_name
+from nemo_aligner.records import Keys, part_fields, part_name
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Judgement
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -39,7 +39,7 @@ from nemo_aligner.stages.offline.data import (
 )
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
-from nemo_aligner.stages.run_logger import one_of_each, output_logger
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Report:
 def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     for path in cfg.policy_files:
         check_is_policy(path, "policy_files")
     if cfg.initial_policy_file is not None:
@@ -214,8 +214,7 @@ def score(
         candidate_of(
             {**rows[d.response.prompt_index], data.output_key: d.response.text},
             rows.where(d.response.prompt_index),
-            data.input_key,
-            data.output_key,
+            Keys(data.input_key, data.output_key),
         )
         for d in drawn
     ]
@@ -256,11 +255,10 @@ def report(
         write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
-        tell_empty([sample[cfg.data.output_key] for sample in samples])
-    key = cfg.data.reward_key
-    fields = [cfg.data.input_key, cfg.data.output_key, key, *(part_name(name, key) for name in parts_of(cfg)), "kl"]
-    shown = one_of_each(samples, "prompt_index", cfg.exp_manager.log_samples)
-    return Report(figures, answers, [{name: sample[name] for name in fields} for sample in shown])
+        tell_empty(sum(not sample[cfg.data.output_key] for sample in samples), len(samples))
+    keys = Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
+    fields = [keys.reward, *(part_name(name, keys.reward) for name in parts_of(cfg)), "kl"]
+    return Report(figures, answers, one_of_each_prompt(samples, keys, cfg.exp_manager.log_samples, fields))
 
 
 def parts_of(cfg: EvaluationConfig) -> Sequence[str]:

@@ -20,10 +20,13 @@ from typing import Any
 
 from nemo_aligner.algorithms.statistics import known_by_prompt, mean_and_std
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.event_file import EventFile
 from nemo_aligner.files import write_atomically, writing
+from nemo_aligner.records import Keys, Sample
+from nemo_aligner.stages.offline.data import RowCheck
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +46,48 @@ def rewards_of(labeled: Path) -> dict[int, float]:
 
 def samples_of(generated: Path, labeled: Path) -> list[Row]:
     """The iteration's samples in their order, with `reward` and `kept`."""
-    required = {"input": "data.input_key", "output": "data.output_key"}
     rewards = rewards_of(labeled)
-    samples, trained_on = (load_rows(path, required=required) for path in (generated, labeled))
-    kept = {(row["input"], row["output"]) for row in trained_on}
-    every = len(trained_on) == len(samples)  # also of dt, which writes other prompts
+    required = {"input": "data.input_key", "output": "data.output_key"}
+    check = RowCheck(OfflineDataConfig(), required)
+    samples, trained_on = (load_rows(path, required={}, check=check) for path in (generated, labeled))
+    kept = {_pair(row) for row in trained_on}
+    # also of dt, which writes other prompts; of rs there may be as many of earlier iterations
+    every = len(trained_on) == len(samples) and processor_of(labeled) != "rs"
     return [
-        {**row, "reward": rewards.get(index), "kept": every or (row["input"], row["output"]) in kept}
-        for index, row in enumerate(samples)
+        {**row, "reward": rewards.get(index), "kept": every or _pair(row) in kept} for index, row in enumerate(samples)
     ]
 
 
-def summary(samples: list[Row], trained_on: int) -> dict[str, float]:
-    """Figures of one iteration; `trained_on` rows came out of the labeler."""
+def prompt_of(row: Row) -> str:
+    """The same for samples of the same prompt alone."""
+    return Sample.of(row, Keys()).prompt_id
+
+
+def _pair(row: Row) -> tuple[str, str]:
+    return prompt_of(row), row["output"]
+
+
+def processor_of(labeled: Path) -> str | None:
+    """The labeler's `processor`; None too where a kill kept it from saying."""
+    meta = Path(f"{labeled}{META}")
+    if not meta.is_file():
+        return None
+    processor: str | None = json.loads(meta.read_text(encoding="utf-8"))["config"]["processor"]
+    return processor
+
+
+def from_before(samples: list[Row], labeled: Path) -> int:
+    """How many of the rows that were trained on are samples of earlier iterations, which rs alone has."""
+    if processor_of(labeled) != "rs":
+        return 0
+    own = {_pair(row) for row in samples}
+    return sum(_pair(row) not in own for row in load_rows(labeled, required={}))
+
+
+def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, float]:
+    """Figures of one iteration; `trained_on` rows came out of the labeler, `before` of them from earlier iterations."""
     rewards = [sample["reward"] for sample in samples]
-    of_prompt = known_by_prompt(rewards, [sample["input"] for sample in samples])
+    of_prompt = known_by_prompt(rewards, [prompt_of(sample) for sample in samples])
     mean, std = mean_and_std(rewards)
     best, _ = mean_and_std([max(rewards[i] for i in places) for places in of_prompt.values()])
     return {
@@ -66,7 +96,8 @@ def summary(samples: list[Row], trained_on: int) -> dict[str, float]:
         "reward_mean": mean,
         "reward_std": std,
         "best_of_n_mean": best,
-        "kept": trained_on / len(samples),
+        "kept": (trained_on - before) / len(samples),
+        "kept_from_before": before,
         "response_characters": sum(len(sample["output"]) for sample in samples) / len(samples),
         "empty": sum(not sample["output"] for sample in samples) / len(samples),
     }
@@ -91,7 +122,7 @@ def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: i
     keep_records(result, iteration, generated, labeled)
     lines = result / "iterations.jsonl"
     before = [row for row in load_rows(lines, required={})] if lines.exists() else []
-    figures = summary(samples, len(load_rows(labeled, required={})))
+    figures = summary(samples, len(load_rows(labeled, required={})), from_before(samples, labeled))
     row = {"iteration": iteration, **figures, **seconds_of(result / "seconds.log", iteration)}
     rows = [*(earlier for earlier in before if earlier["iteration"] < iteration), row]
     write_jsonl(lines, rows)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.offline import SamplerConfig
@@ -19,25 +20,27 @@ from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
-from nemo_aligner.data.prompts import filled, with_bos
+from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.provenance import write_provenance
+from nemo_aligner.data.row_texts import texts_of
 from nemo_aligner.data.token_texts import ids_key, spelling
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress
+from nemo_aligner.records import Keys, Turns
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
 )
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_logger import output_logger
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -48,11 +51,14 @@ log = logging.getLogger(__name__)
 _FLUSH_EVERY_S = 15.0
 """Where `checkpoint_interval` does not say when, a kill loses this much at most."""
 
+_NEWEST = 256
+"""Prompts whose tokens are kept: those that are being drawn, or most of them."""
+
 
 def run(cfg: SamplerConfig) -> None:
     """Sample `cfg.data.n` responses for each prompt of the chunk into `cfg.output_file`."""
     check_output(cfg)
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     check_archive(cfg, cfg.gpt_model_file)
     check_is_policy(cfg.gpt_model_file, "gpt_model_file")
@@ -62,7 +68,9 @@ def run(cfg: SamplerConfig) -> None:
         from nemo_aligner.engine.policy import load_policy
 
         refuse_other_run(cfg.output_file, lambda: fingerprint(cfg, archive_hash(cfg.gpt_model_file)), cluster)
-        sample(cfg, rows, load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision), cluster)
+        policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
+        sample(cfg, rows, policy, cluster)
+        policy.stay_in_memory()
 
 
 def sampling_params(inference: InferenceConfig, seed: int) -> SamplingParams:
@@ -97,21 +105,19 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
 def draw(cfg: SamplerConfig, rows: Blend, chunk: range, policy: Policy, journal: Journal, cluster: Cluster) -> None:
     """Fill the journal. Raises StoppedEarly."""
     prompts = Prompts(cfg, rows, policy)
-    if policy.tokenizer.chat_template is not None and cfg.data.prompt_template is None:
-        log.info(
-            "the model has a chat template, and prompts go to it as they are: data.prompt_template may hold its turns"
-        )
-    wanted = [
-        GenerationRequest(position, s, prompts.tokens(position))
-        for place, position in enumerate(chunk)
-        if place % cluster.dp_size == cluster.dp_rank
-        for s in range(cfg.data.n)
-        if (position - chunk.start) * cfg.data.n + s not in journal.done
-    ]
-    prompts.report()
+    places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
+    if not journal.done:  # else the run that began has looked at them
+        prompts.look_at(chunk[place] for place in places)
+
+    def missing() -> Iterator[tuple[int, int]]:
+        """Prompt and sample of what is not drawn yet."""
+        for place in places:
+            yield from ((chunk[place], s) for s in range(cfg.data.n) if place * cfg.data.n + s not in journal.done)
+
+    wanted = (GenerationRequest(position, s, prompts.tokens(position)) for position, s in missing())
     slots = cfg.inference.max_batch_slots or cfg.data.micro_batch_size * cfg.data.n
     interval = cfg.checkpoint_interval and cfg.checkpoint_interval * cfg.data.micro_batch_size * cfg.data.n
-    left, total = sum(cluster.gather(len(wanted))), len(chunk) * cfg.data.n
+    left, total = sum(cluster.gather(sum(1 for _ in missing()))), len(chunk) * cfg.data.n
     if not left:
         log.info("all %d samples are drawn already", total)
     reason, flushed = None, time.monotonic()
@@ -140,47 +146,64 @@ def draw(cfg: SamplerConfig, rows: Blend, chunk: range, policy: Policy, journal:
 
 
 class Prompts:
-    """Prompt positions as token ids: template, BOS, and the head of prompts longer than `data.max_seq_length`."""
+    """Prompt positions as token ids: template, BOS, and the head of plain ones longer than `data.max_seq_length`.
+
+    Prompts are read and tokenized when asked for; those of a long run would fill the memory.
+    """
 
     def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
         self._cfg, self._rows, self._policy = cfg, rows, policy
-        self._cut = 0
-        self._tokens: dict[int, tuple[int, ...]] = {}
+        self._texts = texts_of(cfg.data, policy.tokenizer)
+        self._encoded = lru_cache(_NEWEST)(self._encode)
 
     def tokens(self, position: int) -> tuple[int, ...]:
         """Raises DataError when the prompt leaves the model no room for a response."""
-        if position not in self._tokens:
-            self._tokens[position] = self._encoded(position)
-        return self._tokens[position]
+        return self._encoded(position)[0]
 
-    def _encoded(self, position: int) -> tuple[int, ...]:
+    def look_at(self, positions: Iterable[int]) -> None:
+        """Say how many of them are cut. Raises DataError for one as `tokens` does, before anything is drawn."""
+        cut = plain = 0
+        for position in positions:
+            _, is_cut, is_plain = self._encoded(position)
+            cut, plain = cut + is_cut, plain + is_plain
+        if plain and self._policy.tokenizer.chat_template is not None and self._cfg.data.prompt_template is None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: data.prompt_template may hold "
+                "its turns, or rows may have `messages`"
+            )
+        if cut:
+            log.warning("%d prompts were cut to data.max_seq_length=%d", cut, self._cfg.data.max_seq_length)
+
+    def _encode(self, position: int) -> tuple[tuple[int, ...], bool, bool]:
+        """Token ids, whether the prompt had more of them, and whether it is plain."""
         data, tokenizer = self._cfg.data, self._policy.tokenizer
         index = position % len(self._rows)
-        ids = tokenizer.encode(filled(data.prompt_template, data.input_key, self._rows[index][data.input_key]))
+        row, where = self._rows[index], self._rows.where(index)
+        ids = tokenizer.encode(self._texts.prompt(row, *where))
         ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
-        if len(ids) > data.max_seq_length:
-            self._cut += 1
-            ids = ids[: data.max_seq_length]
-        if not ids:
+        is_plain, room = Turns.of(row, data.input_key) is None, self._policy.max_sequence_length - 1
+        if not is_plain and len(ids) > min(room, data.max_seq_length):
             raise DataError(
-                f"field {data.input_key!r} is empty, there is nothing to go on from", *self._rows.where(index)
+                f"the conversation has {len(ids)} tokens; data.max_seq_length is {data.max_seq_length}, the model's "
+                f"context {room + 1}, and one that is cut would ask for no answer",
+                *where,
             )
+        cut = len(ids) > data.max_seq_length
+        ids = ids[: data.max_seq_length]
+        if not ids:
+            raise DataError(f"field {data.input_key!r} is empty, there is nothing to go on from", *where)
         if len(ids) >= self._policy.max_sequence_length:
             raise DataError(
                 f"the prompt has {len(ids)} tokens and the model's context is {self._policy.max_sequence_length}; "
                 "set data.max_seq_length below it to cut prompts",
-                *self._rows.where(index),
+                *where,
             )
-        return tuple(ids)
+        return tuple(ids), cut, is_plain
 
     def spelling(self, response: Response) -> list[int] | None:
         """The response's tokens without what ended it; None where an end string begins inside a token."""
         before = self.tokens(response.prompt_index)
         return spelling(self._policy.tokenizer, before, response.tokens, response.text)
-
-    def report(self) -> None:
-        if self._cut:
-            log.warning("%d prompts were cut to data.max_seq_length=%d", self._cut, self._cfg.data.max_seq_length)
 
 
 def output_row(cfg: SamplerConfig, row: Row, response: Response) -> Row:
@@ -215,19 +238,16 @@ def finish(
     cfg: SamplerConfig, journal: Journal, prompts: int, archive: str, logger: MetricsLogger | None = None
 ) -> None:
     """Merge the journal into the output file, n responses of a prompt after one another, in prompt order."""
-    keys, samples = (cfg.data.input_key, cfg.data.output_key), prompts * cfg.data.n
-    lengths: list[int] = []
-    shown: list[Row] = []
-    unfinished = 0
+    samples = prompts * cfg.data.n
+    unfinished = empty = characters = 0
 
     def in_order() -> Iterator[Row]:
-        nonlocal unfinished
-        for place, row in journal.merged(samples):
+        nonlocal unfinished, empty, characters
+        for row in journal.merged(samples):
             response = row[cfg.data.output_key]
-            lengths.append(len(response))
+            characters += len(response)
+            empty += not response
             unfinished += response.endswith("\N{REPLACEMENT CHARACTER}")
-            if place % cfg.data.n == 0 and len(shown) < cfg.exp_manager.log_samples:
-                shown.append({key: row[key] for key in keys})
             yield row
 
     write_jsonl(cfg.output_file, in_order())
@@ -236,6 +256,8 @@ def finish(
     counts = {"prompts": prompts, "samples": samples}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     if logger is not None:
-        empty, characters = lengths.count(0) / samples, sum(lengths) / samples
-        logger.log(0, "sampler", {**counts, "response_characters": characters, "empty": empty}, shown)
+        keys = Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
+        figures = {**counts, "response_characters": characters / samples, "empty": empty / samples}
+        shown = one_of_each_prompt(journal.merged(samples), keys, cfg.exp_manager.log_samples)
+        logger.log(0, "sampler", figures, shown)
     log.info("wrote %d samples of %d prompts to %s", samples, prompts, cfg.output_file)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.processors import apply_processor, check_processor
+from nemo_aligner.algorithms.processors import Chosen, apply_processor, check_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.config.offline import LabelerConfig
-from nemo_aligner.config.rewards import REWARD_MODEL
+from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
@@ -24,14 +26,15 @@ from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress
-from nemo_aligner.records import Keys, ScoredSample, part_fields, part_name
+from nemo_aligner.records import Keys, Sample, ScoredSample, part_fields, part_name
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
+from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
-    check_template,
+    check_templates,
     data_fingerprint,
     open_rows,
     start_cluster,
@@ -40,11 +43,12 @@ from nemo_aligner.stages.offline.data import (
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
-from nemo_aligner.stages.run_logger import one_of_each, output_logger
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
+    from nemo_aligner.engine.reward_model import MegatronRewardModel
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,10 @@ def run(cfg: LabelerConfig) -> None:
     keys = keys_of(cfg)
     check_output(cfg)
     check_processor(cfg.processor, cfg.reward_template, keys)
+    check_best_so_far(cfg)
+    Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
     cfg.reward_standardization.validate("reward_standardization")
-    check_template(cfg.data.prompt_template, cfg.data.input_key)
+    check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     path = cfg.gpt_model_file
     if path is not None:
@@ -70,10 +76,13 @@ def run(cfg: LabelerConfig) -> None:
         check_fields(functions, rows, all_but(keys.input, keys.output))
         with start_cluster(cfg, path) as cluster:
             refuse_other_run(cfg.output_file, lambda: _fingerprint_of_archive(cfg, functions), cluster)
-            label(cfg, rows, _load(path, cfg, cluster), cluster, functions)
+            model = _load(path, cfg, cluster)
+            label(cfg, rows, model, cluster, functions)
+            if model is not None:
+                model.stay_in_memory()
 
 
-def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> RewardModel | None:
+def _load(path: str | None, cfg: LabelerConfig, cluster: MegatronCluster) -> MegatronRewardModel | None:
     if path is None:
         return None
     from nemo_aligner.engine.reward_model import load_reward_model
@@ -118,7 +127,8 @@ def judge(
     functions: Functions | None,
 ) -> None:
     """Fill the journal. Raises StoppedEarly."""
-    mine = [p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done]
+    own = (p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done)
+    mine = array("q", own)
     source = None if model is None else ModelSource(model, cfg.data)
     rewarder = rewarder_of(cfg.reward_plan, functions, source, cluster)
     window = cfg.data.micro_batch_size * (cfg.checkpoint_interval or _WINDOW)
@@ -149,7 +159,7 @@ def judge(
 
 def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
     index = position % len(rows)
-    return candidate_of(rows[index], rows.where(index), cfg.data.input_key, cfg.data.output_key)
+    return candidate_of(rows[index], rows.where(index), keys_of(cfg))
 
 
 def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
@@ -191,10 +201,13 @@ def finish(
     archive: str | None,
     logger: MetricsLogger | None = None,
 ) -> None:
-    """Rewards → standardised → processed → output file, rows in the order of the input."""
+    """Rewards → standardised → processed → output file, rows in the order of the input.
+
+    In memory are rewards and places; rows are read from the disk whenever they are looked at.
+    """
     keys, plan = keys_of(cfg), cfg.reward_plan
-    judgements = [judgement_of(row, plan.weights) for _, row in journal.merged(len(chunk))]
-    rewards = [math.nan if judgement.reward is None else judgement.reward for judgement in judgements]
+    judged = Judged(journal, len(chunk), plan)
+    rewards = judged.rewards
     if not plan.functions:
         for position, reward in zip(chunk, rewards, strict=True):
             if math.isnan(reward):
@@ -203,68 +216,111 @@ def finish(
     mean, std = mean_and_std(rewards)
     if cfg.print_reward_info:
         log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(rewards))
-    of_sources = {name: source_figures(judgements, name) for name in plan.weights} if plan.functions else {}
+    of_sources = {name: judged.figures(name) for name in plan.weights} if plan.functions else {}
     for name, figures in of_sources.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     known = None if plan.functions else stored  # the model's are those of its own rewards
-    samples = [
-        scored(rows[position % len(rows)], reward, keys, judgement.parts)
-        for position, reward, judgement in zip(chunk, standardize(cfg, rewards, known), judgements, strict=True)
-    ]
-    tell_empty([sample.output for sample in samples])
+    samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+        samples = Earlier(cfg, keys, samples)
+    filled = [index for index, sample in enumerate(samples) if sample.output]
+    tell_empty(len(samples) - len(filled), len(samples))
     if cfg.skip_empty:
-        samples = [sample for sample in samples if sample.output]
+        samples = Chosen(samples, filled)
         if not samples:
             raise DataError("skip_empty=True leaves no sample: every response is empty")
     kept = apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    chosen = sum(not sample.output for sample in kept)
-    if chosen:
-        log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", chosen, len(kept))
-    export = cfg.export_reward or cfg.processor is None
-    write_jsonl(cfg.output_file, (sample.to_row(keys, export) for sample in kept))
+    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
+
+    def in_order() -> Iterator[Row]:
+        nonlocal empty, before
+        for sample in kept:
+            empty += not sample.output
+            before += isinstance(sample, EarlierSample)
+            yield sample.to_row(keys, export)
+
+    write_jsonl(cfg.output_file, in_order())
+    if empty:
+        log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", empty, len(kept))
     counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
     counts |= {"rewards": of_sources} if of_sources else {}
+    if cfg.best_so_far_file is not None:
+        counts["kept_from_before"] = before
+        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
     if logger is not None:
         figures = {name: counts[name] for name in ("rows", "kept", "reward_mean", "reward_std")}
         figures |= {f"{part_name(name)}_{key}": value for name, own in of_sources.items() for key, value in own.items()}
-        shown = one_of_each(judged(cfg, rows, chunk, rewards, judgements), keys.input, cfg.exp_manager.log_samples)
+        fields = [keys.reward, *(part_name(name, keys.reward) for name in of_sources)]
+        shown = one_of_each_prompt(
+            with_raw_rewards(rows, chunk, judged, keys), keys, cfg.exp_manager.log_samples, fields
+        )
         logger.log(0, "labeler", figures, shown)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
 
 
-def judged(
-    cfg: LabelerConfig, rows: Blend, chunk: range, rewards: Sequence[float], judgements: Sequence[Judgement]
-) -> Iterator[Row]:
-    """What was judged, with its raw rewards."""
-    keys = keys_of(cfg)
-    for position, reward, judgement in zip(chunk, rewards, judgements, strict=True):
-        row, parts = rows[position % len(rows)], part_fields(judgement.parts, keys.reward)
-        yield {keys.input: row[keys.input], keys.output: row[keys.output], keys.reward: reward, **parts}
+def with_raw_rewards(rows: Blend, chunk: range, judged: Judged, keys: Keys) -> Iterator[Row]:
+    """What was judged, as loggers show it."""
+    for position, reward, judgement in zip(chunk, judged.rewards, judged, strict=True):
+        yield {**rows[position % len(rows)], keys.reward: reward, **part_fields(judgement.parts, keys.reward)}
 
 
-def source_figures(judgements: Sequence[Judgement], name: str) -> dict[str, float]:
-    """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
-    values = [judgement.parts[name] for judgement in judgements]
-    mean, std = mean_and_std(values)
-    failed = sum(name in judgement.failed for judgement in judgements)
-    unknown = sum(value is None for value in values) - failed
-    return {"mean": mean, "std": std, "cannot_tell": unknown, "failed": failed}
+class Judged(Sequence[Judgement]):
+    """What the journal says of each row, weighted as this run says; `rewards` are NaN where there is none."""
+
+    def __init__(self, journal: Journal, count: int, plan: RewardPlan) -> None:
+        self._rows, self._weights = journal.merged(count), plan.weights
+        self.rewards, self._parts = array("d"), {name: array("d") for name in plan.weights}
+        self._unknown, self._failed = Counter[str](), Counter[str]()
+        for judgement in self:
+            self.rewards.append(math.nan if judgement.reward is None else judgement.reward)
+            self._failed.update(judgement.failed)
+            for name, values in self._parts.items() if plan.functions else ():
+                value = judgement.parts[name]
+                values.append(math.nan if value is None else value)
+                self._unknown[name] += value is None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return judgement_of(self._rows[index], self._weights)
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
+        mean, std = mean_and_std(self._parts[name])
+        failed = self._failed[name]
+        return {"mean": mean, "std": std, "cannot_tell": self._unknown[name] - failed, "failed": failed}
+
+
+class Samples(Sequence[ScoredSample]):
+    """The rows of a chunk with their rewards, read when asked for."""
+
+    def __init__(self, rows: Blend, chunk: range, judged: Judged, rewards: Sequence[float], keys: Keys) -> None:
+        self._rows, self._chunk, self._judged, self._rewards, self._keys = rows, chunk, judged, rewards, keys
+
+    def __len__(self) -> int:
+        return len(self._chunk)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._rows[self._chunk[index] % len(self._rows)]
+        return scored(row, self._rewards[index], self._keys, self._judged[index].parts)
 
 
 def scored(
     row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
 ) -> ScoredSample:
     """A row with its reward and those of several sources; the user's other fields travel along."""
-    extra = {name: value for name, value in row.items() if name not in (keys.input, keys.output)}
-    return ScoredSample(row[keys.input], row[keys.output], extra, reward, parts or {})
+    sample = Sample.of(row, keys)
+    return ScoredSample(sample.input, sample.output, sample.extra, reward, parts or {}, turns=sample.turns)
 
 
-def standardize(cfg: LabelerConfig, rewards: list[float], stored: tuple[float, float] | None) -> list[float]:
+def standardize(cfg: LabelerConfig, rewards: Sequence[float], stored: tuple[float, float] | None) -> Sequence[float]:
     """`reward_standardization`: explicit mean and std, else the archive's own, else those of the whole file."""
     given = cfg.reward_standardization
     if not given.enable:

@@ -20,7 +20,7 @@ from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
-from nemo_aligner.errors import RewardError, ServerError, StoppedEarly
+from nemo_aligner.errors import AlignerError, RewardError, ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
 from nemo_aligner.rewards.interfaces import Rewarder, ServedModel
 from nemo_aligner.stages.batches import BatchPlan, microbatches
@@ -33,16 +33,16 @@ from nemo_aligner.stages.reinforce.advantages import (
     rollout_metrics,
     rollout_rows,
     score,
+    shaped,
 )
 from nemo_aligner.stages.reinforce.drawing import sampling_params, tell_what_changes_the_draw
+from nemo_aligner.stages.reinforce.kl_control import KLControl
 from nemo_aligner.stages.reinforce.rollout import KL, RolloutWorker, token_count
+from nemo_aligner.stages.reinforce.settings import step_settings
 from nemo_aligner.stages.run_control import RunControl
 from nemo_aligner.stages.run_identity import (
-    adapter_settings,
     archive_of,
     check_same_run,
-    optimizer_settings,
-    router_settings,
     tell_end_of_data,
     tell_resumed,
     tokens_hash,
@@ -51,29 +51,12 @@ from nemo_aligner.stages.run_logger import run_logger
 
 log = logging.getLogger(__name__)
 
+_NO_REWARDS = (ServerError, RewardError)
+
 
 def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
     fields = microbatch.fields
     return reinforce_loss(logprobs, fields["loss_mask"], fields["weights"], fields.get("targets"))
-
-
-def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
-    """What decides a step besides policy and prompts."""
-    model, loop, ppo = cfg.model, cfg.trainer.ppo, cfg.model.ppo
-    names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
-    return {
-        "model.global_batch_size": model.global_batch_size,
-        **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
-        **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
-        **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
-        **optimizer_settings(model.optim, loop.gradient_clip_val),
-        **adapter_settings(model.peft),
-        **router_settings(model),
-        "model.seed": model.seed,
-        "model.data.shuffle": model.data.shuffle,
-        "model.ppo.num_rollout_samples": ppo.num_rollout_samples,
-        "model.ppo.num_rollout_per_prompt": ppo.num_rollout_per_prompt,
-    }
 
 
 class Actor:
@@ -95,11 +78,13 @@ class Actor:
         total = self.plan.steps_per_epoch * self.loop.max_epochs
         self.steps = total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
         self.folder = log_dir(cfg.exp_manager)
+        self.kl_control = KLControl(cfg)
         self.timers = Timers()
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
         self.values: dict[str, float] = {}  # newest value of everything a monitor may name
         self.settings_of_rewards = dict(settings or {})  # what else decides a step
+        self.validation_owed = False  # the one after the steps that are done
         self.made_with: dict[str, Any] = {}  # the run's fingerprint, for its checkpoints
 
     @property
@@ -119,7 +104,7 @@ class Actor:
         self.served = served
         step, logged = self.resume(checkpoints)
         self.announce()
-        kl = KL(loop.estimator, loop.kl_reduction) if loop.initial_policy_kl_penalty > 0 else None
+        kl = KL(loop.estimator, loop.kl_reduction) if loop.measures_kl else None
         worker = RolloutWorker(
             self.policy,
             cluster,
@@ -141,38 +126,59 @@ class Actor:
 
     def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
-        exp, loop = self.cfg.exp_manager, self.loop
         with (
             Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress,
             checkpoints,
         ):
             if step == 0:
-                self.validate(0, worker)
-            while step < self.steps:
+                self.validate_or_stop(0, worker, checkpoints, control)
+            elif self.validation_owed:
+                self.conclude(step, worker, checkpoints, control)
+            while step < self.steps and not self.kl_control.spent:
                 scored = self.step_or_stop(step, worker, checkpoints, control)
                 step += 1
                 checkpoints.settle(wait=False)
-                at_end = step == self.steps
-                if at_end or step % loop.val_check_interval == 0:
-                    self.validate(step, worker)
-                self.log_timers(step)
                 progress.advance(1, token_count(scored.rollouts), reward=self.values["rewards"])
-                reason = None if at_end else control.stop_reason()
-                if reason:
-                    self.stop(reason, step, checkpoints)
-                if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
-                    checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+                self.conclude(step, worker, checkpoints, control)
+
+    def conclude(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+        """What comes after `step` steps: validation, a stop, a checkpoint."""
+        exp, loop = self.cfg.exp_manager, self.loop
+        at_end = step == self.steps or self.kl_control.spent
+        if at_end or step % loop.val_check_interval == 0:
+            self.validate_or_stop(step, worker, checkpoints, control)
+        self.log_timers(step)
+        reason = None if at_end else control.stop_reason()
+        if reason:
+            self.stop(reason, step, checkpoints)
+        if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
+            checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
 
     def step_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> Scored:
         """`step`; where the run is told to stop as those who reward it are, the step begun is given up. Collective."""
         try:
             return self.step(step, worker)
-        except (ServerError, RewardError) as fault:  # on every rank, before anything is learned or logged
-            reason = control.stop_reason()
-            if reason is None:
-                raise
-            log.info("step %d is given up: %s", step + 1, fault)
-            self.stop(reason, step, checkpoints)
+        except _NO_REWARDS as fault:  # on every rank, before anything is learned or logged
+            self.give_up(f"step {step + 1}", fault, step, checkpoints, control)
+
+    def validate_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+        """Validate after `step` steps; told to stop meanwhile, the run that goes on from here owes it. Collective."""
+        try:
+            self.validate(step, worker)
+        except _NO_REWARDS as fault:
+            self.validation_owed = True
+            self.give_up(f"the validation after step {step}", fault, step, checkpoints, control)
+        self.validation_owed = False
+
+    def give_up(
+        self, what: str, fault: AlignerError, step: int, checkpoints: Checkpoints, control: RunControl
+    ) -> NoReturn:
+        """`what` has no rewards: raises StoppedEarly where the run was told to stop, else `fault`. Collective."""
+        reason = control.stop_reason()
+        if reason is None:
+            raise fault
+        log.info("%s is given up: %s", what, fault)
+        self.stop(reason, step, checkpoints)
 
     def stop(self, reason: str, step: int, checkpoints: Checkpoints) -> NoReturn:
         """Save the run as it is after `step` steps, and raise StoppedEarly. Collective."""
@@ -190,8 +196,12 @@ class Actor:
             "baseline %s, KL penalty %g (estimator %s, %s over tokens), unfinished responses: %s",
             loop.baseline, loop.initial_policy_kl_penalty, loop.estimator, loop.kl_reduction, loop.unfinished,
         )  # fmt: skip
-        if self.policy.tokenizer.chat_template is not None:
-            log.info("the model has a chat template, and prompts go to it as they are: they may hold its turns")
+        plain = any(prompt.turns is None for prompt in self.prompts)
+        if plain and self.policy.tokenizer.chat_template is not None:
+            log.info(
+                "the model has a chat template, and plain prompts go to it as they are: they may hold its turns, or "
+                "rows may have `messages`"
+            )
         tell_what_changes_the_draw(sampling_params(self.cfg, self.policy))
 
     def step(self, step: int, worker: RolloutWorker) -> Scored:
@@ -201,6 +211,7 @@ class Actor:
         first = step * self.settings.num_rollout_samples
         prompts = [(first + j, self.prompts[i]) for j, i in enumerate(self.plan.indices(step))]
         slots = self.settings.rollout_micro_batch_size * n
+        longest = self.settings.length_params.max_length
         with self.timers.phase("rollout_time"):
             rollouts = worker.run(prompts, n, sampling_params(self.cfg, self.policy), slots)
             check_finite(rollouts)
@@ -208,16 +219,18 @@ class Actor:
             if self.loop.baseline == "ReMax":
                 best = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
                 check_finite(best)
-                of_group = {r.group: math.nan if r.reward is None else r.reward for r in best}
+                of_group = dict(zip((r.group for r in best), shaped(best, self.loop, longest).tolist(), strict=True))
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts], dtype=torch.float64)
-        scored = score(rollouts, self.loop, greedy)
+        scored = score(rollouts, self.loop, greedy, kl_penalty=self.kl_control.penalty, max_length=longest)
         self.log_rollouts(step + 1, "train_rollouts", scored)
+        self.kl_control.observe(step + 1, self.values.get("init_policy_kl"))
         if self.cluster.is_main and self.loop.keep_rollouts:
             write_jsonl(
                 self.folder / "rollouts" / f"step_{step + 1}.jsonl", rollout_rows(scored)[: self.loop.keep_rollouts]
             )
-        with self.timers.phase("train_time"):
-            self.update(scored)
+        if not self.kl_control.spent:
+            with self.timers.phase("train_time"):
+                self.update(scored)
         return scored
 
     def update(self, scored: Scored) -> None:
@@ -253,7 +266,7 @@ class Actor:
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
             rollouts = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
-        scored = score(rollouts, self.loop, None, validation=True)
+        scored = score(rollouts, self.loop, None, kl_penalty=self.kl_control.penalty, validation=True)
         rows = rollout_rows(scored)
         self.log_rollouts(step, "val_rollouts", scored, rows)
         if self.cluster.is_main:
@@ -269,6 +282,7 @@ class Actor:
         found = rollout_metrics(scored)
         if name == "train_rollouts":
             found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
+            found |= self.kl_control.figures()
         prefix = "val_" if name == "val_rollouts" else ""
         self.values |= {f"{prefix}{key}": value for key, value in found.items()}
         if self.logger is not None:
@@ -294,8 +308,10 @@ class Actor:
             "updates": self.updates,
             "metrics_bytes": 0 if self.logger is None else self.logger.position,
             "values": values,
+            **self.kl_control.state(),
             "fingerprint": self.made_with,
             "reward_model": None if self.served is None else self.served.archive,
+            "validation_owed": self.validation_owed,
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -319,8 +335,11 @@ class Actor:
         check_same_run(newest, state["fingerprint"], self.made_with)
         checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
+        self.validation_owed = bool(state.get("validation_owed"))
         if self.served is not None:
             self.served.archive = state.get("reward_model")  # earlier versions did not keep it
         step = int(state["step"])
-        tell_resumed(newest, step, int(state["steps"]), self.steps)
+        self.kl_control.load(state)
+        if not self.kl_control.spent:
+            tell_resumed(newest, step, int(state["steps"]), self.steps)
         return step, state["metrics_bytes"]

@@ -74,7 +74,7 @@ class RolloutWorker:
                 rollout = _rollout(mine[response.prompt_index], response)
                 drawn.append(rollout)
                 prompt = rollout.prompt
-                asked.add(Candidate(prompt.text, rollout.text, prompt.fields, prompt.where))
+                asked.add(Candidate(prompt.text, rollout.text, prompt.fields, prompt.where, prompt.turns))
             asked.flush()
         kls = self._divergences(drawn)
         with self._timers.phase("critic_wait"), together(cluster):

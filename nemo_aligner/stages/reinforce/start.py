@@ -8,6 +8,7 @@ from typing import Any
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.chat import check_template
 from nemo_aligner.data.prompts import open_prompts, other_fields
 from nemo_aligner.engine.checks import check_is_policy, check_training
 from nemo_aligner.errors import ConfigError
@@ -40,14 +41,15 @@ def run(cfg: ReinforceConfig) -> None:
         from nemo_aligner.engine.policy import load_policy_for_training
         from nemo_aligner.servers.reward_client import RewardClient
         from nemo_aligner.stages.reinforce.drawing import encode
-        from nemo_aligner.stages.reinforce.loop import Actor, step_settings
+        from nemo_aligner.stages.reinforce.loop import Actor
+        from nemo_aligner.stages.reinforce.settings import step_settings
 
         with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
             refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg) | settings)
             policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
             prompts = encode(cfg, policy, train)
             held_out = [] if validation is None else encode(cfg, policy, validation)
-            if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+            if cfg.trainer.ppo.measures_kl:
                 policy.keep_initial_weights()
             actor = Actor(cfg, policy, cluster, prompts, held_out, settings)
             policy.add_optimizer(
@@ -75,6 +77,7 @@ def reward_settings(cfg: ReinforceConfig, functions: Functions | None, train: Bl
 def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:
     """Prompts to train on and to validate on, checked. Raises ConfigError without a file, DataError for bad rows."""
     data = cfg.model.data
+    check_template(data, "model.data.chat_template")
     if data.data_impl not in ("json", "jsonl"):
         raise ConfigError(f"{data.data_impl!r} is not jsonl", "model.data.data_impl")
     key = "model.data.data_prefix"

@@ -13,8 +13,9 @@ from typing import Any
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
-from nemo_aligner.data.jsonl import dump_row, write_jsonl
+from nemo_aligner.data.jsonl import dump_row, load_rows, write_jsonl
 from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.sources import is_source
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def run(cfg: GenerationConfig) -> None:
         require_extra("server", "server=True")
     prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
-    check_template(cfg.chat_template, "chat_template")
+    check_template(cfg, "chat_template")
     tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)
     if cfg.server and copies > 1:
@@ -64,7 +65,13 @@ def run(cfg: GenerationConfig) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError."""
+    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError.
+
+    Compressed files and the sources of data/sources.py have objects alone.
+    """
+    if path.suffix in (".gz", ".zst") or is_source(path):
+        rows = load_rows(path, required={})
+        return [_prompt_in(row, path, number) for row, number in zip(rows, rows.numbers, strict=True)]
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
@@ -77,12 +84,16 @@ def read_prompts(path: Path) -> list[str]:
             value = json.loads(line)
         except json.JSONDecodeError as fault:
             raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
-        found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
-        texts = [text for text in found if isinstance(text, str)]
-        if not texts:
-            raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
-        prompts.append(texts[0])
+        prompts.append(_prompt_in(value, path, number))
     return prompts
+
+
+def _prompt_in(value: Any, path: Path, number: int) -> str:
+    found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts:
+        raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
+    return texts[0]
 
 
 def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[tuple[int, ...]]:
@@ -158,13 +169,12 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
         from nemo_aligner.servers.generation.clerk import Served
         from nemo_aligner.servers.generation.desk import FrontDesk
 
-        template = cfg.chat_template or policy.tokenizer.chat_template
         served = Served(
             name=cfg.model_name or Path(cfg.gpt_model_file).name.removesuffix(".nemo"),
             tokenizer=policy.tokenizer,
             max_length=policy.max_sequence_length,
             vocab_size=policy.vocab_size,
-            chat_template=None if template is None else ChatTemplate(template, policy.tokenizer, "chat_template"),
+            chat_template=ChatTemplate.of(policy.tokenizer, cfg, "chat_template"),
             end_strings=tuple(cfg.inference.end_strings),
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,

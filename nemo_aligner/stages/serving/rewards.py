@@ -14,6 +14,8 @@ from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.config.serving import ServerConfig
+from nemo_aligner.data.chat import ChatTemplate, check_template
+from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.engine.checks import check_is_reward_model, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import ConfigError
@@ -27,12 +29,13 @@ from nemo_aligner.stages.run_control import StopSignal
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 60.0
-_KEY = "rm_model_file"
+_KEY, _TEMPLATE = "rm_model_file", "chat_template"
 
 
 def run(cfg: ServerConfig) -> None:
     """Serve `cfg.rm_model_file`, `cfg.reward_function`, or both, until SIGTERM or SIGINT."""
     require_extra("server", "a reward server")
+    check_template(cfg, _TEMPLATE)
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
     path = cfg.rm_model_file
     if path is not None:
@@ -84,7 +87,7 @@ def serve_functions(cfg: ServerConfig, functions: Functions, token: str | None) 
             while stop.name is None:
                 time.sleep(0.2)
 
-        serve(cfg.inference, reader, lambda rows: [], wait, token, judge)
+        serve(cfg.inference, reader, lambda rows: [], wait, token, judge, stop.unless_told)
 
 
 class Bytes:
@@ -140,10 +143,15 @@ def talk_to_clients(
         serving.max_text_bytes,
         None if functions is None else functions.check_fields,
         model.archive_hash(),
+        RowTexts(None, "input", ChatTemplate.of(model.tokenizer, cfg, _TEMPLATE), _TEMPLATE),
     )
     main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
     judge = None if functions is None else both(cfg.reward_plan, functions, main.score)
-    serve(serving, reader, main.score, lambda: main.run(lambda: stop.name is not None, heartbeat), token, judge)
+
+    def run() -> None:
+        main.run(lambda: stop.name is not None, heartbeat)
+
+    serve(serving, reader, main.score, run, token, judge, stop.unless_told)
 
 
 def both(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import RMConfig
+from nemo_aligner.data import preferences
 from nemo_aligner.data.blending import blend, prefix_files
-from nemo_aligner.data.jsonl import Row, load_rows
-from nemo_aligner.data.supervised import pairs_of, preference_examples
+from nemo_aligner.data.chat import ChatTemplate, check_template
+from nemo_aligner.data.row_texts import RowTexts
+from nemo_aligner.data.supervised import preference_examples
 from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.interfaces import TrainableModel
 from nemo_aligner.errors import ConfigError
@@ -26,15 +29,17 @@ from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
 if TYPE_CHECKING:
     from nemo_aligner.stages.supervised.loop import Task
 
+_TEMPLATE = "model.data.chat_template"
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
-Pairs = list[tuple[Row, Row]]
+_Pairs = Sequence[tuple[Any, Any]]
 
 
 def run(cfg: RMConfig) -> None:
     """Train on `model.data.data_prefix.train`; the archive carries mean and std of the validation rewards."""
     if cfg.model.reward_model_type != "binary_ranking":
         raise ConfigError(f"{cfg.model.reward_model_type!r} is not binary_ranking", "model.reward_model_type")
+    check_templates(cfg)
     pairs = {split: open_pairs(cfg, split) for split in ("train", "validation")}
     if not pairs["train"]:
         raise ConfigError("required, but not given", "model.data.data_prefix.train")
@@ -56,6 +61,14 @@ def run(cfg: RMConfig) -> None:
             train(task, model, cfg.exp_manager, asdict(cfg))
 
 
+def check_templates(cfg: RMConfig) -> None:
+    """Raises ConfigError."""
+    data = cfg.model.data
+    check_template(data, _TEMPLATE)
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise ConfigError(f"{data.prompt_template!r} lacks {{prompt}}", "model.data.prompt_template")
+
+
 def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
@@ -63,22 +76,17 @@ def settings(cfg: RMConfig) -> dict[str, Any]:
     return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
 
-def open_pairs(cfg: RMConfig, split: str) -> Pairs:
+def open_pairs(cfg: RMConfig, split: str) -> _Pairs:
     """Pairs of one split of `model.data.data_prefix`: [file] or the blend [weight, file, weight, file, ...]."""
     key = f"model.data.data_prefix.{split}"
     names, weights = prefix_files(cfg.model.data.data_prefix, split, key)
     if not names:
         return []
-    files = [load_rows(name, required={"text": key}) for name in names]
-    if len(files) == 1:
-        return pairs_of(files[0])
-    paired = [pairs_of(file) for file in files]
-    drawn = sum(len(own) for own, weight in zip(paired, weights, strict=True) if weight > 0)
-    order = blend(files, weights, drawn, key=key)
-    return [paired[source][int(position) % len(paired[source])] for source, position in order.places()]
+    files = [preferences.open_pairs(name, key=key, chat=cfg.model.data.chat) for name in names]
+    return files[0] if len(files) == 1 else blend(files, weights, key=key)
 
 
-def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> Task:
+def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, _Pairs]) -> Task:
     from nemo_aligner.stages.batches import BatchPlan
     from nemo_aligner.stages.supervised.loop import (
         Task,
@@ -90,8 +98,17 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, Pairs]) -> 
 
     data = cfg.model.data
     limit = min(data.seq_length, model.max_sequence_length)
+    chat = ChatTemplate.of(model.tokenizer, data, _TEMPLATE)
+    texts = RowTexts(data.prompt_template, "prompt", chat, _TEMPLATE)
     splits = {
-        split: preference_examples(rows, model.tokenizer, eos=data.append_eod, limit=limit, source=split)
+        split: preference_examples(
+            rows,
+            model.tokenizer,
+            eos=data.append_eod,
+            limit=limit,
+            source=split,
+            text=lambda side: preferences.side_text(side, texts),
+        )
         for split, rows in pairs.items()
     }
     check_not_empty(splits["train"], "model.data.data_prefix.train")

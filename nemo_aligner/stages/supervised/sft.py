@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
-from nemo_aligner.data.chat import ChatTemplate, check_template, messages_of
+from nemo_aligner.data.chat import ChatTemplate, check_template
+from nemo_aligner.data.conversations import check_conversation
 from nemo_aligner.data.jsonl import Rows, load_rows
 from nemo_aligner.data.supervised import (
     Example,
@@ -46,7 +47,7 @@ def run(cfg: SFTConfig) -> None:
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
     check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()), cfg.trainer.sft.save_interval)
-    check_template(cfg.model.data.chat_template, "model.data.chat_template")
+    check_template(cfg.model.data, "model.data.chat_template")
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
@@ -61,6 +62,7 @@ def run(cfg: SFTConfig) -> None:
             task = make_task(cfg, policy, rows, held_out)
             policy.add_optimizer(cfg.model.optim, clip_grad=cfg.trainer.sft.gradient_clip_val, max_steps=task.steps)
             train(task, policy, cfg.exp_manager, asdict(cfg))
+            policy.stay_in_memory()
 
 
 def settings(cfg: SFTConfig) -> dict[str, Any]:
@@ -79,17 +81,17 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
     if not cfg.model.data.chat:
         required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
     try:
-        rows = load_rows(
-            config.file_path, required=required, hf_dataset=config.hf_dataset, cache_dir=config.index_mapping_dir
+        return load_rows(
+            config.file_path,
+            required=required,
+            hf_dataset=config.hf_dataset,
+            cache_dir=config.index_mapping_dir,
+            check=check_conversation if cfg.model.data.chat else None,
         )
     except DataError as fault:
         if "the row has" in str(fault) and re.search("'(messages|conversations)'", str(fault)):
             raise DataError(f"{fault}; rows of conversations want model.data.chat=True") from None
         raise
-    if cfg.model.data.chat:
-        for row, number in zip(rows, rows.numbers, strict=True):
-            messages_of(row, str(rows.path), number)
-    return rows
 
 
 def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows | None) -> Task:
@@ -132,10 +134,10 @@ def make_examples(
         return sft_examples(
             rows, config, policy.tokenizer, answer_only=answer_only, max_length=policy.max_sequence_length, key=key
         )
-    template = data.chat_template or policy.tokenizer.chat_template
-    if template is None:
+    chat = ChatTemplate.of(policy.tokenizer, data, "model.data.chat_template")
+    if chat is None:
         raise ConfigError("the archive's tokenizer has no chat template; give one", "model.data.chat_template")
-    limit = min(config.max_seq_length, policy.max_sequence_length)
-    chat = ChatTemplate(template, policy.tokenizer, "model.data.chat_template")
-    examples = chat_examples(rows, chat, policy.tokenizer, answer_only=answer_only, limit=limit)
+    examples = chat_examples(
+        rows, chat, policy.tokenizer, config, answer_only=answer_only, max_length=policy.max_sequence_length
+    )
     return long_enough(examples, config.min_seq_length, str(rows.path))

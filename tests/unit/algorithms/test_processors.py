@@ -11,14 +11,14 @@ import pytest
 from nemo_aligner.algorithms.processors import apply_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.errors import ConfigError, DataError
-from nemo_aligner.records import Keys, ScoredSample
+from nemo_aligner.records import Keys, Sample, ScoredSample
 
 KEYS = Keys()
 
 
 def process(name: str | None, samples: list[ScoredSample], threshold: float = 0.0) -> list[ScoredSample]:
     template = "{input} <rm_score>: {reward} "
-    return apply_processor(name, samples, threshold=threshold, reward_template=template, keys=KEYS)
+    return list(apply_processor(name, samples, threshold=threshold, reward_template=template, keys=KEYS))
 
 
 def sample(prompt: str, output: str, reward: float) -> ScoredSample:
@@ -123,3 +123,28 @@ def test_rising_thresholds_keep_nested_sets_of_rising_mean_and_of_the_parts_a_no
         assert len(kept) / parts == pytest.approx(part, abs=1e-3)
         assert mean_and_std([s.reward for s in kept])[0] == pytest.approx(mean, abs=2e-3)
         before = outputs
+
+
+def chat(text: str, output: str, reward: float, **extra: object) -> ScoredSample:
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": text}]
+    sample = Sample.of({"messages": turns, "output": output, **extra}, KEYS)
+    return ScoredSample(sample.input, sample.output, sample.extra, reward, turns=sample.turns)
+
+
+def test_of_a_conversation_the_best_answer_is_kept_and_its_row_stays_what_it_was() -> None:
+    samples = [chat("q", "a", 1.0, id=1), chat("q", "b", 3.0, id=1), chat("q", "c", 2.0, tools=[{"name": "look"}])]
+    kept = [sample.to_row(KEYS, export_reward=False) for sample in process("rs", [*samples, chat("r", "d", 0.0)])]
+    assert [row["output"] for row in kept] == ["b", "c", "d"], "with other tools it is another prompt"
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
+    assert kept[0] == {"id": 1, "messages": turns, "output": "b"}
+
+
+def test_a_decision_transformer_asks_for_the_reward_in_the_turn_that_is_answered() -> None:
+    [asked] = process("dt", [chat("q {reward}", "a", 1.25)])
+    assert asked.turns is not None
+    assert [turn["content"] for turn in asked.turns.given] == ["be brief", "q {reward} <rm_score>: 1.2 "]
+    said = {"conversations": [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}], "system": "s"}
+    sample = Sample.of(said, KEYS)
+    assert (sample.input, sample.output) == ("q", "a"), "its answer is its last turn"
+    row = sample.with_input("q!").to_row(KEYS)
+    assert row == {**said, "conversations": [{"from": "User", "value": "q!"}, said["conversations"][1]]}

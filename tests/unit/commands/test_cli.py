@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -39,6 +40,21 @@ def test_the_planner_explains_each_of_its_keys_with_its_default() -> None:
     assert [*found] == [field.name for field in dataclasses.fields(PlanConfig)]
     assert (found["gpus_per_node"].default, found["gpus"].default, found["model"].default) == ("8", "null", "???")
     assert all(key.comment for key in found.values())
+
+
+@pytest.mark.parametrize("name", sorted({*cli.COMMANDS} - {*cli.CONFIGURED, "plan", "loop"}))
+def test_every_option_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    def parsed(parser: argparse.ArgumentParser, *_: object) -> None:
+        assert [action.dest for action in parser._actions if not action.help] == []
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", ["aligner", name])
+    with pytest.raises(Parsed):
+        cli.main()
 
 
 @pytest.mark.processes
@@ -134,3 +150,17 @@ def test_bash_asks_the_command_itself(tmp_path: Path) -> None:
         "complete -o default -o nospace -F hydra_bash_completion aligner",
         "data.n= data.num_samples=",
     ], done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["sample", "--help"], ["plan", "model=llama3_8b", "gpus=8", "gpu_memory_gb=80"]],
+)
+def test_a_reader_that_leaves_early_ends_a_command_without_a_word(words: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "nemo_aligner", *words]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

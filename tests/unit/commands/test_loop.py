@@ -1,4 +1,7 @@
-"""`aligner loop` starts the shell loops with settings of the command line, and refuses those that they do not know."""
+"""`aligner loop` starts the shell loops with settings of the command line, and refuses those that they do not know.
+
+A loop tells its stages the same whether one process runs all of them, or one each.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,29 @@ from nemo_aligner.commands.loop import LOOPS, environment_of, script_of, setting
 from nemo_aligner.errors import ConfigError
 
 STAGE = """#!/usr/bin/env bash
-# plays every stage: notes its arguments, and makes the file that the loop looks for; dies where it is told so
+# plays every stage: notes its arguments, and makes the files that the loop looks for; dies before it begins, or
+# between its output and the record of how that was made, where it is told so.
+# Plays the process that runs all of them, too
 [[ $2 == nemo_aligner.owner ]] && exit
+if [[ $2 == nemo_aligner.stages.one_process ]]; then
+  echo $$ >>"$NOTES.hosts"
+  while IFS= read -r -d '' count; do
+    words=()
+    for ((i = 0; i < count; i++)); do IFS= read -r -d '' word && words+=("$word"); done
+    "$0" "${words[@]}" </dev/null || exit
+    echo done >&3
+  done
+  exit
+fi
 [[ -n $DIES_AT && "$*" == *"$DIES_AT"* ]] && exit 9
 printf '%s\\n' "${*:2}" >>"$NOTES"
 for word in "$@"; do
   case $word in
-    output_file=*) touch "${word#*=}" ;;
+    output_file=*)
+      echo "$*" >"${word#*=}"
+      if [[ -n $DIES_IN && $2 == nemo_aligner && $3 == "$DIES_IN" ]]; then exit 9; fi
+      echo "$*" >"${word#*=}.meta.json"
+      ;;
     exp_manager.explicit_log_dir=*)
       mkdir -p "${word#*=}/checkpoints"
       touch "${word#*=}/checkpoints/megatron_gpt_sft.nemo"
@@ -62,25 +81,35 @@ def test_what_the_loop_does_not_know_is_refused(word: str, line: str) -> None:
 class Played:
     """Loops whose stages are played: what each was told, in order."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, one_process: bool) -> None:
         self._stage, self._notes, self.result = folder / "stage", folder / "notes", folder / "loop"
+        self._one_process = f"ONE_PROCESS={int(one_process)}"
         self._stage.write_text(STAGE)
         self._stage.chmod(0o755)
 
-    def __call__(self, loop: str, *words: str, dies_at: str = "") -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, loop: str, *words: str, dies_at: str = "", dies_in: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         common = ("PROMPTS_PATH=p", "POLICY_MODEL_PATH=sft.nemo", "REWARD_MODEL_PATH=rm.nemo")
-        settings = environment_of(loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", *common, *words])
-        environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at}
+        settings = environment_of(
+            loop, [f"PYTHON={self._stage}", f"RESULT_PATH={self.result}", self._one_process, *common, *words]
+        )
+        environment = {**os.environ, **settings, "NOTES": str(self._notes), "DIES_AT": dies_at, "DIES_IN": dies_in}
         command = ["bash", str(script_of(loop))]
         return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+
+    def hosts(self) -> int:
+        """How many processes ran all stages of a loop."""
+        path = Path(f"{self._notes}.hosts")
+        return len(path.read_text().split()) if path.exists() else 0
 
     def told(self, stage: str) -> list[str]:
         return [line for line in self._notes.read_text().splitlines() if line.startswith(f"nemo_aligner {stage} ")]
 
 
-@pytest.fixture
-def play(tmp_path: Path) -> Played:
-    return Played(tmp_path)
+@pytest.fixture(params=[False, True], ids=["process each", "one process"])
+def play(tmp_path: Path, request: pytest.FixtureRequest) -> Played:
+    return Played(tmp_path, request.param)
 
 
 @pytest.mark.processes
@@ -120,6 +149,54 @@ def test_each_improve_step_trains_the_policy_of_the_one_before_also_after_a_kill
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("stage", ["sample", "label"])
+def test_a_stage_that_was_killed_before_its_record_is_run_again(stage: str, play: Played) -> None:
+    assert play("rs", "TRAINING_ITERS=1", dies_in=stage).returncode == 9
+    assert play("rs", "TRAINING_ITERS=1").returncode == 0
+    assert [len(play.told(name)) for name in ("sample", "label", "sft")] == [
+        1 + (stage == "sample"),
+        1 + (stage == "label"),
+        1,
+    ]
+    spent = [line.rpartition(" ")[0] for line in (play.result / "seconds.log").read_text().splitlines()]
+    assert list(dict.fromkeys(spent)) == ["0 sample", "0 label", "0 train"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("dies_at", ["", "iter_1", "loop_record"])
+def test_what_was_best_in_an_iteration_competes_in_the_next_also_after_a_kill(dies_at: str, play: Played) -> None:
+    settings = ("TRAINING_ITERS=3", "KEEP_BEST=1", "LABELER_ARGS=export_reward=False")
+    if dies_at:
+        assert play("rs", *settings, dies_at=dies_at).returncode == 9
+    done = play("rs", *settings)
+    assert done.returncode == 0, done.stderr
+    labels = play.told("label")
+    assert words_of(labels, "export_reward")[1::2] == ["True"] * 3, "the last one wins"
+    assert words_of(labels, "best_so_far_file") == [f"{play.result}/best_so_far.jsonl"] * 2
+    assert "best_so_far_file" not in labels[0]
+    for part in ("", ".meta.json"):
+        assert (play.result / f"best_so_far.jsonl{part}").read_text() == f"-m {labels[-1]}\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("loop", "value", "line"),
+    [
+        ("rs", "yes", "KEEP_BEST=yes is not 0 or 1"),
+        (
+            "rest",
+            "1",
+            "KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=rest",
+        ),
+    ],
+)
+def test_keeping_the_best_is_for_rejection_sampling(loop: str, value: str, line: str, play: Played) -> None:
+    done = play(loop, f"KEEP_BEST={value}")
+    assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
+    assert not play.result.exists()
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("thresholds", ["1 0", "0 0", "0 a"])
 def test_thresholds_that_do_not_rise_are_refused(thresholds: str, play: Played) -> None:
     done = play("rest", f"THRESHOLDS={thresholds}")
@@ -127,3 +204,23 @@ def test_thresholds_that_do_not_rise_are_refused(thresholds: str, play: Played) 
         1,
         [f"error: THRESHOLDS={thresholds}: numbers are needed, each above the one before"],
     )
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("settings", "status", "said", "hosts"),
+    [
+        (("ONE_PROCESS=1",), 0, "", 1),
+        (("ONE_PROCESS=0",), 0, "", 0),
+        (("ONE_PROCESS=1", "LAUNCH=env"), 0, "LAUNCH is set: each stage is a process of its own", 0),
+        (("ONE_PROCESS=yes",), 1, "error: ONE_PROCESS=yes is not 0 or 1", 0),
+    ],
+)
+def test_one_process_runs_all_stages_where_it_is_asked_for_and_can(
+    settings: tuple[str, ...], status: int, said: str, hosts: int, tmp_path: Path
+) -> None:
+    play = Played(tmp_path, one_process=False)
+    done = play("rs", "TRAINING_ITERS=2", *settings)
+    assert (done.returncode, done.stderr.strip()) == (status, said)
+    assert play.hosts() == hosts
+    assert not list(play.result.glob("*.lock"))

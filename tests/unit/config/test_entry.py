@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,25 @@ def test_a_fault_is_one_line_and_a_status(
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise fault
     assert (caught.value.code, capsys.readouterr().err) == (status, begins + line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_where_nothing_is_to_save_is_exit_status_75_too(
+    own: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+
+    @script("own", own.conf)
+    def main(cfg: DictConfig) -> None:
+        os.kill(os.getpid(), number)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 75
+    assert capsys.readouterr().err == f"stopped early: {number.name}; run the same command again to go on\n"
+    assert signal.getsignal(number) == before
 
 
 def test_a_fault_of_the_run_is_told_so(own: Script) -> None:

@@ -59,7 +59,7 @@ def test_chunks_tile_the_data_and_go_on_past_its_end() -> None:
 def test_a_file_of_weight_0_gives_no_row(tmp_path: Path, weights: list[float], count: int | None) -> None:
     given = files(tmp_path, 4, 3, 5)
     found = blend(given, weights, count)
-    assert {source for source, _ in found.places()} == {i for i, weight in enumerate(weights) if weight}
+    assert {row["input"][0] for row in found} == {str(i) for i, weight in enumerate(weights) if weight}
     assert len(found) == (count or sum(len(file) for file, weight in zip(given, weights, strict=True) if weight))
 
 
@@ -68,9 +68,9 @@ def test_as_many_rows_are_blended_as_are_asked_for_and_each_is_named_by_its_file
     for number in (1, 5, 20):
         drawn = blend(given, [1.0, 1.0], number)
         assert len(drawn) == number
-        for index, (file, row) in enumerate(drawn.places()):
-            assert drawn[index] == {"input": f"{file}:{row}"}
-            assert drawn.where(index) == (str(given[file].path), row + 1)
+        for index, row in enumerate(drawn):
+            file, place = map(int, row["input"].split(":"))
+            assert drawn.where(index) == (str(given[file].path), place + 1)
     assert len(blend(given, [1.0, 1.0])) == 7
 
 

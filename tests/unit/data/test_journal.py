@@ -158,7 +158,7 @@ def test_rows_are_merged_in_order_of_their_index_over_all_ranks(tmp_path: Path) 
             if index % 2 == rank:
                 journal.add(index, {"i": index})
         journal.flush()
-    assert [index for index, _ in Journal(tmp_path / "o", {}, OneProcess()).merged(10)] == list(range(10))
+    assert [row["i"] for row in Journal(tmp_path / "o", {}, OneProcess()).merged(10)] == list(range(10))
 
 
 def test_rows_that_somebody_removed_during_the_run_are_missed_before_a_row_is_given(tmp_path: Path) -> None:
@@ -166,15 +166,15 @@ def test_rows_that_somebody_removed_during_the_run_are_missed_before_a_row_is_gi
     journal.add(0, {})
     journal.flush()
     (journal.folder / "rank_0.json").unlink()
-    journal.add(1, {})
+    journal.add(1, {"i": 1})
     journal.flush()
     with pytest.raises(OutputError, match=r"o_temp: 1 of 2 rows are not there any more, .*; run the same command"):
-        next(journal.merged(2))
+        journal.merged(2)
     again = Journal(tmp_path / "o", {}, OneProcess())
     assert again.done == {1}
-    again.add(0, {})
+    again.add(0, {"i": 0})
     again.flush()
-    assert [index for index, _ in again.merged(2)] == [0, 1]
+    assert list(again.merged(2)) == [{"i": 0}, {"i": 1}]
 
 
 def test_rows_not_flushed_are_not_done(tmp_path: Path) -> None:
@@ -204,7 +204,16 @@ def test_another_runs_progress_is_refused_with_the_key_that_changed(
     Journal(tmp_path / "o", made_with, OneProcess())
 
 
-@pytest.mark.parametrize("damage", ["rubbish\n", '{"row": {}}\n', "[]\n"])
+def test_a_row_that_the_run_does_not_have_is_damage_and_takes_no_memory(tmp_path: Path) -> None:
+    path = Journal(tmp_path / "o", {}, OneProcess()).folder / "rank_0.json"
+    path.write_text('{"index": 0, "row": {}}\n{"index": 999999999999999, "row": {}}\n')
+    journal = Journal(tmp_path / "o", {}, OneProcess())
+    assert journal.done == {0, 999999999999999}
+    with pytest.raises(OutputError, match=r"rank_0\.json: row 999999999999999 of 1 at byte 24: damaged"):
+        journal.merged(1)
+
+
+@pytest.mark.parametrize("damage", ["rubbish\n", '{"index": -1}\n', '{"index": "1"}\n', '{"row": {}}\n', "[]\n"])
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     journal = Journal(tmp_path / "o", {}, OneProcess())
     (journal.folder / "rank_0.json").write_text('{"index": 0, "row": {}}\n' + damage)

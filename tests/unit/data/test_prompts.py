@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_aligner.data.blending import Blend
-from nemo_aligner.data.prompts import encode_prompts, field_of, filled, open_prompts, with_bos
+from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.prompts import encode_prompts, open_prompts, prompt_field, with_bos
+from nemo_aligner.data.row_texts import filled
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import ByteTokenizer
 
@@ -102,5 +104,22 @@ def test_text_is_the_prompt_where_a_row_has_input_too_and_the_log_says_so_once(
     with caplog.at_level(logging.INFO):
         rows = open_prompts({"train": [str(path)]}, "train", "model.data.data_prefix.train")
     assert rows is not None
-    assert [field_of(rows[i], rows, i) for i in range(4)] == ["a", "c", "d", "e"]
+    assert [rows[i][prompt_field(rows[i]) or ""] for i in range(4)] == ["a", "c", "d", "e"]
     assert caplog.messages == ["model.data.data_prefix.train: 2 rows have both text and input; text is the prompt"]
+
+
+def test_a_conversation_is_a_prompt_rendered_up_to_the_answer(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = opened(write(tmp_path / "chats", {"messages": turns, "answer": "7"}, {"text": "plain", "messages": turns}))
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    chat = ChatTemplate(template, ByteTokenizer(), "k")
+    first, second = encode_prompts(rows, ByteTokenizer().encode, bos_id=None, limit=99, key=KEY, chat=chat)
+    assert bytes(first.tokens) == b"ua;ab;uc;a"
+    assert (first.text, first.fields["answer"], first.shown) == ("c", "7", {"messages": turns})
+    assert (bytes(second.tokens), second.shown, second.turns) == (b"plain", {"input": "plain"}, None)
+    with pytest.raises(
+        DataError, match=r"chats:1: the row is a conversation.* no chat template; give model\.data\.chat_"
+    ):
+        encode_prompts(rows, ByteTokenizer().encode, bos_id=None, limit=99, key=KEY)

@@ -11,7 +11,7 @@ import pytest
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
-from nemo_aligner.data.supervised import chat_examples, pairs_of, preference_examples, sft_examples
+from nemo_aligner.data.supervised import Pairs, chat_examples, preference_examples, sft_examples
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import EOS, ByteTokenizer
 
@@ -89,7 +89,9 @@ def test_a_template_that_does_not_end_with_the_label_is_refused(tmp_path: Path, 
     ],
 )  # fmt: skip
 def test_chat_trains_every_assistant_turn_and_nothing_else(tmp_path: Path, row: dict[str, Any]) -> None:
-    [found] = chat_examples(rows(tmp_path, row), CHAT, ByteTokenizer(), answer_only=True, limit=1000)
+    [found] = chat_examples(
+        rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=1000
+    )
     [tokens], [mask] = found.rows, found.masks
     assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>a2;"
     assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "a1;a2;"
@@ -101,21 +103,22 @@ def test_chat_rows_without_turns_are_named_with_their_line(tmp_path: Path) -> No
             rows(tmp_path, {"input": "x"}),
             CHAT,
             ByteTokenizer(),
+            SFTDatasetConfig(),
             answer_only=True,
-            limit=9,
+            max_length=9,
         )
 
 
 def test_pairs_are_adjacent_lines_and_too_long_ones_are_skipped_pair_by_pair(tmp_path: Path) -> None:
     data = rows(tmp_path, *({"text": text} for text in ("good", "bad", "good" * 9, "bad", "fine", "poor")))
-    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=True, limit=10, source="k")
+    found = preference_examples(Pairs(data), ByteTokenizer(), eos=True, limit=10, source="k")
     assert [[bytes(side[:-1]).decode() for side in e.rows] for e in found] == [["good", "bad"], ["fine", "poor"]]
     assert all(side[-1] == EOS for e in found for side in e.rows)
 
 
 def test_an_odd_number_of_lines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:3: 3 rows"):
-        pairs_of(rows(tmp_path, *({"text": t} for t in "abc")))
+        Pairs(rows(tmp_path, *({"text": t} for t in "abc")))
 
 
 @pytest.mark.parametrize(("least", "kept"), [(1, ["a", "bcd"]), (4, ["bcd"]), (5, ["bcd"]), (6, [])])
@@ -214,7 +217,9 @@ def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
     data = rows(tmp_path, {"messages": turns})
 
     def made(limit: int, answer_only: bool = True) -> list[tuple[list[int], list[int]]]:
-        found = chat_examples(data, CHAT, ByteTokenizer(), answer_only=answer_only, limit=limit)
+        found = chat_examples(
+            data, CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=answer_only, max_length=limit
+        )
         return [(example.rows[0], example.masks[0]) for example in found]
 
     begins = whole.index(b"abc")
@@ -232,10 +237,26 @@ def test_a_pair_is_used_where_both_sides_fit_and_every_token_counts(
     tmp_path: Path, eos: bool, limit: int, kept: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = rows(tmp_path, *({"text": text} for text in ("abcd", "a", "abc", "ab", "", "a")))
-    found = preference_examples(pairs_of(data), ByteTokenizer(), eos=eos, limit=limit, source="k")
+    found = preference_examples(Pairs(data), ByteTokenizer(), eos=eos, limit=limit, source="k")
     fit = len(found) - eos * (limit >= 2)  # an empty side is EOS alone
     assert fit == kept
     assert all(
         mask == [1] * len(row) for example in found for row, mask in zip(example.rows, example.masks, strict=True)
     )
     assert (f"{3 - len(found)} of 3 pairs left out" in caplog.text) == (len(found) < 3)
+
+
+def test_a_row_with_its_answer_beside_the_turns_trains_on_the_answer_alone_as_it_was_drawn(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "u2"},
+    ]
+    drawn = {"output": "é", "output_token_ids": list("é".encode())}
+    for row in ({"messages": turns, "output": "é"}, {"messages": turns, **drawn}):
+        [found] = chat_examples(
+            rows(tmp_path, row), CHAT, ByteTokenizer(), SFTDatasetConfig(), answer_only=True, max_length=99
+        )
+        [tokens], [mask] = found.rows, found.masks
+        assert bytes(tokens).decode() == "<user>u1;<assistant>a1;<user>u2;<assistant>é;"
+        assert bytes(t for t, keep in zip(tokens, mask, strict=True) if keep).decode() == "é;"

@@ -238,6 +238,14 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
     assert (Path(folder) / own).exists(), "Triton's Python is this one"
 
 
+def test_told_to_stop_while_triton_starts_nothing_is_served(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch)
+    serve(at_a_free_port, READER, length, lambda: pytest.fail("it runs"), start=lambda work: False)
+    assert tritons[0].stopped == 1
+
+
 def test_triton_is_stopped_when_the_work_ends_in_a_fault(
     at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

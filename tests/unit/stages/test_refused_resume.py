@@ -18,7 +18,7 @@ from nemo_aligner.engine import loading, policy, reward_model
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.stages.offline import random_sampler, reward_labeler
-from nemo_aligner.stages.reinforce import loop, start
+from nemo_aligner.stages.reinforce import settings, start
 from nemo_aligner.stages.supervised import reward_training, sft
 from tests.fakes import OneProcess, RankOfSeveral, on_ranks
 
@@ -72,7 +72,7 @@ def trainers(folder: Path) -> dict[str, tuple[ModuleType, Any, dict[str, Any]]]:
     return {
         "SFT": (sft, supervised, sft.settings(supervised)),
         "reward model": (reward_training, ranked, reward_training.settings(ranked)),
-        "actor": (start, actor, loop.step_settings(actor)),
+        "actor": (start, actor, settings.step_settings(actor)),
     }
 
 

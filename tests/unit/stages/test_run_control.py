@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -110,6 +111,28 @@ def test_ctrl_c_a_second_time_leaves_at_once_and_sigterm_never_does() -> None:
         assert stop.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_work_of_others_ends_at_once_when_the_signal_comes_and_is_not_begun_afterwards() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except Exception:
+            pytest.fail("it is no Exception")
+        finally:
+            done.append("cleared up")
+
+    with StopSignal() as stop:
+        assert stop.unless_told(lambda: done.append("worked"))
+        assert not stop.unless_told(work)
+        assert not stop.unless_told(lambda: pytest.fail("begun"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(ZeroDivisionError):
+            StopSignal().unless_told(lambda: 1 / 0)
+    assert done == ["worked", "cleared up"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

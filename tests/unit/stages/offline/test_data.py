@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.config.offline import SamplerConfig
+from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig
 from nemo_aligner.errors import ConfigError, DataError, OutputError
-from nemo_aligner.stages.offline.data import check_output, check_template, open_rows
+from nemo_aligner.stages.offline.data import check_output, check_templates, open_rows
 
 
 def config(folder: Path, *files: str) -> SamplerConfig:
@@ -26,10 +26,10 @@ def test_the_output_is_none_of_the_inputs(tmp_path: Path) -> None:
 
 
 def test_a_template_says_where_the_prompt_goes() -> None:
-    check_template(None, "input")
-    check_template("Q: {text}", "text")
+    check_templates(OfflineDataConfig())
+    check_templates(OfflineDataConfig(prompt_template="Q: {text}", input_key="text"))
     with pytest.raises(ConfigError, match=r"data\.prompt_template: 'Q: \{input\}' lacks \{text\}"):
-        check_template("Q: {input}", "text")
+        check_templates(OfflineDataConfig(prompt_template="Q: {input}", input_key="text"))
 
 
 def test_files_are_blended_by_their_weights_and_the_number_of_rows_asked_for(tmp_path: Path) -> None:

@@ -46,13 +46,28 @@ def test_the_figures_are_those_of_the_samples(tmp_path: Path) -> None:
     [found] = lines(tmp_path / "iterations.jsonl")
     assert found == {
         "iteration": 0, "samples": 4, "prompts": 2, "reward_mean": 1.0, "reward_std": pytest.approx(3.0),
-        "best_of_n_mean": (4.0 - 2.0) / 2, "kept": 0.5, "response_characters": 2.0, "empty": 0.25,
-        "seconds/sample": 9.0, "seconds/label": 2.0,
+        "best_of_n_mean": (4.0 - 2.0) / 2, "kept": 0.5, "kept_from_before": 0, "response_characters": 2.0,
+        "empty": 0.25, "seconds/sample": 9.0, "seconds/label": 2.0,
     }  # fmt: skip
     kept = lines(tmp_path / "iterations" / "0.jsonl")
     assert [(row["reward"], row["kept"], row["id"]) for row in kept] == [
         (1.0, False, 1), (4.0, True, 1), (-2.0, True, 2), (None, False, 2),
     ]  # fmt: skip
+
+
+def test_samples_of_earlier_iterations_are_counted_apart(tmp_path: Path) -> None:
+    """As many were trained on as were drawn, and two of the four are others."""
+    older = [{"input": "r", "output": "d"}, {"input": "q", "output": "e"}]
+    generated = write(tmp_path / "g.jsonl", SAMPLES)
+    labeled = write(tmp_path / "l.jsonl", [*older, SAMPLES[1], SAMPLES[2]])
+    (tmp_path / "l.jsonl.meta.json").write_text('{"config": {"processor": "rs"}}')
+    write(
+        tmp_path / "l.jsonl_temp" / "rank_0.json", [{"index": i, "row": {"reward": r}} for i, r in enumerate(REWARDS)]
+    )
+    record(tmp_path, 3, generated, labeled, 256)
+    [found] = lines(tmp_path / "iterations.jsonl")
+    assert (found["kept"], found["kept_from_before"]) == (0.5, 2)
+    assert [row["kept"] for row in lines(tmp_path / "iterations" / "3.jsonl")] == [False, True, True, False]
 
 
 def test_an_iteration_recorded_twice_stands_there_once_and_one_begun_anew_ends_those_after_it(tmp_path: Path) -> None:
@@ -78,10 +93,10 @@ def test_how_an_iteration_was_made_outlives_what_it_was_made_of(tmp_path: Path) 
     kept |= {name: f"iter_1/{name}" for name in ("run.json", "metrics.jsonl")}
     (tmp_path / "iter_1").mkdir()
     for name in list(kept.values())[:3]:  # of a training without a logger there are no metrics
-        (tmp_path / name).write_text(f'"{name}"')
+        (tmp_path / name).write_text(json.dumps({"config": {"processor": "rs"}, "name": name}))
     iteration(tmp_path, 1)
-    found = {path.name: path.read_text() for path in (tmp_path / "iterations" / "1").iterdir()}
-    assert found == {name: f'"{source}"' for name, source in kept.items() if name != "metrics.jsonl"}
+    found = {path.name: json.loads(path.read_text())["name"] for path in (tmp_path / "iterations" / "1").iterdir()}
+    assert found == {name: source for name, source in kept.items() if name != "metrics.jsonl"}
 
 
 def test_without_any_reward_there_is_no_mean(tmp_path: Path) -> None:
@@ -97,7 +112,7 @@ def test_what_an_iteration_did_is_said_and_drawn_figure_by_figure(
     iteration(tmp_path, 0)
     said = (
         "iteration 0: samples 4, prompts 2, reward_mean 1, reward_std 3, best_of_n_mean 1, kept 0.5, "
-        "response_characters 2, empty 0.25\n"
+        "kept_from_before 0, response_characters 2, empty 0.25\n"
     )
     assert capsys.readouterr().out == said
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -309,7 +309,7 @@ def test_a_chat_model_that_is_asked_without_a_template_is_said_so(
 ) -> None:
     with caplog.at_level(logging.INFO):
         run(config(tmp_path, prompt_template=template), policy=policy)
-    assert ("the model has a chat template, and prompts go to it as they are" in caplog.text) == told
+    assert ("the model has a chat template, and plain prompts go to it as they are" in caplog.text) == told
 
 
 def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,3 +320,34 @@ def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplo
         assert said not in caplog.text
         run(cfg)
         assert said in caplog.text
+
+
+def test_conversations_and_plain_prompts_may_share_a_file_and_each_is_asked_in_its_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ mood }}[assistant]")
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}], "id": 1},
+        {"input": "b", "messages": "travels"},
+        {"system": "s", "conversations": [{"from": "User", "value": "c"}], "chat_template_kwargs": {"mood": "?"}},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config(tmp_path, n=1, chat_template=str(template), chat_template_kwargs={"mood": "!"})
+    with caplog.at_level(logging.INFO):
+        policy = run(cfg)
+    assert "2 rows are conversations, 1 are plain prompts" in caplog.text
+    asked = {r.prompt_index: bytes(r.prompt_tokens).decode() for r in policy.asked}
+    assert asked == {0: "[user]a![assistant]", 1: "b", 2: "[system]s[user]c?[assistant]"}
+    assert written(cfg) == [{**row, "output": f"<{i}.0>"} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("limit", "context"), [(8, 64), (9, 9)])
+def test_a_conversation_is_not_cut(tmp_path: Path, limit: int, context: int) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    policy = EchoPolicy()
+    policy.max_sequence_length = context
+    cfg = config(tmp_path, max_seq_length=limit, chat_template="{{ messages[0].content }}: 123456")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the conversation has 9 tokens; data\.max_seq_length is"):
+        run(cfg, policy=policy)
+    assert not policy.asked

@@ -280,7 +280,7 @@ def test_empty_responses_are_counted_and_left_out_only_where_asked(
 
 
 def test_few_empty_responses_are_no_sign_of_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_empty([""] + ["x"] * 10)
+    tell_empty(1, 11)
     assert caplog.text == ""
 
 
@@ -300,3 +300,18 @@ def test_a_rerun_of_what_is_done_says_that_nothing_is_left(tmp_path: Path, caplo
         assert said not in caplog.text
         run(cfg)
         assert said in caplog.text
+
+
+def test_conversations_are_judged_by_their_turns_with_the_answer_inside_or_beside_them(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "q"}]
+    rows = [
+        {"messages": asked, "output": "ab", "id": 1},
+        {"messages": [*asked, {"role": "assistant", "content": "abc"}], "id": 2},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    cfg = config(tmp_path, chat_template=template)
+    cfg.processor, cfg.export_reward = "rs", True
+    model = run(cfg)
+    assert [bytes(row) for part in model.scored for row in part] == [b"q;ab;", b"q;abc;"]
+    assert written(cfg) == [{**rows[1], "reward": float(sum(b"q;abc;"))}], "both answer the same prompt"

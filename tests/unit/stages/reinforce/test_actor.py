@@ -67,7 +67,7 @@ class Learner(EchoPolicy):
         return StepMetrics(0.5 * len(self.trained), 2.0, 0.1)
 
     def save_training_state(self, folder: Path, state: dict[str, Any]) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # in place of what is there
         (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
 
     def load_training_state(self, folder: Path) -> dict[str, Any]:
@@ -321,6 +321,27 @@ def test_told_to_stop_as_its_server_is_a_run_saves_what_is_done_and_goes_on_to_t
     assert first.trained + second.trained == whole.trained
     assert [row["step"] for row in rows_of(tmp_path / "parts", "train_rollouts")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows_of(tmp_path / "parts", "val_rollouts")] == [0, 6]
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_told_to_stop_in_a_validation_a_run_owes_it_and_ends_with_the_same_curves(tmp_path: Path, step: int) -> None:
+    every = {"max_epochs": 2, "val_check_interval": 3, "save_interval": 2}
+    whole = run(config(tmp_path / "whole", **every), validation=HELD_OUT)
+    cfg, first = config(tmp_path / "parts", **every), Learner()
+    before = {0: 0, 3: 4, 6: 8}[step]  # a request for each step and validation
+    with pytest.raises(ServerError, match="no answer"):
+        run(config(tmp_path / "fault", **every), validation=HELD_OUT, judge=Judge(before))
+    first.cluster.any = lambda flag: flag or judge.left < 0  # type: ignore[method-assign]
+    judge = Judge(before)
+    with pytest.raises(StoppedEarly, match=rf"at step {step} of 6; "):
+        run(cfg, learner=first, validation=HELD_OUT, judge=judge)
+    second = run(cfg, validation=HELD_OUT)
+    assert first.trained + second.trained == whole.trained
+    for name in ("train_rollouts", "val_rollouts", "timers"):
+        steps = [row["step"] for row in rows_of(tmp_path / "parts", name)]
+        assert steps == [row["step"] for row in rows_of(tmp_path / "whole", name)], name
+    kept = [{path.name for path in (tmp_path / part / "checkpoints").iterdir()} for part in ("parts", "whole")]
+    assert kept[1] <= kept[0]
 
 
 def test_figures_of_progress_and_the_seconds_of_every_phase_are_logged_at_each_step(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -133,3 +135,83 @@ def test_a_reward_that_is_no_number_is_named_with_response_and_prompt(bad: float
     check_finite(ROLLOUTS)
     with pytest.raises(TrainingError, match=rf"gave {bad} for the response 't7' to the prompt 'xyz'"):
         check_finite([*ROLLOUTS, rollout(1, 7, bad, 0.0)])
+
+
+def shaping(baseline: str = "none", **keys: object) -> ReinforceLoopConfig:
+    found = loop(baseline)
+    for name, value in keys.items():
+        setattr(found, name, value)
+    return found
+
+
+def advantages(rollouts: list[Rollout], cfg: ReinforceLoopConfig, greedy: torch.Tensor | None = None) -> list[float]:
+    found = score(rollouts, cfg, greedy, max_length=5).advantages
+    assert found is not None
+    return found.tolist()
+
+
+def test_rewards_are_clipped_then_pay_for_their_length_then_are_whitened_then_pay_for_their_kl() -> None:
+    cfg = shaping(reward_clip_range=[0.0, 3.0], overlong_buffer_length=3, overlong_buffer_penalty=1.5)
+    less = [1.0 - 0.5, 3.0, 2.0 - 1.5, 0.0 - 0.5, 3.0 - 0.5]  # lengths are 3, 1, 5, 3, 3 of 5, the last 3 cost
+    kl = [0.2, 1.0, 0.0, 0.5, 1.5]
+    assert advantages(ROLLOUTS, cfg) == pytest.approx([r - k for r, k in zip(less, kl, strict=True)])
+    cfg.whiten_rewards = True
+    mean, std = statistics.mean(less), statistics.stdev(less)
+    assert advantages(ROLLOUTS, cfg) == pytest.approx([(r - mean) / std - k for r, k in zip(less, kl, strict=True)])
+
+
+def test_how_much_was_shaped_is_logged_and_the_rewards_are_logged_as_they_were_given() -> None:
+    cfg = shaping(
+        reward_clip_range=[0.0, 3.0], overlong_buffer_length=3, overlong_buffer_penalty=1.5, whiten_rewards=True
+    )
+    found = rollout_metrics(score(ROLLOUTS, cfg, None, max_length=5))
+    less = [0.5, 3.0, 0.5, -0.5, 2.5]
+    assert found["rewards"] == 2.0
+    assert found["rewards_clipped"] == pytest.approx(2 / 5)
+    assert found["fraction_overlong"] == pytest.approx(4 / 5)
+    assert found["overlong_penalty"] == pytest.approx(1.5 * (3 * 1 / 3 + 1) / 5)
+    assert found["whitening_mean"] == pytest.approx(statistics.mean(less))
+    assert found["whitening_std"] == pytest.approx(statistics.stdev(less))
+
+
+@pytest.mark.parametrize("baseline", ["RLOO", "ReMax", "none"])
+def test_whitening_makes_advantages_blind_to_the_scale_of_a_reward_model_and_its_zero(baseline: str) -> None:
+    greedy = torch.tensor([1.0, 1.0, 1.0, 4.0, 4.0]) if baseline == "ReMax" else None
+    moved = [dataclasses.replace(r, reward=40 * (r.reward or 0.0) - 7) for r in ROLLOUTS]
+    moved_greedy = None if greedy is None else 40 * greedy - 7
+    cfg = shaping(baseline, whiten_rewards=True)
+    assert advantages(moved, cfg, moved_greedy) == pytest.approx(advantages(ROLLOUTS, cfg, greedy))
+    cfg.whiten_rewards = False
+    assert advantages(moved, cfg, moved_greedy) != pytest.approx(advantages(ROLLOUTS, cfg, greedy), rel=0.1)
+
+
+def test_whitening_under_rloo_is_a_larger_kl_coefficient_and_a_smaller_gradient() -> None:
+    """A of whitened rewards at β is A of the raw ones at β · std, over std: the baseline takes the mean away."""
+    std = statistics.stdev([1.0, 3.0, 2.0, -1.0, 5.0])
+    scaled = score(ROLLOUTS, loop("RLOO"), None, kl_penalty=0.5 * std).advantages
+    assert scaled is not None
+    whitened = advantages(ROLLOUTS, shaping("RLOO", whiten_rewards=True))
+    assert whitened == pytest.approx([value / std for value in scaled.tolist()])
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
+def test_equal_rewards_of_a_prompt_have_an_advantage_of_exactly_zero_also_when_whitened(value: float) -> None:
+    rollouts = [rollout(0, i, value, 0.0) for i in range(7)] + [rollout(1, i, float(i), 0.0) for i in range(3)]
+    found = advantages(rollouts, shaping("RLOO", whiten_rewards=True))
+    assert found[:7] == [0.0] * 7
+    assert all(example.targets for example in examples_of(score(rollouts, loop("RLOO"), None))[:7])
+
+
+def test_masked_responses_do_not_whiten_the_others() -> None:
+    cfg = shaping(whiten_rewards=True, unfinished="mask")
+    alone = [r for r in ROLLOUTS if r.finished]
+    found = score(ROLLOUTS, cfg, None).advantages
+    assert found is not None
+    assert found[[0, 1, 3, 4]].tolist() == advantages(alone, cfg)
+
+
+def test_validation_shapes_nothing_and_takes_the_present_coefficient() -> None:
+    cfg = shaping(reward_clip_range=[0.0, 1.0], overlong_buffer_length=5, whiten_rewards=True)
+    found = score(ROLLOUTS, cfg, None, kl_penalty=2.0, max_length=5, validation=True)
+    assert found.with_kl.tolist() == pytest.approx([1 - 0.8, 3 - 4.0, 2.0, -1 - 2.0, 5 - 6.0])
+    assert not found.figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -92,7 +93,7 @@ def actor(cluster: MegatronCluster, cfg: ReinforceConfig, prompts: Sequence[Prom
     run = RunOptions(lora=cfg.model.peft.lora)
     loaded = LoadedModel(build_model(ARCH, run), ARCH, ByteTokenizer(), run, Path("none"))  # type: ignore[arg-type]
     policy = MegatronPolicy(loaded, cluster)
-    if cfg.trainer.ppo.initial_policy_kl_penalty > 0:
+    if cfg.trainer.ppo.measures_kl:
         policy.keep_initial_weights()
     made = Actor(cfg, policy, cluster, prompts, [])
     policy.add_optimizer(cfg.model.optim, clip_grad=1.0, max_steps=made.optimizer_steps)
@@ -223,13 +224,18 @@ def test_a_checkpoint_of_other_settings_is_refused(cluster: MegatronCluster, tmp
         actor(cluster, other).train(Judge(plain_letters))
 
 
-@pytest.mark.parametrize("peft", [WHOLE, ADAPTER], ids=["all weights", "adapter"])
+AIDED = {"kl_target": 0.01, "kl_horizon": 10, "initial_policy_kl_penalty": 0.2, "whiten_rewards": True}
+
+
+@pytest.mark.parametrize(
+    ("peft", "aids"), [(WHOLE, {}), (ADAPTER, {}), (WHOLE, AIDED)], ids=["all weights", "adapter", "aided"]
+)
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
-    peft: PeftConfig, cluster: MegatronCluster, tmp_path: Path
+    peft: PeftConfig, aids: dict[str, Any], cluster: MegatronCluster, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    actor(cluster, config(whole, peft, max_epochs=2)).train(Judge(plain_letters))
-    first = actor(cluster, config(parts, peft, max_epochs=2, save_interval=2))
+    actor(cluster, config(whole, peft, max_epochs=2, **aids)).train(Judge(plain_letters))
+    first = actor(cluster, config(parts, peft, max_epochs=2, save_interval=2, **aids))
     original = first.step
 
     def dies_in_step_3(step: int, worker: Any) -> Any:
@@ -242,9 +248,46 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
     with pytest.raises(KeyboardInterrupt):
         first.train(Judge(plain_letters))
     assert len(metrics(parts, "train_rollouts")) == 3
-    actor(cluster, config(parts, peft, max_epochs=2)).train(Judge(plain_letters))
+    actor(cluster, config(parts, peft, max_epochs=2, **aids)).train(Judge(plain_letters))
+    if aids:
+        penalties = [r["train_rollouts/initial_policy_kl_penalty"] for r in metrics(whole, "train_rollouts")]
+        assert penalties[0] != penalties[2] != penalties[3]
     for name in ("train_rollouts", "train_optim"):
         assert metrics(parts, name) == metrics(whole, name)
+
+
+def test_a_run_ends_where_its_kl_budget_is_spent_and_a_rerun_has_nothing_to_do(
+    cluster: MegatronCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    unbounded, bounded = tmp_path / "unbounded", tmp_path / "bounded"
+    free = {"max_epochs": 2, "initial_policy_kl_penalty": 0.0, "save_interval": 4}
+    actor(cluster, config(unbounded, max_kl=1e6, **free)).train(Judge(plain_letters))
+    kls = [row["train_rollouts/init_policy_kl"] for row in metrics(unbounded, "train_rollouts")]
+    budget = (max(kls[:3]) + max(kls[:5])) / 2
+    last = next(i for i, kl in enumerate(kls) if kl > budget)
+    assert last < len(kls) - 1
+    made = actor(cluster, config(bounded, max_kl=budget, **free))
+    made.train(Judge(plain_letters))
+    # all is as without a budget, but that nothing was learned from the last step
+    assert [row["train_rollouts/init_policy_kl"] for row in metrics(bounded, "train_rollouts")] == kls[: last + 1]
+    assert metrics(bounded, "train_optim") == metrics(unbounded, "train_optim")[: len(metrics(bounded, "train_optim"))]
+    ended = [path.name for path in (bounded / "checkpoints").glob("*-last")]
+    assert len(ended) == 1
+    assert f"step={last + 1}-" in ended[0]
+    assert "nothing is learned from it, and training ends" in caplog.text
+
+    before, judge = (bounded / "metrics.jsonl").read_text(), Judge(plain_letters)
+    again = actor(cluster, config(bounded, max_kl=budget, **free))
+    again.train(judge)
+    assert f"training is finished after step {last + 1}" in caplog.text
+    assert not judge.asked
+    assert (bounded / "metrics.jsonl").read_text() == before
+    weights = zip(made.policy.module.parameters(), again.policy.module.parameters(), strict=True)  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in weights)
+
+    actor(cluster, config(bounded, max_kl=1e6, **free)).train(judge)
+    assert len(metrics(bounded, "train_rollouts")) == len(kls)
 
 
 @pytest.mark.parametrize(("fault", "status"), [(None, "success"), (ServerError("no answer"), "failed")])

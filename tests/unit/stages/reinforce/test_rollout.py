@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.config.reinforce import ReinforceLoopConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.errors import RewardError, ServerError
 from nemo_aligner.metrics import Timers
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
+from nemo_aligner.stages.reinforce.advantages import score
 from nemo_aligner.stages.reinforce.rollout import KL, Rollout, RolloutWorker, token_count
 from tests.fakes import EchoPolicy, OneProcess, RankOfSeveral, on_ranks
 
@@ -104,6 +106,18 @@ def test_ranks_share_the_prompts_and_none_is_drawn_twice() -> None:
 def test_the_number_of_ranks_changes_no_rollout() -> None:
     alone = rolled(OneProcess(), kl=KL("k1", "sum"))  # type: ignore[arg-type]
     assert all(found == alone for found in on_ranks(3, lambda cluster: rolled(cluster, kl=KL("k1", "sum"))))
+
+
+def test_the_number_of_ranks_changes_no_digit_of_whitened_rewards() -> None:
+    """Not even where ranks are dealt prompts of different rewards."""
+    loop = ReinforceLoopConfig(whiten_rewards=True, baseline="none")
+
+    def whitened(cluster: Cluster) -> list[float]:
+        return score(rolled(cluster, kl=KL("k1", "sum")), loop, None).with_kl.tolist()
+
+    alone = whitened(OneProcess())  # type: ignore[arg-type]
+    for ranks in (2, 3):
+        assert on_ranks(ranks, whitened) == [alone] * ranks  # type: ignore[arg-type]
 
 
 def test_the_kl_is_that_of_the_response_alone_under_the_policy_that_drew_it() -> None:
