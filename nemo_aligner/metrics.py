@@ -210,7 +210,8 @@ def _markdown(row: Row) -> str:
         for name, value in row.items()
         if name not in texts
     ]
-    return "\n\n".join([f"**{', '.join(told)}**", *(f"{name}\n\n{_verbatim(text)}" for name, text in texts.items())])
+    head = [f"**{', '.join(told)}**"] if told else []
+    return "\n\n".join([*head, *(f"{name}\n\n{_verbatim(text)}" for name, text in texts.items())])
 
 
 def _verbatim(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,8 @@ def test_loggers_are_told_figures_and_the_first_response_to_each_of_some_prompts
     told = {"prompts": 5, "samples": 15, "response_characters": 5.0, "empty": 0.0}
     assert row == {"step": 0, **{f"sampler/{name}": value for name, value in told.items()}}
     texts = shown_before(tmp_path / "out.jsonl_log").texts
-    assert re.findall(r"<.*>", texts[0, "table/sampler"]) == ["<0.0>", "<1.0>"]
+    shown = [f"input\n\n    q{p}\n\n\noutput\n\n    <{p}.0>\n" for p in range(2)]
+    assert texts[0, "table/sampler"] == "\n\n".join(shown)
     assert '"output_file"' in texts[0, "config"]
 
 
