@@ -1,7 +1,7 @@
 """W&B, MLflow, ClearML, DLLogger and Neptune, through the logger classes that Lightning and NeMo bring.
 
-Imported (4 s) only where one is asked for. A run that goes on from a checkpoint goes on in the same W&B and MLflow run,
-whose ids lie in `<log dir>/loggers.json`.
+Imported (4 s) only where one is asked for. A run that goes on, from a checkpoint or a journal, goes on in the same W&B
+and MLflow run, whose ids lie in `<log dir>/loggers.json`.
 """
 
 from __future__ import annotations
@@ -9,39 +9,43 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_aligner.config.schema import ExpManagerConfig
+from nemo_aligner.config.loggers import LoggersConfig
+from nemo_aligner.config.secrets import without_secrets
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, ConfigError
 from nemo_aligner.files import write_atomically
 from nemo_aligner.quiet_nemo import quiet_nemo
 
 log = logging.getLogger(__name__)
 
-_IDS = "loggers.json"
+_IDS, _MADE_WITH = "loggers.json", "made_with"
 _EXIT = {"success": 0, "aborted": EXIT_STOPPED_EARLY, "failed": EXIT_FAILURE}
 
 
 def open_sinks(
-    exp: ExpManagerConfig, folder: Path, config: Mapping[str, Any], *, resumed: bool
+    exp: LoggersConfig, folder: Path, config: Mapping[str, Any], *, resumed: bool, made_with: str = ""
 ) -> list[ExternalLogger]:
     """The loggers that `exp_manager` asks for, started; on the main rank alone.
 
-    `folder` is the log folder, `config` what the run is (hyperparameters). With `resumed` the run goes on from a
-    checkpoint. Raises ConfigError, naming the key, where a logger does not start (no server, no login, wrong values).
+    `folder` is the log folder, `config` what the run is (hyperparameters). With `resumed` the run goes on where one of
+    the same `made_with` was. Raises ConfigError, naming the key, where a logger does not start (no server, no login,
+    wrong values).
     """
     asked = exp.external_loggers()
     if not asked:
         return []
-    ids: dict[str, str] = {}
+    ids: dict[str, str] = {_MADE_WITH: made_with}
     if resumed and (folder / _IDS).is_file():
-        ids = json.loads((folder / _IDS).read_text())
+        found = {_MADE_WITH: "", **json.loads((folder / _IDS).read_text())}
+        ids = found if found[_MADE_WITH] == made_with else ids
     sinks = [ExternalLogger(name, exp, folder, kwargs, ids.get(name), resumed) for name, kwargs in asked.items()]
     for sink in sinks:
         sink.log_config(config)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _IDS, [json.dumps({**ids, **{sink.name: sink.id for sink in sinks if sink.id}}) + "\n"])
     return sinks
 
@@ -54,7 +58,7 @@ class ExternalLogger:
     """
 
     def __init__(
-        self, name: str, exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None, resumed: bool
+        self, name: str, exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None, resumed: bool
     ) -> None:
         self.name = name
         given = {key: value for key, value in kwargs.items() if value is not None}
@@ -75,6 +79,23 @@ class ExternalLogger:
             logger.save()
 
         self._guarded(send)
+
+    def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """W&B has a table for each step, MLflow one that grows; the others have none."""
+        columns = ["step", *rows[0]]
+        cells = [[step, *row.values()] for row in rows]
+        if self.name == "wandb":
+            self._guarded(lambda logger: logger.log_table(name, columns, cells, step=step))
+        elif self.name == "mlflow":
+            table = {column: list(values) for column, values in zip(columns, zip(*cells, strict=True), strict=True)}
+            self._guarded(lambda logger: logger.experiment.log_table(logger.run_id, table, f"{name}.json"))
+
+    def note(self, name: str, value: str) -> None:
+        """Into W&B's summary, among MLflow's tags; the others have no place for it."""
+        if self.name == "wandb":
+            self._guarded(lambda logger: logger.experiment.summary.update({name: value}))
+        elif self.name == "mlflow":
+            self._guarded(lambda logger: logger.experiment.set_tag(logger.run_id, name, value))
 
     def archived(self, path: Path) -> None:
         # what these loggers ask of a checkpoint callback of Lightning
@@ -108,18 +129,11 @@ class ExternalLogger:
             log.warning("%s takes no more of this run (%s); metrics.jsonl has everything", self.name, said)
 
 
-def without_secrets(config: Any) -> Any:
-    """`config` without the values of `api_key`s."""
-    if not isinstance(config, Mapping):
-        return config
-    return {key: "***" if key == "api_key" and value else without_secrets(value) for key, value in config.items()}
-
-
 Started = tuple[Any, str | None]
 """A logger, and the id of its run where a later part of the run can go on in it."""
 
 
-def _wandb(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
+def _wandb(exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
     with quiet_nemo():
         from lightning.pytorch.loggers import WandbLogger
 
@@ -132,7 +146,7 @@ def _wandb(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: s
     return logger, str(logger.experiment.id)
 
 
-def _mlflow(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
+def _mlflow(exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
     with quiet_nemo():
         from lightning.pytorch.loggers import MLFlowLogger
 
@@ -147,7 +161,7 @@ def _mlflow(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: 
     return logger, logger.run_id
 
 
-def _clearml(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
+def _clearml(exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
     with quiet_nemo():
         from nemo.utils.loggers import ClearMLLogger
 
@@ -155,7 +169,7 @@ def _clearml(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known:
     return ClearMLLogger(exp.clearml_logger_kwargs, str(folder), exp.name, save_best_model=False), None
 
 
-def _dllogger(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
+def _dllogger(exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
     with quiet_nemo():
         from nemo.utils.loggers import DLLogger
 
@@ -163,7 +177,7 @@ def _dllogger(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known
     return DLLogger(**{"json_file": None, **kwargs}), None
 
 
-def _neptune(exp: ExpManagerConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
+def _neptune(exp: LoggersConfig, folder: Path, kwargs: dict[str, Any], known: str | None) -> Started:
     with quiet_nemo():
         from lightning.pytorch.loggers import NeptuneLogger
 
@@ -180,7 +194,7 @@ def _this_rank_logs() -> None:
     rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
-_STARTED: dict[str, Callable[[ExpManagerConfig, Path, dict[str, Any], str | None], Started]] = {
+_STARTED: dict[str, Callable[[LoggersConfig, Path, dict[str, Any], str | None], Started]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
     "clearml": _clearml,

@@ -57,9 +57,28 @@ def make_loop(folder: Path, iterations: int = 3, prompts: int = 5, n: int = 4) -
         rows = samples(prompts, n, gain=i / 2, seed=100 + i, kl=0.5 * i, num_tokens=12 - i)
         write_rows(folder / f"evaluation.json.{policy}.jsonl", rows)
     write_json(folder / "evaluation.json.meta.json", {"config": {"policy_files": policies}})
-    write_json(folder / "evaluation.json", [{"policy": f"/x/{own}.nemo", "reward_mean": 1.7} for own in policies])
+    write_json(folder / "evaluation.json", [evaluated(i, f"/x/{own}.nemo") for i, own in enumerate(policies)])
     write_json(folder / "evaluation.json.meta.json", {"config": {"data": {"n": n}}})
     return folder
+
+
+def evaluated(place: int, policy: str) -> Row:
+    """Figures of an evaluation, of the policy at `place`."""
+    rate = 0.5 + place / 10
+    compared = {
+        "win_rate": rate,
+        "win_rate_interval": [rate - 0.2, rate + 0.1],
+        "win_rate_length_controlled": rate - 0.05,
+    }
+    return {
+        "policy": policy,
+        "reward_mean": 1.7,
+        "distinct_1": 0.75,
+        "distinct_2": None,
+        "best_of": {"1": 1.7, "2": 2.5, "4": 3.0 + place},
+        "pass_at": {"1": 0.25, "2": 0.5, "4": 0.75},
+        **(compared if place else {}),
+    }
 
 
 def make_reinforce(folder: Path, steps: int = 4) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.algorithms.statistics import known_by_prompt, mean_and_std
 
 NORMAL_95 = 1.959963984540054
 """97.5th percentile of the standard normal distribution."""
@@ -22,11 +22,8 @@ class Answers:
 
     def by_prompt(self) -> dict[int, list[tuple[float, int]]]:
         """Reward and length of each prompt's samples that have a reward."""
-        found: dict[int, list[tuple[float, int]]] = {}
-        for reward, prompt, length in zip(self.rewards, self.prompts, self.lengths, strict=True):
-            if math.isfinite(reward):
-                found.setdefault(prompt, []).append((reward, length))
-        return found
+        known = known_by_prompt(self.rewards, self.prompts)
+        return {prompt: [(self.rewards[i], self.lengths[i]) for i in places] for prompt, places in known.items()}
 
 
 def compare(own: Answers, first: Answers) -> dict[str, float | list[float]]:

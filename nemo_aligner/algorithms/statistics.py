@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from nemo_aligner.errors import DataError
+
+P = TypeVar("P", bound=Hashable)
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
     """Those that are known."""
     return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def known_by_prompt(rewards: Sequence[float | None], prompts: Sequence[P]) -> dict[P, list[int]]:
+    """Places of the known rewards of each prompt that has any."""
+    found: dict[P, list[int]] = {}
+    for place, (reward, prompt) in enumerate(zip(rewards, prompts, strict=True)):
+        if reward is not None and math.isfinite(reward):
+            found.setdefault(prompt, []).append(place)
+    return found
 
 
 def mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:

@@ -20,11 +20,13 @@ class Key:
 
 
 def files_of(config_dir: Path, name: str) -> Iterator[Path]:
-    """The YAML `name` of `config_dir`, then those of its folder that it begins from."""
+    """The YAML `name` of `config_dir`, and those of its folder that it begins from or takes in; the strongest first."""
     path = config_dir / f"{name}.yaml"
-    yield path
-    for base in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []):
-        if isinstance(base, str) and base != "_self_":
+    bases = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    for base in reversed(bases if "_self_" in bases else [*bases, "_self_"]):
+        if base == "_self_":
+            yield path
+        elif isinstance(base, str):
             yield from files_of(config_dir, base)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nemo_aligner.errors import ConfigError
@@ -96,3 +96,54 @@ def _check_names(block: str, kwargs: Mapping[str, Any], own: tuple[str, ...], pa
             raise ConfigError(
                 f"no such key; neither Lightning's logger nor {package}.{function} has it", f"{block}.{key}"
             )
+
+
+@dataclass
+class LoggersConfig:
+    """Where a run logs: TensorBoard and loggers of other packages."""
+
+    name: str = "???"  # of the run
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] | None = field(  # of Lightning's WandbLogger, and of wandb.init
+        default_factory=lambda: {"project": None, "name": None}
+    )
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: MLFlowKwargs = field(default_factory=MLFlowKwargs)
+    create_dllogger_logger: bool = False
+    dllogger_logger_kwargs: DLLoggerKwargs = field(default_factory=DLLoggerKwargs)
+    create_clearml_logger: bool = False
+    clearml_logger_kwargs: ClearMLKwargs = field(default_factory=ClearMLKwargs)
+    create_neptune_logger: bool = False
+    neptune_logger_kwargs: dict[str, Any] | None = None  # of Lightning's NeptuneLogger, and of neptune.init_run
+
+    def validate(self) -> None:
+        for name, kwargs in self.external_loggers().items():
+            check_logger(name, kwargs)
+
+    def external_loggers(self) -> dict[str, dict[str, Any]]:
+        """Arguments of the loggers asked for besides TensorBoard, by the name in their keys."""
+        asked = [name for name in PACKAGES if getattr(self, f"create_{name}_logger")]
+        blocks = {name: getattr(self, f"{name}_logger_kwargs") or {} for name in asked}
+        return {name: dict(block) if isinstance(block, dict) else asdict(block) for name, block in blocks.items()}
+
+
+@dataclass
+class SampleLoggersConfig(LoggersConfig):
+    """Of a run that draws samples, or judges them."""
+
+    log_samples: int = 8  # that TensorBoard, W&B and MLflow show of each validation, policy or output; 0 = none
+
+    def validate(self) -> None:
+        super().validate()
+        if self.log_samples < 0:
+            raise ConfigError(f"{self.log_samples} is below 0", "exp_manager.log_samples")
+
+
+@dataclass
+class OutputLoggersConfig(SampleLoggersConfig):
+    """`exp_manager` of a command that writes one file: nothing is logged unless asked for."""
+
+    explicit_log_dir: str | None = None  # null: <output_file>_log
+    name: str = "offline"
+    create_tensorboard_logger: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import NO_MODEL, NO_TEMPLATE, Fixed, check_amp_o2, check_fixed
+from nemo_aligner.config.loggers import OutputLoggersConfig
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING, InferenceConfig, RewardStandardization, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
@@ -62,6 +63,7 @@ class OfflineConfig:
     tensor_model_parallel_size: int = -1
     pipeline_model_parallel_size: int = -1
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: OutputLoggersConfig = field(default_factory=OutputLoggersConfig)
     export_reward: bool = False  # labeler only; the sampler accepts it so that loop scripts may pass it to both
 
 
@@ -76,6 +78,7 @@ class SamplerConfig(OfflineConfig):
         self.data.validate()
         self.inference.validate()
         self.trainer.validate()
+        self.exp_manager.validate()
         check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")
 
 
@@ -99,4 +102,5 @@ class LabelerConfig(RewardSources, OfflineConfig):
         at_least(1, checkpoint_interval=self.checkpoint_interval)
         self.data.validate()
         self.trainer.validate()
+        self.exp_manager.validate()
         check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.config.keys import keys_of
 
 _MISSING = re.compile(r"Could not override '([^']+)'|delete from config\. '([^']+)' does not exist")
 
@@ -42,20 +41,9 @@ def _unreadable(override: str) -> str:
 
 
 def _unknown(key: str, yaml: Path) -> str:
-    known = list(_keys(OmegaConf.load(yaml))) if yaml.is_file() else []
+    known = [own.name for own in keys_of(yaml.parent, yaml.stem)] if yaml.is_file() else []
     # a slip within the key, or the right name in another place
     close = difflib.get_close_matches(key, known, n=1) or [
         other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     return f"{key}: no such key" + (f", did you mean {close[0]}" if close else "")
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if not isinstance(node, DictConfig):
-        return
-    for name in map(str, node):
-        yield f"{prefix}{name}"
-        try:
-            yield from _keys(None if OmegaConf.is_interpolation(node, name) else node[name], f"{prefix}{name}.")
-        except OmegaConfBaseException:  # ???
-            continue

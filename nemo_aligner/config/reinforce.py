@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
+from nemo_aligner.config.loggers import SampleLoggersConfig
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import (
     MISSING,
@@ -212,10 +213,15 @@ class RemoteRewardModelConfig:
 
 
 @dataclass
+class ActorExpManagerConfig(ExpManagerConfig, SampleLoggersConfig):
+    """`exp_manager` of the actor."""
+
+
+@dataclass
 class ReinforceConfig(RewardSources):
     name: str = "megatron_gpt_rs_actor"
     trainer: ReinforceTrainerConfig = field(default_factory=ReinforceTrainerConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    exp_manager: ActorExpManagerConfig = field(default_factory=ActorExpManagerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     remote_critic_rm: RemoteRewardModelConfig = field(default_factory=RemoteRewardModelConfig)
     model: ReinforceModelConfig = field(default_factory=ReinforceModelConfig)

@@ -7,13 +7,13 @@ has `None` as its default, or the merge with this schema would bring it back.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.libraries import LibraryKeys
-from nemo_aligner.config.loggers import PACKAGES, ClearMLKwargs, DLLoggerKwargs, MLFlowKwargs, check_logger
+from nemo_aligner.config.loggers import LoggersConfig
 from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.errors import ConfigError
 
@@ -179,40 +179,17 @@ class CheckpointCallbackParams:
 
 
 @dataclass
-class ExpManagerConfig:
+class ExpManagerConfig(LoggersConfig):
     """Where a training run logs and keeps its checkpoints (NeMo's `exp_manager` keys)."""
 
     explicit_log_dir: str | None = None  # null: <exp_dir or nemo_experiments>/<name>
     exp_dir: str | None = None
     name: str = MISSING  # the final archive is <log dir>/checkpoints/<name>.nemo
-    create_tensorboard_logger: bool = True
-    create_wandb_logger: bool = False
-    wandb_logger_kwargs: dict[str, Any] | None = field(  # of Lightning's WandbLogger, and of wandb.init
-        default_factory=lambda: {"project": None, "name": None}
-    )
-    create_mlflow_logger: bool = False
-    mlflow_logger_kwargs: MLFlowKwargs = field(default_factory=MLFlowKwargs)
-    create_dllogger_logger: bool = False
-    dllogger_logger_kwargs: DLLoggerKwargs = field(default_factory=DLLoggerKwargs)
-    create_clearml_logger: bool = False
-    clearml_logger_kwargs: ClearMLKwargs = field(default_factory=ClearMLKwargs)
-    create_neptune_logger: bool = False
-    neptune_logger_kwargs: dict[str, Any] | None = None  # of Lightning's NeptuneLogger, and of neptune.init_run
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     create_checkpoint_callback: bool = True
     checkpoint_callback_params: CheckpointCallbackParams = field(default_factory=CheckpointCallbackParams)
     max_time_per_run: str | None = None  # D:H:M:S; saves, then leaves with exit status 75
-
-    def validate(self) -> None:
-        for name, kwargs in self.external_loggers().items():
-            check_logger(name, kwargs)
-
-    def external_loggers(self) -> dict[str, dict[str, Any]]:
-        """Arguments of the loggers asked for besides TensorBoard, by the name in their keys."""
-        asked = [name for name in PACKAGES if getattr(self, f"create_{name}_logger")]
-        blocks = {name: getattr(self, f"{name}_logger_kwargs") or {} for name in asked}
-        return {name: dict(block) if isinstance(block, dict) else asdict(block) for name, block in blocks.items()}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.checksums import file_sum
+from nemo_aligner.config.secrets import without_secrets
 from nemo_aligner.files import write_atomically
 
 META = ".meta.json"
@@ -46,7 +47,7 @@ def write_provenance(
         "created": _now(),
         "archive_sha256": archive,
         "seed": settings.get("seed"),
-        "config": settings,
+        "config": without_secrets(settings),
         "inputs_sha256": dict(inputs),
         "output_sha256": file_sum(output_file),
         "counts": dict(counts),
@@ -57,7 +58,7 @@ def write_provenance(
 
 def write_run_record(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `<folder>/run.json`: full config and versions of the training run that logs there."""
-    _write(folder / RUN_RECORD, {"started": _now(), "config": config, "versions": _versions()})
+    _write(folder / RUN_RECORD, {"started": _now(), "config": without_secrets(config), "versions": _versions()})
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nemo_aligner.algorithms.best_of import best_of
-from nemo_aligner.algorithms.statistics import finite, mean_and_std, standard_error
+from nemo_aligner.algorithms.statistics import finite, known_by_prompt, mean_and_std, standard_error
 
 QUANTILES = 101
 """Points that stand for a distribution in a page, whatever its size: the 0th, 1st, ... 100th percentile."""
@@ -48,13 +48,10 @@ def best_of_n(rewards: Sequence[float], prompts: Sequence[int]) -> list[tuple[in
 
     m is the fewest samples that a prompt has; no n is larger.
     """
-    groups: dict[int, list[float]] = {}
-    for reward, prompt in zip(rewards, prompts, strict=True):
-        if math.isfinite(reward):
-            groups.setdefault(prompt, []).append(reward)
-    most = min(map(len, groups.values()), default=0)
+    groups = [[rewards[i] for i in places] for places in known_by_prompt(rewards, prompts).values()]
+    most = min(map(len, groups), default=0)
     return [
-        (n, math.fsum(best_of(group, n) for group in groups.values()) / len(groups))
+        (n, math.fsum(best_of(group, n) for group in groups) / len(groups))
         for n in sorted({*range(1, min(most, 16) + 1), *([most] if most else [])})
     ]
 

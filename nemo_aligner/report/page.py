@@ -20,7 +20,17 @@ from nemo_aligner.data.jsonl import dump_row
 from nemo_aligner.report.figures import histograms
 from nemo_aligner.report.runs import Run, head_of
 
-_SCRIPTS = ("data.js", "charts.js", "curves.js", "diff.js", "choose.js", "table.js", "tables.js", "main.js")
+_SCRIPTS = (
+    "data.js",
+    "charts.js",
+    "curves.js",
+    "diff.js",
+    "choose.js",
+    "table.js",
+    "tables.js",
+    "evaluation.js",
+    "main.js",
+)
 
 
 def page(runs: Sequence[Run], *, every_s: float | None = None) -> Iterator[str]:

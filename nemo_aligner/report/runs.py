@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.config.secrets import is_secret
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.errors import DataError
 from nemo_aligner.report.samples import SampleSet, file_name
 from nemo_aligner.report.scalars import Scalars, read_scalars, whole_lines
 from nemo_aligner.report.sources import find_sets, folders_below, read_json
 
-_SECRET = re.compile(r"(token|secret|password|api_?key|credential)s?$", re.IGNORECASE)
 _NESTED_TIMERS = ("rollout_time", "validation_time")  # hold the phases that are timed by themselves
 _BARS = 40
 
@@ -154,8 +153,13 @@ def _tables(root: Path, folders: list[Path]) -> Iterator[dict[str, Any]]:
             except (OSError, ValueError):
                 continue
             if isinstance(rows, list) and rows and all(isinstance(row, dict) and "policy" in row for row in rows):
-                short = [{**dict(flat(row)), "policy": Path(str(row["policy"])).name} for row in rows]
-                yield {"title": file_name(path, root), "rows": short}
+                yield {"title": file_name(path, root), "rows": [_figures(row) for row in rows]}
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a policy: numbers by their full names, intervals as they are."""
+    intervals = {name: value for name, value in row.items() if isinstance(value, list)}
+    return {**dict(flat(dict(row))), **intervals, "policy": Path(str(row["policy"])).name}
 
 
 def _read_meta(run: Run, root: Path, path: Path) -> None:
@@ -177,7 +181,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, own in value.items():
             yield from flat(own, f"{prefix}.{name}" if prefix else str(name))
-    elif _SECRET.search(prefix) and value not in (None, "", {}):
+    elif is_secret(prefix, value):
         yield prefix, "(not shown)"
     else:
         yield prefix, value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=str)

@@ -58,6 +58,30 @@ def test_the_overview_shows_what_a_run_came_to(page: Page, loop: Path) -> None:
     assert at == pytest.approx([0.0, 0.1931, 0.4319, 0.6363], abs=1e-3)
 
 
+def test_an_evaluation_shows_how_its_policies_compare(page: Page, loop: Path) -> None:
+    page.open(loop)
+    page.on("#figure-tables .charts", "own => own.scrollIntoView()")
+    page.wait("document.querySelectorAll('#figure-tables .plot[data-drawn]').length === 4")
+    charts = page.do("[...document.querySelectorAll('#figure-tables .charts figcaption')].map(own => own.textContent)")
+    assert charts == [
+        "Win rateover policy_0.nemo, 95 % interval", "Best of kunbiased, from all samples",
+        "pass@kunbiased, from all samples", "Distinct n-grams",
+    ]  # fmt: skip
+    plots = "[...document.querySelectorAll('#figure-tables .plot')].map(own => own.data.map(one => [one.x, one.y]))"
+    wins, best, passed, distinct = page.do(plots)
+    compared = [f"policy_{i}.nemo" for i in (1, 2, 3)]
+    assert wins == [[compared, pytest.approx([60, 70, 80])], [compared, pytest.approx([55, 65, 75])]]
+    ends = page.do(
+        "['arrayminus', 'array'].map(end => document.querySelector('#figure-tables .plot').data[0].error_y[end])"
+    )
+    assert ends == [pytest.approx([20] * 3), pytest.approx([10] * 3)]
+    assert best == [[[1, 2, 4], [1.7, 2.5, 3 + i]] for i in range(4)]
+    assert passed == [[[1, 2, 4], [0.25, 0.5, 0.75]]] * 4
+    assert [values for _, values in distinct] == [[75] * 4, [None] * 4]
+    cells = page.do("[...document.querySelectorAll('#figure-tables td')].map(own => own.textContent)")
+    assert "0.400 to 0.700" in cells
+
+
 def test_prompts_are_sorted_best_and_worst_first_and_by_column(page: Page, loop: Path) -> None:
     page.open(loop, "samples")
     assert page.do(f"{PROMPTS}.length") == 5

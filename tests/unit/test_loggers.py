@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import json
 import logging
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,10 +19,12 @@ from typing import Any
 import pytest
 
 from nemo_aligner import loggers
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.config import loggers as config
+from nemo_aligner.config.offline import SamplerConfig
 from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.errors import ConfigError, StoppedEarly
-from nemo_aligner.stages.run_logger import run_logger
+from nemo_aligner.stages.run_logger import output_logger, run_logger
 from tests.fakes import OneProcess
 
 CONFIG = {
@@ -41,19 +45,28 @@ def experiment(folder: Path, package: str, **kwargs: Any) -> ExpManagerConfig:
 def log_steps(exp: ExpManagerConfig, steps: Sequence[int], resumed_at: int | None, end: Exception | None = None) -> int:
     """Log a training and a validation value at each step; the position in the log before the last step."""
     position = 0
-    with run_logger(exp, OneProcess(), CONFIG, resumed_at) as logger:
+    with run_logger(exp, OneProcess(), CONFIG, resumed_at, samples=2) as logger:
         assert logger is not None
         for step in steps:
             position = logger.position
             logger.log(step, "train", {"loss": 1 / step, "lr": step / 1000})
-            logger.log(step, "val", {"loss": 2 / step})
+            logger.log(step, "val", {"loss": 2 / step}, samples(step))
         if end is not None:
             raise end
         archive = Path(str(exp.explicit_log_dir)) / "checkpoints" / "m.nemo"
         archive.parent.mkdir(exist_ok=True)
         archive.write_bytes(b"archive")
-        logger.archived(archive)
+        logger.archived(archive, "abc")
     return position
+
+
+def samples(step: int) -> list[dict[str, Any]]:
+    return [{"input": f"q{i}", "output": f"{i} at {step}", "reward": i / 2**step, "kl": None} for i in range(3)]
+
+
+def shown(steps: Sequence[int]) -> list[list[Any]]:
+    """Rows of the table that has the first two samples of each step."""
+    return [[step, *sample.values()] for step in steps for sample in samples(step)[:2]]
 
 
 def test_a_run_says_what_it_is_where_it_logs_but_for_secrets(tmp_path: Path) -> None:
@@ -90,6 +103,9 @@ def test_mlflow_has_every_value_once_in_one_run_with_config_and_archive(tmp_path
     assert run.data.params["exp_manager/neptune_logger_kwargs/api_key"] == "***"
     assert run.data.tags["who"] == "me"
     assert run.info.status == "FINISHED"
+    assert run.data.tags["archive_sha256"] == "abc"
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "table/val.json", str(tmp_path))).read_text())
+    assert table == {"columns": ["step", "input", "output", "reward", "kl"], "data": shown((1, 2, 3, 4, 5))}
     artifact = client.download_artifacts(run.info.run_id, "model/checkpoints/m/m.nemo", str(tmp_path))
     assert Path(artifact).read_bytes() == b"archive"
 
@@ -120,6 +136,51 @@ def test_without_a_uri_mlflow_takes_the_variable_or_the_folder(tmp_path: Path, m
     assert list((tmp_path / "runs").glob("*/*/metrics/train/loss"))
 
 
+@pytest.mark.parametrize(
+    ("change", "runs"), [(None, 1), ("trainer.devices", 1), ("data.n", 2), ("made_with", 2), ("stopped", 1)]
+)
+def test_a_command_run_again_stands_once_where_it_logs_and_one_that_makes_something_else_apart(
+    tmp_path: Path, change: str | None, runs: int
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    cfg, uri = SamplerConfig(output_file=str(tmp_path / "out.jsonl")), f"file:{tmp_path}/store"
+    Path(cfg.output_file).write_text("rows")
+    cfg.exp_manager.create_mlflow_logger, cfg.exp_manager.mlflow_logger_kwargs.tracking_uri = True, uri
+    made_with = {"archive": "a"}
+
+    def run(is_stopped: bool = False) -> None:
+        with contextlib.suppress(StoppedEarly), output_logger(cfg, OneProcess(), made_with) as logger:
+            assert logger is not None
+            if is_stopped:
+                raise StoppedEarly("told")
+            logger.log(0, "sampler", {"samples": 4}, samples(1))
+
+    run(is_stopped=change == "stopped")
+    if change == "data.n":
+        cfg.data.n = 4
+    elif change == "trainer.devices":
+        cfg.trainer.devices = 2
+    elif change == "made_with":
+        made_with["archive"] = "b"
+    run()
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("offline")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert len(found) == runs
+    for one in found:
+        assert [m.value for m in client.get_metric_history(one.info.run_id, "sampler/samples")] == [4.0]
+        assert one.data.tags["output_sha256"] == file_sum(cfg.output_file)
+        assert one.info.status == "FINISHED"
+
+
+def test_a_command_that_writes_a_file_logs_nothing_unless_asked_to(tmp_path: Path) -> None:
+    with output_logger(SamplerConfig(output_file=str(tmp_path / "out.jsonl")), OneProcess(), {}) as logger:
+        assert logger is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: LevelDB's log format of protobuf messages behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -137,6 +198,17 @@ def records(path: Path) -> Iterator[Any]:
             message = b""
 
 
+def all_records(path: Path) -> list[Any]:
+    """With the last, which W&B's own process writes when it has told the run that it is done."""
+    end = time.monotonic() + 20
+    while True:
+        found = [*records(path)]
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < end, f"{path} does not end"
+        time.sleep(0.05)
+
+
 @pytest.mark.processes
 def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path: Path) -> None:
     exp = experiment(tmp_path / "logs", "wandb", project="p", name="n", offline=True, tags=["t"])
@@ -144,7 +216,7 @@ def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path:
     in_two_parts(exp)
     files = sorted((tmp_path / "logs/wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 2
-    found = [list(records(file)) for file in files]
+    found = [all_records(file) for file in files]
     rows: list[tuple[float, str, float]] = []
     for record in (record for part in found for record in part if record.HasField("history")):
         values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
@@ -153,6 +225,12 @@ def test_wandb_offline_has_every_value_once_in_one_run_with_its_config(tmp_path:
     steps = (1, 2, 3, 4, 5)
     assert [(s, v) for s, name, v in rows if name == "train/loss"] == [(s, 1 / s) for s in steps]
     assert [(s, v) for s, name, v in rows if name == "val/loss"] == [(s, 2 / s) for s in steps]
+    tables = sorted((tmp_path / "logs/wandb").glob("offline-run-*/files/media/table/table/val_*.table.json"))
+    found_tables = sorted((json.loads(path.read_text()) for path in tables), key=lambda table: table["data"])
+    assert [row for table in found_tables for row in table["data"]] == shown((1, 2, 3, 4, 5))
+    assert {tuple(table["columns"]) for table in found_tables} == {("step", "input", "output", "reward", "kl")}
+    summaries = [u for part in found for record in part if record.HasField("summary") for u in record.summary.update]
+    assert {json.loads(u.value_json) for u in summaries if u.key == "archive_sha256"} == {"abc"}
     runs = [next(record.run for record in part if record.HasField("run")) for part in found]
     assert runs[0].run_id == runs[1].run_id
     assert [(run.project, run.display_name, list(run.tags)) for run in runs] == [("p", "n", ["t"])] * 2
@@ -319,6 +397,8 @@ def test_a_logger_that_fails_on_the_way_is_left_out_with_one_warning(
         def log_metrics(self, metrics: Any, step: int) -> None:
             if step == 2:
                 raise ConnectionError("server\ngone")
+
+        def log_table(self, *args: Any, step: int) -> None: ...
 
         def save(self) -> None: ...
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -50,9 +51,17 @@ class Kept:
 
     def __init__(self, continues: bool) -> None:
         self.continues, self.rows, self.status = continues, list[tuple[int, dict[str, float]]](), ""
+        self.tables: list[tuple[int, str, Any]] = []
+        self.notes: dict[str, str] = {}
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         self.rows.append((step, scalars))
+
+    def log_table(self, step: int, name: str, rows: Any) -> None:
+        self.tables.append((step, name, rows))
+
+    def note(self, name: str, value: str) -> None:
+        self.notes[name] = value
 
     def archived(self, path: Path) -> None:
         pass
@@ -71,11 +80,16 @@ def test_a_logger_that_goes_on_gets_what_was_cut_off_once_and_a_new_one_gets_all
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "tra')  # torn by a kill
     old, new = Kept(True), Kept(False)
-    second = MetricsLogger(tmp_path, tensorboard=False, sinks=[old, new], resumed_at=position)
+    second = MetricsLogger(tmp_path, tensorboard=False, sinks=[old, new], resumed_at=position, samples=2)
     again = [(2, "train"), (2, "val"), (3, "train"), (3, "val")]
+    samples = [{"input": f"q{i}", "reward": i} for i in range(3)]
     for step, prefix in again:
-        second.log(step, prefix, {"loss": 0.0})
+        second.log(step, prefix, {"loss": 0.0}, samples if prefix == "val" else ())
+    second.note("archive_sha256", "abc")
     second.close("aborted")
+    assert new.tables == [(step, "table/val", samples[:2]) for step in (2, 3)]
+    assert old.tables == new.tables[1:]
+    assert old.notes == new.notes == {"archive_sha256": "abc"}
     assert new.rows == [(step, {f"{prefix}/loss": 0.0}) for step, prefix in again]
     assert old.rows == new.rows[2:]
     assert old.status == new.status == "aborted"
@@ -117,6 +131,43 @@ def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(tmp_path: Path) -
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
     assert found.Scalars("train/loss")[1].wall_time == 1e9 + 2
+
+
+def test_tensorboard_shows_config_samples_letter_by_letter_and_what_was_noted_each_once_after_a_kill(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def log(logger: MetricsLogger, step: int) -> None:
+        rows = [
+            {"input": "*a*\n<b>", "output": f"step {step}", "reward": 0.125},
+            {"input": "q", "output": "", "kl": None},
+        ]
+        logger.log(step, "val", {"loss": 1.0}, rows)
+
+    first = MetricsLogger(tmp_path, tensorboard=True, config={"seed": 1}, samples=1)
+    log(first, 1)
+    position = first.position
+    log(first, 2)
+    first.close()
+    second = MetricsLogger(tmp_path, tensorboard=True, config={"seed": 2}, samples=2, resumed_at=position)
+    log(second, 2)
+    second.archived(tmp_path / "m.nemo", "abc")
+    second.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+
+    def texts(tag: str) -> list[tuple[int, str]]:
+        return [(event.step, event.tensor_proto.string_val[0].decode()) for event in found.Tensors(tag)]
+
+    assert texts("config") == [(0, '    {\n     "seed": 2\n    }\n')]
+    sample = "**reward 0.125**\n\ninput\n\n    *a*\n    <b>\n\n\noutput\n\n    step {}\n"
+    assert texts("table/val") == [
+        (1, sample.format(1)),
+        (2, sample.format(2) + "\n\n**kl None**\n\ninput\n\n    q\n\n\noutput\n\n"),
+    ]
+    assert texts("archive_sha256") == [(2, "abc")]
+    assert [(event.step, event.value) for event in found.Scalars("val/loss")] == [(1, 1.0), (2, 1.0)]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"train/loss": 1.0}', '{"step": 1, "train/loss": null}'])
@@ -162,6 +213,38 @@ def test_progress_counts_from_what_was_done_and_only_one_rank_shows_it(
     assert "step" in said
     with Progress("training", 10, show=False) as hidden:
         hidden.advance(3, 700)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_file_gets_a_line_a_minute_with_rate_and_eta_and_one_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Progress("training", 1000, show=True, done=100, unit="step") as bar:
+        for second in range(1, 151):
+            now[0] = float(second)
+            bar.advance(2, loss=1 / second)
+    assert capsys.readouterr().err.splitlines() == [
+        "training:  22% 220/1000 [01:00<06:30,  2.00step/s, loss=0.01667]",
+        "training:  34% 340/1000 [02:00<05:30,  2.00step/s, loss=0.008333]",
+        "training:  40% 400/1000 [02:30<05:00,  2.00step/s, loss=0.006667]",
+    ]
+
+
+def test_a_terminal_gets_one_bar_that_is_redrawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("training", 3, show=True) as bar:
+        for _ in range(3):
+            bar.advance(1, loss=0.5)
+    *redrawn, end = capsys.readouterr().err.split("\n")
+    assert [end, len(redrawn)] == ["", 1]
+    assert redrawn[0].count("\r") >= 2
+    assert "3/3" in redrawn[0].rpartition("\r")[2]
+    with Progress("training", 3, show=False) as hidden:
+        hidden.advance(3)
     assert capsys.readouterr().err == ""
 
 

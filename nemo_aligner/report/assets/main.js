@@ -65,7 +65,10 @@ async function start() {
     at("series").value = Math.max(0, told.findIndex(own => own.name === kept.series));
     choose();
   } else at("series-bar").hidden = true;
-  report.runs.forEach(run => at("figure-tables").append(...run.tables.map(own => figuresTable({...own, title: many() ? `${run.name} · ${own.title}` : own.title}))));
+  for (const run of report.runs) for (const own of run.tables) {
+    const titled = {...own, title: many() ? `${run.name} · ${own.title}` : own.title};
+    at("figure-tables").append(...[figuresTable(titled), evaluationCharts(own)].filter(Boolean));
+  }
 
   const lacks = (id, text) => at(id).replaceChildren(make("p", {className: "empty"}, text));
   drawTimes();

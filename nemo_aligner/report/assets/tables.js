@@ -2,7 +2,8 @@
 
 function figuresTable({title, rows}) {
   const names = [...new Set(rows.flatMap(Object.keys))];
-  const text = value => value === null || value === undefined ? "–" : typeof value === "number" ? number(value) : String(value);
+  const text = value => value === null || value === undefined ? "–" : typeof value === "number" ? number(value)
+    : Array.isArray(value) ? value.map(text).join(" to ") : String(value);
   return make("figure", {className: "card wide"}, make("figcaption", {}, make("b", {}, title)),
     make("div", {className: "scroll"}, make("table", {},
       make("thead", {}, make("tr", {}, ...names.map(name => make("th", {}, name.replaceAll("_", " "))))),

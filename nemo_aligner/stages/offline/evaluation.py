@@ -39,6 +39,7 @@ from nemo_aligner.stages.offline.data import (
 )
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -59,6 +60,15 @@ class Drawn:
     @property
     def row(self) -> list[int]:
         return [*self.prompt_tokens, *self.response.tokens]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is said of one policy."""
+
+    figures: dict[str, Any]
+    answers: Answers
+    shown: list[dict[str, Any]]  # some of its samples, for loggers
 
 
 def run(cfg: EvaluationConfig) -> None:
@@ -82,6 +92,49 @@ def run(cfg: EvaluationConfig) -> None:
 
 def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, functions: Functions | None = None) -> None:
     """One model after another on the same prompts, then the reports."""
+    archives = (*cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
+    hashes = {path: archive_hash(path) for path in archives if path is not None} if cluster.is_main else {}
+    inputs = data_fingerprint(cfg.data)
+    made_with = {**inputs, **hashes, "reward_function": None if functions is None else functions.fingerprint()}
+    with output_logger(cfg, cluster, made_with) as logger:
+        reports = measured(cfg, rows, cluster, functions)
+        figures = [own.figures for own in reports]
+        for own in reports[1:]:
+            own.figures.update(compare(own.answers, reports[0].answers))
+            tell_comparison(own.figures, cfg.policy_files[0])
+        if cluster.is_main:
+            write_atomically(cfg.output_file, [json.dumps(without_nan(figures), indent=1), "\n"])
+            counts = {"prompts": len(rows), "samples": cfg.data.n * len(rows)}
+            write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=inputs["data"], counts=counts)
+        if logger is not None:
+            for place, own in enumerate(reports):
+                logger.log(place, "evaluation", numbers(own.figures), own.shown)
+
+
+def tell_comparison(figures: Mapping[str, Any], first: str) -> None:
+    low, high = figures["win_rate_interval"]
+    log.info(
+        "%s: reward %+.4g ± %.2g over %s on the same prompts; wins %.0f %% (%.0f to %.0f), at equal length %.0f %%",
+        figures["policy"], figures["gain"], figures["gain_standard_error"], first,
+        100 * figures["win_rate"], 100 * low, 100 * high, 100 * figures["win_rate_length_controlled"],
+    )  # fmt: skip
+
+
+def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among `figures`, those of a table or a list as name/key or name/place."""
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            value = {str(place): one for place, one in enumerate(value)}
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": one for key, one in numbers(value).items()}
+        elif isinstance(value, int | float):
+            found[name] = value
+    return found
+
+
+def measured(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, functions: Functions | None) -> list[Report]:
+    """What is to be said of each policy by itself."""
     from nemo_aligner.algorithms.reinforce import sequence_kl
     from nemo_aligner.engine.policy import load_policy
 
@@ -105,26 +158,10 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, funct
             ]
         del initial
     model = load_judge(cfg, cluster)
-    reports = [
+    return [
         report(cfg, path, rows, drawn, score(cfg, rows, drawn, model, cluster, functions), kl, cluster)
         for path, (drawn, _), kl in zip(cfg.policy_files, found, kls, strict=True)
     ]
-    figures = [told for told, _ in reports]
-    for told, answers in reports[1:]:
-        told.update(compare(answers, reports[0][1]))
-        low, high = told["win_rate_interval"]
-        log.info(
-            "%s: reward %+.4g ± %.2g over %s on the same prompts; wins %.0f %% (%.0f to %.0f), at equal length %.0f %%",
-            told["policy"], told["gain"], told["gain_standard_error"], cfg.policy_files[0],
-            100 * told["win_rate"], 100 * low, 100 * high, 100 * told["win_rate_length_controlled"],
-        )  # fmt: skip
-    if cluster.is_main:
-        write_atomically(cfg.output_file, [json.dumps(without_nan(figures), indent=1), "\n"])
-        archives = (*cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
-        hashes = {path: archive_hash(path) for path in archives if path is not None}
-        counts = {"prompts": len(rows), "samples": cfg.data.n * len(rows)}
-        inputs = data_fingerprint(cfg.data)["data"]
-        write_provenance(cfg.output_file, config=cfg, archive=hashes, inputs=inputs, counts=counts)
 
 
 def tokens_of(drawn: Sequence[Drawn]) -> list[list[int]]:
@@ -195,7 +232,7 @@ def report(
     judgements: Sequence[Judgement],
     kl: Sequence[float] | None,
     cluster: Cluster,
-) -> tuple[dict[str, Any], Answers]:
+) -> Report:
     """One policy's figures over all replicas, and its answers; its samples are written beside the output file."""
     own = [
         {
@@ -219,7 +256,14 @@ def report(
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
         tell_empty(sum(not sample[cfg.data.output_key] for sample in samples), len(samples))
-    return figures, answers
+    keys = Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
+    fields = [keys.reward, *(part_name(name, keys.reward) for name in parts_of(cfg)), "kl"]
+    return Report(figures, answers, one_of_each_prompt(samples, keys, cfg.exp_manager.log_samples, fields))
+
+
+def parts_of(cfg: EvaluationConfig) -> Sequence[str]:
+    """Names of several sources of rewards."""
+    return [*cfg.reward_plan.weights] if cfg.reward_plan.functions else []
 
 
 def figures_of(
@@ -230,7 +274,7 @@ def figures_of(
     def column(name: str) -> list[Any]:
         return [sample[name] for sample in samples]
 
-    several = cfg.reward_plan.weights if cfg.reward_plan.functions else {}
+    several = parts_of(cfg)
     answers = Answers(column(cfg.data.reward_key), column("prompt_index"), column("num_tokens"))
     texts = column(cfg.data.output_key)
     mean, std = mean_and_std(answers.rewards)

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.algorithms.statistics import mean_and_std
+from nemo_aligner.algorithms.statistics import known_by_prompt, mean_and_std
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.jsonl import load_rows, write_jsonl
@@ -86,12 +86,10 @@ def from_before(samples: list[Row], labeled: Path) -> int:
 
 def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, float]:
     """Figures of one iteration; `trained_on` rows came out of the labeler, `before` of them from earlier iterations."""
-    of_prompt: dict[str, list[float]] = {}
-    for sample in samples:
-        if sample["reward"] is not None:
-            of_prompt.setdefault(prompt_of(sample), []).append(sample["reward"])
-    mean, std = mean_and_std([reward for rewards in of_prompt.values() for reward in rewards])
-    best, _ = mean_and_std([max(rewards) for rewards in of_prompt.values()])
+    rewards = [sample["reward"] for sample in samples]
+    of_prompt = known_by_prompt(rewards, [prompt_of(sample) for sample in samples])
+    mean, std = mean_and_std(rewards)
+    best, _ = mean_and_std([max(rewards[i] for i in places) for places in of_prompt.values()])
     return {
         "samples": len(samples),
         "prompts": len(of_prompt),
@@ -118,6 +116,7 @@ def seconds_of(path: Path, iteration: int) -> dict[str, float]:
 def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: int) -> None:
     """Record one iteration whose samples are still there."""
     samples = samples_of(generated, labeled)
+    forget_after(result / "iterations", iteration)
     if keep:
         write_jsonl(result / "iterations" / f"{iteration}.jsonl", samples[:keep])
     keep_records(result, iteration, generated, labeled)
@@ -131,6 +130,17 @@ def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: i
     print(
         f"iteration {iteration}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name in figures)
     )
+
+
+def forget_after(folder: Path, iteration: int) -> None:
+    """Remove what a loop that was in this place before has left of later iterations."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        number = path.name.removesuffix(".jsonl")
+        if number.isdigit() and int(number) > iteration:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def keep_records(result: Path, iteration: int, generated: Path, labeled: Path) -> None:

@@ -28,8 +28,8 @@ from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy, Response
 from nemo_aligner.errors import DataError, StoppedEarly
-from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Turns
+from nemo_aligner.metrics import MetricsLogger, Progress
+from nemo_aligner.records import Keys, Turns
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
@@ -40,6 +40,7 @@ from nemo_aligner.stages.offline.data import (
 )
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
     chunk = split_chunk(len(rows), cfg.data.sample_split_size, cfg.data.sample_split_iter)
     archive = cluster.broadcast(policy.archive_hash() if cluster.is_main else "")
     journal = Journal(cfg.output_file, fingerprint(cfg, archive), cluster)
+    with output_logger(cfg, cluster, journal.made_with) as logger:
+        draw(cfg, rows, chunk, policy, journal, cluster)
+        if cluster.is_main:
+            finish(cfg, journal, len(chunk), archive, logger)
+        cluster.barrier()
+
+
+def draw(cfg: SamplerConfig, rows: Blend, chunk: range, policy: Policy, journal: Journal, cluster: Cluster) -> None:
+    """Fill the journal. Raises StoppedEarly."""
     prompts = Prompts(cfg, rows, policy)
     places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
     if not journal.done:  # else the run that began has looked at them
@@ -133,9 +143,6 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
         journal.flush()
     if cluster.any(reason is not None):
         raise StoppedEarly(f"{reason or 'another rank was told to stop'}; progress is in {journal.folder}")
-    if cluster.is_main:
-        finish(cfg, journal, len(chunk), archive)
-    cluster.barrier()
 
 
 class Prompts:
@@ -227,14 +234,20 @@ def fingerprint(cfg: SamplerConfig, archive: str) -> dict[str, Any]:
     }
 
 
-def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> None:
+def finish(
+    cfg: SamplerConfig, journal: Journal, prompts: int, archive: str, logger: MetricsLogger | None = None
+) -> None:
     """Merge the journal into the output file, n responses of a prompt after one another, in prompt order."""
-    samples, unfinished = prompts * cfg.data.n, 0
+    samples = prompts * cfg.data.n
+    unfinished = empty = characters = 0
 
     def in_order() -> Iterator[Row]:
-        nonlocal unfinished
+        nonlocal unfinished, empty, characters
         for row in journal.merged(samples):
-            unfinished += row[cfg.data.output_key].endswith("\N{REPLACEMENT CHARACTER}")
+            response = row[cfg.data.output_key]
+            characters += len(response)
+            empty += not response
+            unfinished += response.endswith("\N{REPLACEMENT CHARACTER}")
             yield row
 
     write_jsonl(cfg.output_file, in_order())
@@ -242,4 +255,9 @@ def finish(cfg: SamplerConfig, journal: Journal, prompts: int, archive: str) -> 
         log.warning("%d responses end within a character, which is written as \N{REPLACEMENT CHARACTER}", unfinished)
     counts = {"prompts": prompts, "samples": samples}
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
+    if logger is not None:
+        keys = Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
+        figures = {**counts, "response_characters": characters / samples, "empty": empty / samples}
+        shown = one_of_each_prompt(journal.merged(samples), keys, cfg.exp_manager.log_samples)
+        logger.log(0, "sampler", figures, shown)
     log.info("wrote %d samples of %d prompts to %s", samples, prompts, cfg.output_file)

@@ -25,8 +25,8 @@ from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_arch
 from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
-from nemo_aligner.metrics import Progress
-from nemo_aligner.records import Keys, Sample, ScoredSample
+from nemo_aligner.metrics import MetricsLogger, Progress
+from nemo_aligner.records import Keys, Sample, ScoredSample, part_fields, part_name
 from nemo_aligner.rewards.functions import Functions
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.rewards.mixture import weighted
@@ -43,6 +43,7 @@ from nemo_aligner.stages.offline.data import (
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
+from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
 from nemo_aligner.stages.run_owner import owning
 
 if TYPE_CHECKING:
@@ -108,6 +109,24 @@ def label(
     archive = None if model is None else cluster.broadcast(model.archive_hash() if cluster.is_main else "")
     known = None if model is None or archive is None else (archive, model.append_eod)
     journal = Journal(cfg.output_file, fingerprint(cfg, known, functions), cluster)
+    with output_logger(cfg, cluster, journal.made_with) as logger:
+        judge(cfg, rows, chunk, model, journal, cluster, functions)
+        if cluster.is_main:
+            stored = None if model is None else model.stored_standardization
+            finish(cfg, rows, chunk, journal, stored, archive, logger)
+        cluster.barrier()
+
+
+def judge(
+    cfg: LabelerConfig,
+    rows: Blend,
+    chunk: range,
+    model: RewardModel | None,
+    journal: Journal,
+    cluster: Cluster,
+    functions: Functions | None,
+) -> None:
+    """Fill the journal. Raises StoppedEarly."""
     own = (p for p in chunk if p % cluster.dp_size == cluster.dp_rank and p - chunk.start not in journal.done)
     mine = array("q", own)
     source = None if model is None else ModelSource(model, cfg.data)
@@ -135,9 +154,6 @@ def label(
                 raise StoppedEarly(f"{reason}; progress is in {journal.folder}")
     if source is not None:
         source.report()
-    cluster.barrier()
-    if cluster.is_main:
-        finish(cfg, rows, chunk, journal, None if model is None else model.stored_standardization, archive)
     cluster.barrier()
 
 
@@ -183,6 +199,7 @@ def finish(
     journal: Journal,
     stored: tuple[float, float] | None,
     archive: str | None,
+    logger: MetricsLogger | None = None,
 ) -> None:
     """Rewards → standardised → processed → output file, rows in the order of the input.
 
@@ -234,9 +251,23 @@ def finish(
         counts["kept_from_before"] = before
         log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
     write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
+    if logger is not None:
+        figures = {name: counts[name] for name in ("rows", "kept", "reward_mean", "reward_std")}
+        figures |= {f"{part_name(name)}_{key}": value for name, own in of_sources.items() for key, value in own.items()}
+        fields = [keys.reward, *(part_name(name, keys.reward) for name in of_sources)]
+        shown = one_of_each_prompt(
+            with_raw_rewards(rows, chunk, judged, keys), keys, cfg.exp_manager.log_samples, fields
+        )
+        logger.log(0, "labeler", figures, shown)
     log.info(
         "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
     )
+
+
+def with_raw_rewards(rows: Blend, chunk: range, judged: Judged, keys: Keys) -> Iterator[Row]:
+    """What was judged, as loggers show it."""
+    for position, reward, judgement in zip(chunk, judged.rewards, judged, strict=True):
+        yield {**rows[position % len(rows)], keys.reward: reward, **part_fields(judgement.parts, keys.reward)}
 
 
 class Judged(Sequence[Judgement]):

@@ -18,6 +18,7 @@ from nemo_aligner.algorithms.reinforce import reinforce_loss
 from nemo_aligner.config.reinforce import MONITORS, ReinforceConfig
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.data.prompts import PromptRow
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Cluster, Microbatch, Policy
 from nemo_aligner.errors import AlignerError, RewardError, ServerError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress, Timers
@@ -112,7 +113,7 @@ class Actor:
             kl=kl,
             timers=self.timers,
         )
-        with run_logger(exp, cluster, asdict(self.cfg), logged) as self.logger:
+        with run_logger(exp, cluster, asdict(self.cfg), logged, exp.log_samples) as self.logger:
             with RunControl(
                 exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run", on_signal=rewards.hurry
             ) as control:
@@ -121,7 +122,7 @@ class Actor:
                 checkpoints.restore_best(self.policy)
                 self.policy.save_nemo(checkpoints.archive)
                 if self.logger is not None:
-                    self.logger.archived(checkpoints.archive)
+                    self.logger.archived(checkpoints.archive, archive_hash(checkpoints.archive))
 
     def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
@@ -266,9 +267,10 @@ class Actor:
             slots = self.settings.val_rollout_micro_batch_size
             rollouts = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
         scored = score(rollouts, self.loop, None, kl_penalty=self.kl_control.penalty, validation=True)
-        self.log_rollouts(step, "val_rollouts", scored)
+        rows = rollout_rows(scored)
+        self.log_rollouts(step, "val_rollouts", scored, rows)
         if self.cluster.is_main:
-            write_jsonl(self.folder / "validation" / f"step_{step}.jsonl", rollout_rows(scored))
+            write_jsonl(self.folder / "validation" / f"step_{step}.jsonl", rows)
             shown = rollouts[0]
             log.info(
                 "step %d: validation reward %.4f; %r ─▶ %r (%s)",
@@ -276,7 +278,7 @@ class Actor:
                 "no reward" if shown.reward is None else f"{shown.reward:.3f}",
             )  # fmt: skip
 
-    def log_rollouts(self, step: int, name: str, scored: Scored) -> None:
+    def log_rollouts(self, step: int, name: str, scored: Scored, samples: Sequence[Mapping[str, Any]] = ()) -> None:
         found = rollout_metrics(scored)
         if name == "train_rollouts":
             found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
@@ -284,7 +286,7 @@ class Actor:
         prefix = "val_" if name == "val_rollouts" else ""
         self.values |= {f"{prefix}{key}": value for key, value in found.items()}
         if self.logger is not None:
-            self.logger.log(step, name, found)
+            self.logger.log(step, name, found, samples)
 
     def log_timers(self, step: int) -> None:
         """Seconds of each phase since the last call."""

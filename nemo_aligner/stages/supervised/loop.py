@@ -19,6 +19,7 @@ from nemo_aligner.algorithms.losses import ranking_loss, sft_loss
 from nemo_aligner.config.schema import ExpManagerConfig
 from nemo_aligner.config.supervised import LoopConfig
 from nemo_aligner.data.supervised import Example
+from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash
 from nemo_aligner.engine.interfaces import Microbatch, Objective, StepMetrics, TrainableModel
 from nemo_aligner.errors import StoppedEarly, TrainingError
 from nemo_aligner.metrics import MetricsLogger, Progress
@@ -103,7 +104,7 @@ def train(task: Task, model: TrainableModel, exp: ExpManagerConfig, config: Mapp
             checkpoints.restore_best(model)
             model.save_nemo(checkpoints.archive, notes(task, model))
             if logger is not None:
-                logger.archived(checkpoints.archive)
+                logger.archived(checkpoints.archive, archive_hash(checkpoints.archive))
 
 
 def optimize(

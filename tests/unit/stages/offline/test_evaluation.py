@@ -13,7 +13,7 @@ import pytest
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.stages.offline.data import open_rows
-from nemo_aligner.stages.offline.evaluation import draw, report, score, starts_of, tokens_of
+from nemo_aligner.stages.offline.evaluation import draw, numbers, report, score, starts_of, tokens_of
 from tests.fakes import ByteTokenizer, EchoPolicy, on_ranks
 
 
@@ -42,9 +42,13 @@ def figures(cfg: EvaluationConfig, cluster: Cluster, *, kl: bool = True) -> dict
     assert tokens_of(drawn) == [[*d.prompt_tokens, *d.response.tokens] for d in drawn]
     rewards = score(cfg, rows, drawn, ByteSum(), cluster)  # type: ignore[arg-type]
     kls = [float(10 * d.response.prompt_index + d.response.sample_index) for d in drawn] if kl else None
-    found, answers = report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
-    assert answers.prompts == [p for p in range(5) for _ in range(2)]
-    return found
+    found = report(cfg, "/models/one.nemo", rows, drawn, rewards, kls, cluster)
+    assert found.answers.prompts == [p for p in range(5) for _ in range(2)]
+    assert found.shown == [
+        {"input": f"q{p}", "output": f"<{p}.0>", "reward": found.answers.rewards[2 * p], "kl": 10.0 * p if kl else None}
+        for p in range(5)
+    ]
+    return found.figures
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -86,6 +90,13 @@ def test_figures_are_over_all_samples_and_each_sample_has_its_own_prompt_reward_
         }
         for p in range(5) for s in range(2)
     ]  # fmt: skip
+
+
+def test_loggers_get_every_number_under_a_name_of_its_own() -> None:
+    given = {"policy": "p", "kl": None, "samples": 4, "best_of": {"1": 0.5, "4": 0.75}, "win_rate_interval": [0.2, 0.9]}
+    assert numbers(given) == {
+        "samples": 4, "best_of/1": 0.5, "best_of/4": 0.75, "win_rate_interval/0": 0.2, "win_rate_interval/1": 0.9
+    }  # fmt: skip
 
 
 def test_without_an_initial_policy_there_is_no_kl(tmp_path: Path) -> None:

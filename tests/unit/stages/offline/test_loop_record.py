@@ -71,8 +71,10 @@ def test_samples_of_earlier_iterations_are_counted_apart(tmp_path: Path) -> None
 
 
 def test_an_iteration_recorded_twice_stands_there_once_and_one_begun_anew_ends_those_after_it(tmp_path: Path) -> None:
-    for number in (0, 1, 1, 2, 1):
+    for number in (0, 1, 1, 2, 10, 1):
+        (tmp_path / "iterations" / str(number)).mkdir(parents=True, exist_ok=True)
         iteration(tmp_path, number)
+    assert sorted(path.name for path in (tmp_path / "iterations").iterdir()) == ["0", "0.jsonl", "1", "1.jsonl"]
     assert [row["iteration"] for row in lines(tmp_path / "iterations.jsonl")] == [0, 1]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

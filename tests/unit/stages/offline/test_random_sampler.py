@@ -15,6 +15,7 @@ from nemo_aligner.config.offline import SamplerConfig
 from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.engine.interfaces import Response
 from nemo_aligner.errors import DataError, OutputError, StoppedEarly
+from nemo_aligner.event_file import shown_before
 from nemo_aligner.stages import run_control
 from nemo_aligner.stages.offline.data import open_rows
 from nemo_aligner.stages.offline.random_sampler import Prompts, sample, sampling_params
@@ -60,6 +61,20 @@ def test_n_responses_of_each_prompt_stand_together_in_prompt_order(tmp_path: Pat
     assert meta["archive_sha256"] == "a" * 64
     assert list(meta["inputs_sha256"]) == cfg.data.file_names
     assert meta["config"]["data"]["n"] == 3
+
+
+def test_loggers_are_told_figures_and_the_first_response_to_each_of_some_prompts(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.exp_manager.create_tensorboard_logger, cfg.exp_manager.log_samples = True, 2
+    for _ in range(2):  # run again it stands there once
+        run(cfg)
+    [row] = [json.loads(line) for line in (tmp_path / "out.jsonl_log/metrics.jsonl").read_text().splitlines()]
+    told = {"prompts": 5, "samples": 15, "response_characters": 5.0, "empty": 0.0}
+    assert row == {"step": 0, **{f"sampler/{name}": value for name, value in told.items()}}
+    texts = shown_before(tmp_path / "out.jsonl_log").texts
+    shown = [f"input\n\n    q{p}\n\n\noutput\n\n    <{p}.0>\n" for p in range(2)]
+    assert texts[0, "table/sampler"] == "\n\n".join(shown)
+    assert '"output_file"' in texts[0, "config"]
 
 
 def test_a_chunk_of_an_online_loop_goes_round_with_noise_of_its_own(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.config.schema import RewardStandardization
 from nemo_aligner.errors import DataError, OutputError, StoppedEarly
+from nemo_aligner.event_file import shown_before
 from nemo_aligner.stages import run_control
 from nemo_aligner.stages.offline.data import open_rows, tell_empty
 from nemo_aligner.stages.offline.reward_labeler import label, standardize
@@ -70,6 +72,19 @@ def written(cfg: LabelerConfig) -> list[dict[str, Any]]:
 
 def reward_of(i: int, extra: int = 0) -> float:
     return float(sum(f"q{i % 3}".encode()) + i * ord("x") + extra)
+
+
+def test_loggers_are_told_figures_and_one_row_of_each_prompt_with_its_raw_reward(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.processor, cfg.exp_manager.create_tensorboard_logger = "rs", True
+    cfg.reward_standardization.enable = True
+    run(cfg)
+    [row] = [json.loads(line) for line in (tmp_path / "out.jsonl_log/metrics.jsonl").read_text().splitlines()]
+    rewards = [reward_of(i) for i in range(7)]
+    assert (row["labeler/rows"], row["labeler/kept"]) == (7, 3)
+    assert row["labeler/reward_mean"] == pytest.approx(sum(rewards) / 7)
+    told = shown_before(tmp_path / "out.jsonl_log").texts[0, "table/labeler"]
+    assert re.findall(r"reward (\d+)", told) == [f"{reward:.4g}" for reward in rewards[:3]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, SamplerConfig
 from nemo_aligner.errors import AlignerError, CheckpointError, ConfigError
+from nemo_aligner.event_file import shown_before
 from nemo_aligner.stages.offline import evaluation, random_sampler, reward_labeler
 from tests.unit.stages.conftest import MEAN, STD, Archives
 from tests.unit.stages.plain import Plain, opened, read_rows, write_rows
@@ -101,6 +103,7 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
     archives: Archives, tmp_path: Path, started: list[dict[str, Any]]
 ) -> None:
     cfg = evaluation_config(tmp_path, archives)
+    cfg.exp_manager.create_tensorboard_logger, cfg.exp_manager.log_samples = True, 3
     evaluation.run(cfg)
     own = {"key": "gpt_model_file", "tensor": -1, "pipeline": -1, "seed": 41}
     assert started == [{"devices": 1, "path": str(archives.policy), **own}]
@@ -127,6 +130,15 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
     assert figures[1]["gain"] == pytest.approx(mean, abs=1e-4)
     assert figures[1]["gain_standard_error"] == pytest.approx(spread / 2, abs=1e-4)
     assert figures[1]["better_on"] == sum(difference > 0 for difference in differences) / 4
+    logged = read_rows(tmp_path / "out.jsonl_log/metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 1]
+    for row, told in zip(logged, figures, strict=True):
+        for name in ("reward_mean", "kl"):
+            assert row[f"evaluation/{name}"] == pytest.approx(told[name])
+        assert row["evaluation/best_of/2"] == pytest.approx(told["best_of"]["2"])
+    texts = shown_before(tmp_path / "out.jsonl_log").texts
+    assert [texts[place, "table/evaluation"].count("**reward") for place in (0, 1)] == [3, 3]
+    assert texts[1, "output_sha256"] == file_sum(tmp_path / "out.jsonl")
     low, high = figures[1]["win_rate_interval"]
     assert 0 <= low <= figures[1]["win_rate"] <= high <= 1
 

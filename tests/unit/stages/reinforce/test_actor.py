@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,6 +21,7 @@ from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
 from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
+from nemo_aligner.event_file import shown_before
 from nemo_aligner.rewards.interfaces import Candidate, Judgement, ServedModel
 from nemo_aligner.stages.reinforce.drawing import sampling_params
 from nemo_aligner.stages.reinforce.loop import Actor
@@ -211,6 +214,7 @@ def test_validation_draws_one_response_to_each_of_the_first_prompts_always_with_
 ) -> None:
     cfg = config(tmp_path, max_epochs=1, val_check_interval=2)
     cfg.model.ppo.num_val_samples = num_val_samples
+    cfg.exp_manager.create_tensorboard_logger, cfg.exp_manager.log_samples = True, 2
     learner = run(cfg, validation=HELD_OUT)
     used = HELD_OUT[:num_val_samples]
     asked = [(r, s, slots) for r, s, slots in learner.drawn if bytes(r.prompt_tokens).startswith(b"h")]
@@ -219,12 +223,16 @@ def test_validation_draws_one_response_to_each_of_the_first_prompts_always_with_
     assert {s.seed for _, s, _ in asked} == {51}, "other noise than in training"
     assert {slots for _, _, slots in asked} == {5}
     assert [row["step"] for row in rows_of(tmp_path, "val_rollouts")] == [0, 2, 3]
+    texts = shown_before(tmp_path).texts
     for step in (0, 2, 3):
+        shown = [f"<{i}.0>" for i in range(len(used))][:2]
+        assert re.findall(r"<.*>", texts[step, "table/val_rollouts"]) == shown, "the same prompts each time"
         lines = (tmp_path / "validation" / f"step_{step}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [
             {"input": p.text, "output": f"<{i}.0>", "reward": reward_of(f"{p.text}<{i}.0>"), "kl": -0.25 * 15}
             for i, p in enumerate(used)
         ]
+    assert texts[3, "archive_sha256"] == hashlib.sha256(b"archive").hexdigest()
 
 
 def test_as_many_responses_are_drawn_at_once_as_the_micro_batch_says(tmp_path: Path) -> None:
