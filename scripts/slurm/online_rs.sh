@@ -23,7 +23,8 @@ devices=${SLURM_TASKS_PER_NODE%%(*}
 size="trainer.num_nodes=$SLURM_JOB_NUM_NODES trainer.devices=$devices"
 export PYTHON PYTHONUNBUFFERED=1
 export SAMPLER_ARGS="$size ${SAMPLER_ARGS:-}" LABELER_ARGS="$size ${LABELER_ARGS:-}" SFT_ARGS="$size ${SFT_ARGS:-}"
-export LAUNCH="srun --kill-on-bad-exit=1 ${CONTAINER:+--container-image=$CONTAINER} $MOUNTS"
+# ranks end one another when one fails; with 1, the first to leave with 75, all saved, would have the others killed
+export LAUNCH="srun --kill-on-bad-exit=0 ${CONTAINER:+--container-image=$CONTAINER} $MOUNTS"
 
 # scancel asks the stage to leave as well, and leaves it Slurm's KillWait to save
 cancelled() {

@@ -52,7 +52,8 @@ srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
   rm_model_file="$RM_NEMO_FILE" inference.ip=0.0.0.0 inference.port="$CRITIC_PORT" "${rm_args[@]}" &
 server=$!
 
-srun --het-group=1 --kill-on-bad-exit=1 "${container[@]}" \
+# ranks end one another when one fails; with 1, the first to leave with 75, all saved, would have the others killed
+srun --het-group=1 --kill-on-bad-exit=0 "${container[@]}" \
   -o "$ACTOR_LOG_DIR/actor_output_${SLURM_JOB_ID}_%t.log" -e "$ACTOR_LOG_DIR/actor_error_${SLURM_JOB_ID}_%t.err" \
   "$PYTHON" "$GPFS"/examples/nlp/gpt/train_gpt_reinforce_actor.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=gpt_rs_actor \
