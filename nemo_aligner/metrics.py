@@ -141,6 +141,7 @@ class MetricsLogger:
             for number, line in enumerate(stream, 1):
                 step, scalars = _scalars(line, f"{path}:{number}")
                 first = next(iter(scalars), "")
+                self._step = step
                 events.add(step, scalars, before.times.get((step, first)))
                 table = step, _table(first.partition("/")[0])
                 if table in before.texts:

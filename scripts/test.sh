@@ -26,6 +26,6 @@ if [[ ${1:-} == --fast ]]; then
   shift
   set -- tests/unit -m "not processes" "$@"
 fi
-# two files at a time; threads that wait for one another leave the cores to the others
+# two files at a time, the slow ones first as they stand; threads that wait for one another leave the cores to the others
 export OMP_WAIT_POLICY=passive
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -88,11 +88,9 @@ def archive(path: str) -> None:
 
 def tokenizer(folder: str, **settings: Any) -> None:
     """Of an opened archive, with these settings beside those of the tiny one."""
-    from nemo_aligner.engine.loading import _with_vocabulary
+    from nemo_aligner.engine.loading import _opened
 
-    _with_vocabulary(
-        "m.nemo", Path(folder), replace(ARCHIVED, tokenizer=ARCHIVED.tokenizer | settings), "gpt_model_file"
-    )
+    _opened("m.nemo", Path(folder), replace(ARCHIVED, tokenizer=ARCHIVED.tokenizer | settings), "gpt_model_file")
 
 
 def checkpoint(state: dict[str, Any], files: dict[str, str], then: dict[str, str | None]) -> None:

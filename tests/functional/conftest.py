@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -46,15 +44,6 @@ def run(*command: str, cwd: Path = ROOT, check: bool = True, **extra: str) -> su
     done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{stdout}\n{stderr}"
     return done
-
-
-def free_port() -> int:
-    """One that no connection is given meanwhile: below the range that systems hand out by themselves."""
-    for port in random.SystemRandom().sample(range(10_000, 20_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise AssertionError("no free port")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

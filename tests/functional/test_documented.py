@@ -72,6 +72,7 @@ def test_online_rest_keeps_what_lies_above_the_threshold_in_standard_deviations(
     shutil.copy(
         workshop.write("to_filter.jsonl", [{"input": f"p{i % 4}", "output": " film" * i} for i in range(16)]), samples
     )
+    (tmp_path / "sampled.jsonl.meta.json").write_text("{}")
     raw = [row["reward"] for row in label(workshop, samples, tmp_path / "raw.jsonl")]
     known = stored(workshop, tmp_path / "archive")["reward_standardization"]
     standard = sorted((reward - known["mean"]) / known["std"] for reward in raw)

@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
+from tests.functional.conftest import ENV, ROOT, Workshop, run
+from tests.ports import free_port
 
 SCRIPT = ("python", "examples/nlp/gpt/megatron_gpt_eval.py")
 PROMPTS = ["prompt 0", "prompt 1"]

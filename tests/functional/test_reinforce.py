@@ -28,7 +28,8 @@ from nemo_aligner.errors import ServerError
 from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.reward_client import RewardClient
 from tests.faulty_proxy import FAULTS, FaultyProxy
-from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
+from tests.functional.conftest import ENV, ROOT, Workshop, run
+from tests.ports import free_port
 
 DOCUMENT = ROOT / "tests" / "data" / "mission" / "reinforce.rst"
 SERVER, ACTOR, HETJOB = range(3)

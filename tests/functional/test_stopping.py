@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.conftest import ENV, ROOT, Workshop, free_port, run
+from tests.functional.conftest import ENV, ROOT, Workshop, run
 from tests.functional.test_commands import LABELER, SAMPLER, SFT
 from tests.functional.test_reinforce import actor, serving
+from tests.ports import free_port
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -133,8 +133,9 @@ def test_tensorboard_has_no_gap_and_nothing_twice_after_a_kill(tmp_path: Path) -
     assert found.Scalars("train/loss")[1].wall_time == 1e9 + 2
 
 
+@pytest.mark.parametrize("is_killed_at_the_end", [False, True])
 def test_tensorboard_shows_config_samples_letter_by_letter_and_what_was_noted_each_once_after_a_kill(
-    tmp_path: Path,
+    is_killed_at_the_end: bool, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,7 +154,12 @@ def test_tensorboard_shows_config_samples_letter_by_letter_and_what_was_noted_ea
     second = MetricsLogger(tmp_path, tensorboard=True, config={"seed": 2}, samples=2, resumed_at=position)
     log(second, 2)
     second.archived(tmp_path / "m.nemo", "abc")
+    end = second.position
     second.close()
+    if is_killed_at_the_end:  # with nothing left to log
+        third = MetricsLogger(tmp_path, tensorboard=True, config={"seed": 2}, samples=2, resumed_at=end)
+        third.archived(tmp_path / "m.nemo", "abc")
+        third.close()
     found = EventAccumulator(str(tmp_path))
     found.Reload()
 

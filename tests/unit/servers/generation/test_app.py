@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from nemo_aligner.servers.generation.app import make_app
 from nemo_aligner.servers.generation.clerk import Served
 from nemo_aligner.servers.generation.desk import FrontDesk
 from tests.fakes import ByteTokenizer
+from tests.ports import free_port
 from tests.tiny import ARCH
 
 TEMPLATE = (
@@ -33,12 +33,6 @@ TEMPLATE = (
 )
 CHAT = ChatTemplate(TEMPLATE, ByteTokenizer(), "chat_template")
 LENGTH = ARCH.max_position_embeddings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

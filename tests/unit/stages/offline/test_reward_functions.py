@@ -167,7 +167,7 @@ def test_the_evaluation_tells_each_function_apart(tmp_path: Path) -> None:
     drawn = evaluation.draw(cfg, rows, EchoPolicy(), cluster, "one.nemo")  # type: ignore[arg-type]
     with functions_of(cfg) as functions:
         judged = evaluation.score(cfg, rows, drawn, None, cluster, functions)
-    figures, _ = evaluation.report(cfg, "/models/one.nemo", rows, drawn, judged, None, cluster)
+    figures = evaluation.report(cfg, "/models/one.nemo", rows, drawn, judged, None, cluster).figures
     assert (figures["reward_length_mean"], figures["reward_id_mean"], figures["unknown"]) == (5.0, 1.0, 0.0)
     assert figures["reward_mean"] == pytest.approx((6 * 5 + 4 * 6) / 10)
     samples = [json.loads(line) for line in (tmp_path / "figures.json.one.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.stages.serving import generation, rewards
 from tests.fakes import FakeTriton
+from tests.ports import free_port
 from tests.unit.stages.conftest import MEAN, STD, Archives
 from tests.unit.stages.plain import opened
 from tests.unit.stages.refusals import check_refused
@@ -36,12 +37,6 @@ def config(archives: Archives, **given: Any) -> GenerationConfig:
     cfg = GenerationConfig(gpt_model_file=str(archives.policy), seed=41, server=True, port=free_port(), **given)
     cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
     return cfg
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def while_running(run: Callable[[], None], is_up: Callable[[], bool], talk: Callable[[], Any]) -> Any:
