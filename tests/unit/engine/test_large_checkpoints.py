@@ -76,5 +76,6 @@ def test_the_archive_of_a_training_takes_the_memory_of_its_largest_tensor(tmp_pa
         live.restart()
         before = live.now
         model.save_nemo(tmp_path / "m.nemo")
-    assert live.peak - before <= max(sizes) < sum(sizes) / 3
+    other = 1 << 14  # bytes of what is no weight, such as pickled objects, until they are collected
+    assert live.peak - before <= max(sizes) + other < sum(sizes) / 3
     assert (tmp_path / "m.nemo").stat().st_size > sum(sizes)
