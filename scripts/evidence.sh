@@ -30,19 +30,9 @@ while (($#)); do
 done
 
 out=${EVIDENCE_DIR:-results/evidence$([[ $scale == full ]] || echo "_$scale")}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-settings="scale=$scale seed=$seed"
-if [[ -f $out/settings && $(<"$out/settings") != "$settings" ]]; then
-  echo "error: $out was made with $(<"$out/settings"), this run has $settings; remove it, or choose another EVIDENCE_DIR" >&2
-  exit 1
-fi
-echo "$settings" >"$out/settings"
-
-bash scripts/test.sh --setup-only
-export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 tiny=$([[ $scale == tiny ]] && echo true || echo false)
 source scripts/quickstart/prepare.sh
+results_in "$out" "scale=$scale seed=$seed" EVIDENCE_DIR
 
 step "models and data"
 read -ra data < <("$PYTHON" -m scripts.evidence.methods "$scale")

@@ -33,19 +33,8 @@ if $math && $reinforce; then
   exit 1
 fi
 out=${QUICKSTART_DIR:-results/quickstart$($reinforce && echo _reinforce || true)$($math && echo _math || true)$($tiny && echo _tiny || true)}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-settings="reinforce=$reinforce tiny=$tiny seed=$seed$($math && echo " math=true" || true)"
-if [[ -f $out/settings && $(<"$out/settings") != "$settings" ]]; then
-  echo "error: $out was made with $(<"$out/settings"), this run has $settings; remove it, or choose another QUICKSTART_DIR" >&2
-  exit 1
-fi
-echo "$settings" >"$out/settings"
-
-bash scripts/test.sh --setup-only
-export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-
 source scripts/quickstart/prepare.sh
+results_in "$out" "reinforce=$reinforce tiny=$tiny seed=$seed$($math && echo " math=true" || true)" QUICKSTART_DIR
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 iterations=3

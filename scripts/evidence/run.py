@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -30,18 +28,10 @@ from scripts.evidence.methods import SCALES, Method, Scale, methods
 from scripts.evidence.page import figure, table_rows, write
 from scripts.evidence.scores import REWARDS, judge
 from scripts.evidence.words import sections
+from scripts.ports import free_port
 
 SEED_STEP = 1000
 """Between the seeds: an iteration of a loop adds 1 to its own."""
-
-
-def free_port() -> int:
-    """One that no connection is given meanwhile: below those that systems hand out by themselves."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 20_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def chosen(scale: Scale, names: str | None) -> list[Method]:

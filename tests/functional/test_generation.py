@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
+from scripts.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop, run
-from tests.ports import free_port
 
 SCRIPT = ("python", "examples/nlp/gpt/megatron_gpt_eval.py")
 PROMPTS = ["prompt 0", "prompt 1"]

@@ -18,9 +18,9 @@ from nemo_aligner.errors import ServerError
 from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.doors import Door, Guard
 from nemo_aligner.servers.reward_client import RewardClient
+from scripts.ports import free_port
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.fuzz.targets import ROUTES, app, asked
-from tests.ports import free_port
 from tests.reward_stub import RewardStub, reward
 
 TEXTS = [[f"text {batch}.{row} é" for row in range(batch % 4 + 1)] for batch in range(8)]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.ports import free_port
 from tests.functional.conftest import Workshop, run
 from tests.functional.test_commands import SAMPLER
 from tests.functional.test_launch import fails
-from tests.ports import free_port
 
 CLUSTER = "scripts/slurm/local_cluster.sh"
 

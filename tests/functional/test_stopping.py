@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop, run
 from tests.functional.test_commands import LABELER, SAMPLER, SFT
 from tests.functional.test_reinforce import actor, serving
-from tests.ports import free_port
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from nemo_aligner.commands.cli import COMMANDS
+from scripts.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop
 from tests.functional.test_documented_commands import words_of
-from tests.ports import free_port
 
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 SMALL = {"data.n=8": "data.n=2", "data.n=4,16": "data.n=1,2", "tokens_to_generate=64": "tokens_to_generate=8"}

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 
 from nemo_aligner.servers import doors as doors_module
 from nemo_aligner.servers.doors import Door, open_doors
-from tests.ports import free_port
+from scripts.ports import free_port
 
 TOKEN, LIMIT = "s3cr3t" * 6, 1000
 HTTP = httpx.Client(verify=False)  # one, as each reads all of the machine's certificates

@@ -24,8 +24,8 @@ from nemo_aligner.servers.doors import Door, open_doors
 from nemo_aligner.servers.generation.app import make_app
 from nemo_aligner.servers.generation.clerk import Served
 from nemo_aligner.servers.generation.desk import FrontDesk
+from scripts.ports import free_port
 from tests.fakes import ByteTokenizer
-from tests.ports import free_port
 from tests.tiny import ARCH
 
 TEMPLATE = (

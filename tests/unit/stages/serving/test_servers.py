@@ -22,8 +22,8 @@ from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.stages.serving import generation, rewards
+from scripts.ports import free_port
 from tests.fakes import FakeTriton
-from tests.ports import free_port
 from tests.unit.stages.conftest import MEAN, STD, Archives
 from tests.unit.stages.plain import opened
 from tests.unit.stages.refusals import check_refused

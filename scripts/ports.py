@@ -1,4 +1,4 @@
-"""Ports for servers of tests."""
+"""Ports for servers that a script or a test starts."""
 
 from __future__ import annotations
 
