@@ -21,7 +21,7 @@ from typing import Any
 from nemo_aligner.algorithms.statistics import known_by_prompt, mean_and_std
 from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.offline import OfflineDataConfig
-from nemo_aligner.data.jsonl import load_rows, write_jsonl
+from nemo_aligner.data.jsonl import Rows, load_rows, write_jsonl
 from nemo_aligner.data.provenance import META, RUN_RECORD
 from nemo_aligner.event_file import EventFile
 from nemo_aligner.files import write_atomically, writing
@@ -44,15 +44,19 @@ def rewards_of(labeled: Path) -> dict[int, float]:
     return found
 
 
-def samples_of(generated: Path, labeled: Path) -> list[Row]:
-    """The iteration's samples in their order, with `reward` and `kept`."""
-    rewards = rewards_of(labeled)
+def drawn_and_trained_on(generated: Path, labeled: Path) -> tuple[Rows, Rows]:
+    """What the sampler and what the labeler wrote."""
     required = {"input": "data.input_key", "output": "data.output_key"}
     check = RowCheck(OfflineDataConfig(), required)
     samples, trained_on = (load_rows(path, required={}, check=check) for path in (generated, labeled))
+    return samples, trained_on
+
+
+def marked(samples: Rows, trained_on: Rows, rewards: dict[int, float], processor: str | None) -> list[Row]:
+    """The samples in their order, with `reward` and `kept`."""
     kept = {_pair(row) for row in trained_on}
     # also of dt, which writes other prompts; of rs there may be as many of earlier iterations
-    every = len(trained_on) == len(samples) and processor_of(labeled) != "rs"
+    every = len(trained_on) == len(samples) and processor != "rs"
     return [
         {**row, "reward": rewards.get(index), "kept": every or _pair(row) in kept} for index, row in enumerate(samples)
     ]
@@ -76,12 +80,10 @@ def processor_of(labeled: Path) -> str | None:
     return processor
 
 
-def from_before(samples: list[Row], labeled: Path) -> int:
+def from_before(samples: list[Row], trained_on: Rows, processor: str | None) -> int:
     """How many of the rows that were trained on are samples of earlier iterations, which rs alone has."""
-    if processor_of(labeled) != "rs":
-        return 0
     own = {_pair(row) for row in samples}
-    return sum(_pair(row) not in own for row in load_rows(labeled, required={}))
+    return sum(_pair(row) not in own for row in trained_on) if processor == "rs" else 0
 
 
 def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, float]:
@@ -115,14 +117,16 @@ def seconds_of(path: Path, iteration: int) -> dict[str, float]:
 
 def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: int) -> None:
     """Record one iteration whose samples are still there."""
-    samples = samples_of(generated, labeled)
+    drawn, trained_on = drawn_and_trained_on(generated, labeled)
+    processor = processor_of(labeled)
+    samples = marked(drawn, trained_on, rewards_of(labeled), processor)
     forget_after(result / "iterations", iteration)
     if keep:
         write_jsonl(result / "iterations" / f"{iteration}.jsonl", samples[:keep])
     keep_records(result, iteration, generated, labeled)
     lines = result / "iterations.jsonl"
-    before = [row for row in load_rows(lines, required={})] if lines.exists() else []
-    figures = summary(samples, len(load_rows(labeled, required={})), from_before(samples, labeled))
+    before = load_rows(lines, required={}) if lines.exists() else []
+    figures = summary(samples, len(trained_on), from_before(samples, trained_on, processor))
     row = {"iteration": iteration, **figures, **seconds_of(result / "seconds.log", iteration)}
     rows = [*(earlier for earlier in before if earlier["iteration"] < iteration), row]
     write_jsonl(lines, rows)

@@ -18,13 +18,11 @@ import pytest
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
-from nemo_aligner.servers import reward_server
+from nemo_aligner.servers import reward_server, triton
 from nemo_aligner.servers.reward_server import (
     Heartbeat,
     MainThread,
     answer_requests,
-    check_port_is_free,
-    find_shared_python,
     serve,
 )
 from nemo_aligner.servers.wire import SERVER_FAILED, RequestReader
@@ -150,34 +148,6 @@ def test_the_heart_beats_once_in_its_seconds(monkeypatch: pytest.MonkeyPatch) ->
     assert beats == [60.0, 120.0, 300.0]
 
 
-def test_a_port_that_is_taken_is_named_with_its_keys() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(ServerError, match=rf"^inference\.ip=127\.0\.0\.1, inference\.port={port}: Address already"):
-            check_port_is_free("127.0.0.1", port)
-    check_port_is_free("127.0.0.1", port)
-
-
-def test_tritons_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"LIBDIR": str(tmp_path), "INSTSONAME": "libpython3.so.1.0"}
-    monkeypatch.setattr(sysconfig, "get_config_var", known.get)
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/others")
-    with pytest.raises(ServerError, match=r"no shared library \(libpython3\.so\.1\.0 in "):
-        find_shared_python()
-    (tmp_path / "libpython3.so.1.0").touch()
-    find_shared_python()
-    assert os.environ["LD_LIBRARY_PATH"] == f"{tmp_path}:/others"
-    monkeypatch.delenv("LD_LIBRARY_PATH")
-    find_shared_python()
-    assert os.environ["LD_LIBRARY_PATH"] == str(tmp_path)
-    for missing in ({"INSTSONAME": "libpython3.a"}, {"INSTSONAME": None}, {"LIBDIR": None}):
-        monkeypatch.setattr(sysconfig, "get_config_var", {**known, **missing}.get)
-        with pytest.raises(ServerError, match="--enable-shared"):
-            find_shared_python()
-
-
 @pytest.fixture
 def at_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ServingConfig:
     """A server's config; its folders go below `tmp_path`."""
@@ -199,7 +169,7 @@ def test_triton_is_started_at_the_address_with_the_batches_and_tensors_of_the_co
     memory.mkdir()
     for pid in (gone, gone + 1):
         (memory / f"pytrtion{pid}-0123").touch()
-    monkeypatch.setattr(reward_server, "_SHARED_MEMORY", memory)
+    monkeypatch.setattr(triton, "_SHARED_MEMORY", memory)
 
     def run() -> None:
         [triton], [folder] = tritons, [path for path in tmp_path.iterdir() if path != memory]
