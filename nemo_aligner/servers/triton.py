@@ -16,6 +16,7 @@ import numpy as np
 
 from nemo_aligner.config.serving import ServingConfig
 from nemo_aligner.errors import ServerError
+from nemo_aligner.ports import free_port
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def running_triton(
         logging.getLogger(name).setLevel(logging.WARNING)
     root = scratch_root()
     _remove_leftovers(root)
-    port, access = _free_port(), secrets.token_urlsafe(32)
+    port, access = free_port(), secrets.token_urlsafe(32)
     folder = root / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
     with scratch_folder(folder):
         triton = _triton(folder, port, access)
@@ -145,12 +146,6 @@ def check_port_is_free(ip: str, port: int) -> None:
             probe.bind((ip, port))
         except OSError as fault:
             raise ServerError(f"inference.ip={ip}, inference.port={port}: {fault.strerror}; choose another") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def find_shared_python() -> None:

@@ -28,6 +28,9 @@ from crash_jobs import JOBS, Invocation, Job, make_inputs, server
 from crash_processes import BLOWS, Command, end_all, left_running, let_go, start, strike, wait, wait_for_moment
 from crash_results import Differences, Lines, compare, results
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the clone, where it is not installed
+from nemo_aligner.ports import free_port
+
 _PATIENCE_S = 1200.0
 """After this long a command that should end is taken to hang."""
 
@@ -42,7 +45,7 @@ class Place:
         self.job, self._inputs = job, inputs
         self.folder = work / job.name
         self.out, self.temporary = self.folder / "out", self.folder / "tmp"
-        self.port = _free_port()
+        self.port = free_port()
         self.server: Command | None = None
 
     def clear(self) -> None:
@@ -175,12 +178,6 @@ class Case:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def crash(jobs: list[Job], kills: int, seed: int, work: Path, tell: Callable[[str], None]) -> dict[str, Any]:

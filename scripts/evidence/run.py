@@ -21,6 +21,7 @@ from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.data.jsonl import write_jsonl
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.owner import lock_of, sole_owner
+from nemo_aligner.ports import free_port
 from scripts.evidence.cells import Cell, Inputs, Start
 from scripts.evidence.commands import Server, costs_of, stop
 from scripts.evidence.estimates import points_of, reference_of, results_of
@@ -28,7 +29,6 @@ from scripts.evidence.methods import SCALES, Method, Scale, methods
 from scripts.evidence.page import figure, table_rows, write
 from scripts.evidence.scores import REWARDS, judge
 from scripts.evidence.words import sections
-from scripts.ports import free_port
 
 SEED_STEP = 1000
 """Between the seeds: an iteration of a loop adds 1 to its own."""

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from scripts.ports import free_port
+from nemo_aligner.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop, run
 
 SCRIPT = ("python", "examples/nlp/gpt/megatron_gpt_eval.py")

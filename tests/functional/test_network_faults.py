@@ -15,10 +15,10 @@ import pytest
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
 from nemo_aligner.errors import ServerError
+from nemo_aligner.ports import free_port
 from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.doors import Door, Guard
 from nemo_aligner.servers.reward_client import RewardClient
-from scripts.ports import free_port
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.fuzz.targets import ROUTES, app, asked
 from tests.reward_stub import RewardStub, reward

@@ -25,9 +25,9 @@ import pytest
 from nemo_aligner.checksums import file_sum
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
 from nemo_aligner.errors import ServerError
+from nemo_aligner.ports import free_port
 from nemo_aligner.servers import reward_client
 from nemo_aligner.servers.reward_client import RewardClient
-from scripts.ports import free_port
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.functional.conftest import ENV, ROOT, Workshop, run
 

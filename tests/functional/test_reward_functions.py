@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
+from nemo_aligner.ports import free_port
 from nemo_aligner.rewards.interfaces import Candidate, Outcome
 from nemo_aligner.servers.reward_client import RewardClient
-from scripts.ports import free_port
 from tests.functional.conftest import ENV, ROOT, run
 from tests.functional.test_commands import LABELER
 

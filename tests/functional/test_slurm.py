@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.ports import free_port
+from nemo_aligner.ports import free_port
 from tests.functional.conftest import Workshop, run
 from tests.functional.test_commands import SAMPLER
 from tests.functional.test_launch import fails

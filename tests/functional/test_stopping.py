@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.ports import free_port
+from nemo_aligner.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop, run
 from tests.functional.test_commands import LABELER, SAMPLER, SFT
 from tests.functional.test_reinforce import actor, serving

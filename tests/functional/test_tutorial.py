@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from nemo_aligner.commands.cli import COMMANDS
-from scripts.ports import free_port
+from nemo_aligner.ports import free_port
 from tests.functional.conftest import ENV, ROOT, Workshop
 from tests.functional.test_documented_commands import words_of
 

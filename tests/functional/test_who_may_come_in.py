@@ -15,8 +15,8 @@ import pytest
 
 from nemo_aligner.config.reinforce import RemoteRewardModelConfig, ServerAddress
 from nemo_aligner.errors import ServerError
+from nemo_aligner.ports import free_port
 from nemo_aligner.servers.reward_client import RewardClient
-from scripts.ports import free_port
 from tests.functional.conftest import Workshop
 from tests.functional.test_reinforce import serving
 

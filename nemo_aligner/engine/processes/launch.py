@@ -22,6 +22,7 @@ from nemo_aligner.children import dying_with_parent
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.processes import standing
 from nemo_aligner.errors import EXIT_FAILURE, EXIT_STOPPED_EARLY, LaunchError
+from nemo_aligner.ports import free_port
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def launch_local_ranks(trainer: TrainerConfig) -> None:
             f"trainer.num_nodes={trainer.num_nodes} needs one process per device started by srun or torchrun; "
             "plain python starts the processes of one node only"
         )
-    _be_rank(0, wanted, 0, "127.0.0.1", _free_port())
+    _be_rank(0, wanted, 0, "127.0.0.1", free_port())
     if wanted > 1:
         _start_siblings(wanted)
 
@@ -148,12 +149,6 @@ def _be_rank(rank: int, world: int, local_rank: int, address: str, port: int) ->
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port)
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start_siblings(world: int) -> None:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from nemo_aligner.ports import free_port
 from nemo_aligner.servers import doors as doors_module
 from nemo_aligner.servers.doors import Door, open_doors
-from scripts.ports import free_port
 
 TOKEN, LIMIT = "s3cr3t" * 6, 1000
 HTTP = httpx.Client(verify=False)  # one, as each reads all of the machine's certificates

@@ -20,11 +20,11 @@ from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import MegatronPolicy
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.errors import ServerError
+from nemo_aligner.ports import free_port
 from nemo_aligner.servers.doors import Door, open_doors
 from nemo_aligner.servers.generation.app import make_app
 from nemo_aligner.servers.generation.clerk import Served
 from nemo_aligner.servers.generation.desk import FrontDesk
-from scripts.ports import free_port
 from tests.fakes import ByteTokenizer
 from tests.tiny import ARCH
 

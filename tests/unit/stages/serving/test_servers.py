@@ -21,8 +21,8 @@ import pytest
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.ports import free_port
 from nemo_aligner.stages.serving import generation, rewards
-from scripts.ports import free_port
 from tests.fakes import FakeTriton
 from tests.unit.stages.conftest import MEAN, STD, Archives
 from tests.unit.stages.plain import opened

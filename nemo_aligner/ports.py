@@ -1,4 +1,4 @@
-"""Ports for servers that a script or a test starts."""
+"""Ports for what listens on this machine alone."""
 
 from __future__ import annotations
 
