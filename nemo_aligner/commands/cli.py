@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -92,15 +92,23 @@ def _complete(arguments: list[str]) -> None:
     if arguments and arguments[0].startswith("query="):
         program, *words = os.environ.get("COMP_LINE", "aligner").split(" ")
         if len(words) < 2:  # the command itself is being typed
-            print(" ".join(COMMANDS))
+            _offer(COMMANDS)
             return
         command = words[0]
         if command == "loop":
             from nemo_aligner.commands.loop import completions
 
-            print(" ".join(completions(words[1:])))
+            _offer(completions(words[1:]))
             return
         if command not in CONFIGURED:
             return  # the shell offers files
         os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
     _start(command, "aligner", [_COMPLETION[0], *arguments])
+    if "install=fish" in arguments:  # Hydra tells fish that no argument is a file
+        with_files = " ".join(name for name in COMMANDS if name not in CONFIGURED)
+        print(f"complete -c aligner -n '__fish_seen_subcommand_from {with_files}' -F")
+
+
+def _offer(words: Iterable[str]) -> None:
+    """A line each: bash and zsh split at any blank, fish at the end of a line."""
+    print("\n".join(words))

@@ -226,6 +226,9 @@ class TrainableModel(Protocol):
     def load_training_state(self, folder: Path) -> dict[str, Any]:
         """Restore what `save_training_state` wrote, at any TP/PP/DP; returns `state`."""
 
+    def keep_chat_template(self, template: str) -> None:
+        """Let Jinja `template` be the tokenizer's own, here and in the archive that `save_nemo` writes."""
+
     def save_nemo(self, path: Path, config_updates: dict[str, Any] | None = None) -> None:
         """Write the .nemo archive, with `config_updates` in its `model_config.yaml`; appears whole or not at all."""
 

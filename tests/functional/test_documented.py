@@ -121,28 +121,6 @@ def test_policies_are_evaluated_by_rewards_and_kl_to_where_they_began(workshop: 
     assert {**first, "policy": ""} == pytest.approx({**second, "policy": ""})
 
 
-def test_a_chat_is_trained_on_and_lowers_the_loss_of_its_answers(workshop: Workshop, tmp_path: Path) -> None:
-    chats = workshop.write(
-        "chats.jsonl",
-        [
-            {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word * 3}]}
-            for word in ("ab", "cd", "ef", "gh")
-        ],
-    )
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    run(
-        "python", SFT, f"model.restore_from_path={workshop.path('sft_model.nemo')}", "model.data.chat=True",
-        f"model.data.chat_template='{template}'", f"model.data.train_ds.file_path={chats}",
-        f"model.data.validation_ds.file_path={chats}", "model.data.train_ds.global_batch_size=4",
-        "trainer.sft.max_epochs=8", "trainer.sft.val_check_interval=1", "model.optim.lr=3e-3", "~model.optim.sched",
-        f"exp_manager.explicit_log_dir={tmp_path / 'run'}", "trainer.precision=32",
-    )  # fmt: skip
-    losses = [row["val/loss"] for row in lines(tmp_path / "run/metrics.jsonl") if "val/loss" in row]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0] - 0.5
-    assert (tmp_path / "run/checkpoints/megatron_gpt_sft.nemo").exists()
-
-
 def test_a_blended_data_prefix_gives_each_file_its_share(workshop: Workshop, tmp_path: Path) -> None:
     files = []
     for name, count in (("good", 4), ("bad", 12)):

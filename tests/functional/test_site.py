@@ -16,6 +16,7 @@ from nemo_aligner.commands.cli import CONFIGURED
 from nemo_aligner.config.folders import CONF
 from nemo_aligner.config.keys import keys_of
 from scripts.docs_site import PAGES, relinked
+from tests.browser import browser
 from tests.functional.conftest import ROOT
 
 pytest.importorskip("mkdocs")
@@ -57,6 +58,20 @@ def test_the_search_of_the_site_finds_an_error_by_its_words(site: Path) -> None:
     sections = json.loads((site / "search/search_index.json").read_text())["docs"]
     found = {section["title"] for section in sections if "data.n: 0 is below 1" in html.unescape(section["text"])}
     assert found == {"A number out of its range"}
+
+
+def test_the_search_works_in_a_site_that_is_opened_from_a_folder(site: Path, tmp_path: Path) -> None:
+    field, found = "[data-md-component=search-query]", ".md-search-result__item a"
+    with browser(tmp_path) as page:
+        page.send("Page.navigate", url=(site / "offline.html").as_uri())
+        page.wait(f"document.readyState === 'complete' && document.querySelector('{field}')")
+        page.click(field)
+        page.type(field, "threshold leaves no sample")
+        page.wait(f"document.querySelector('{found}')")
+        page.click(found)
+        page.wait("location.pathname.endsWith('/errors.html') && document.querySelector('h1')")
+        assert page.faults == []
+        assert {address.partition(":")[0] for address in page.requests} <= {"file", "data", "about", "blob"}
 
 
 def test_every_file_beside_the_guides_is_a_page(site: Path) -> None:

@@ -47,3 +47,19 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def watched(self, seen: Callable[[], object]) -> LazyTensors:
+        """The same; `seen` is called whenever one of them has been made for the first time."""
+        left = set(self.parts)
+
+        def watch(name: str, part: LazyTensor) -> LazyTensor:
+            def make() -> Tensor:
+                tensor = part.make()
+                if name in left:
+                    left.remove(name)
+                    seen()
+                return tensor
+
+            return LazyTensor(part.meta, make)
+
+        return LazyTensors({name: watch(name, part) for name, part in self.parts.items()})

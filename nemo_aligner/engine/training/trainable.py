@@ -142,6 +142,11 @@ class MegatronTrainable:
         self._steps_done = state["optimizer_steps"]
         return state
 
+    def keep_chat_template(self, template: str) -> None:
+        """Let `template` be the tokenizer's own from now on; see interfaces.TrainableModel."""
+        self.tokenizer.chat_template = template
+        self.arch = dataclasses.replace(self.arch, tokenizer={**self.arch.tokenizer, "chat_template": template})
+
     def save_nemo(self, path: Path, config_updates: dict[str, Any] | None = None) -> None:
         """Write the .nemo archive, of an adapter that alone unless it is to be merged; appears whole or not at all."""
         stored = {torch.float32: "32", torch.bfloat16: "bf16"}[self._dtype]

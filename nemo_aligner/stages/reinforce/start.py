@@ -18,6 +18,7 @@ from nemo_aligner.stages.rewarders import ServedSource, check_fields, functions_
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import refuse_other_run, short_hash
 from nemo_aligner.stages.run_owner import owning_log_dir
+from nemo_aligner.stages.training_template import TEMPLATE
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -77,7 +78,7 @@ def reward_settings(cfg: ReinforceConfig, functions: Functions | None, train: Bl
 def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:
     """Prompts to train on and to validate on, checked. Raises ConfigError without a file, DataError for bad rows."""
     data = cfg.model.data
-    check_template(data, "model.data.chat_template")
+    check_template(data, TEMPLATE)
     if data.data_impl not in ("json", "jsonl"):
         raise ConfigError(f"{data.data_impl!r} is not jsonl", "model.data.data_impl")
     key = "model.data.data_prefix"

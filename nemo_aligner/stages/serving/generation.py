@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,31 +12,34 @@ from typing import Any
 from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
-from nemo_aligner.data.jsonl import dump_row, load_rows, write_jsonl
+from nemo_aligner.data.jsonl import dump_row, write_jsonl
 from nemo_aligner.data.prompts import with_bos
-from nemo_aligner.data.sources import is_source
+from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
-from nemo_aligner.errors import ConfigError, DataError
+from nemo_aligner.errors import ConfigError
 from nemo_aligner.extras import require_extra
 from nemo_aligner.stages.offline.random_sampler import sampling_params
 from nemo_aligner.stages.run_control import StopSignal
 from nemo_aligner.stages.run_owner import owning
+from nemo_aligner.stages.serving.prompts import INPUT, Prompt, read_prompts
 
 log = logging.getLogger(__name__)
 
 _ARCHIVE = "gpt_model_file"
+_TEMPLATE = "chat_template"
 _SLOTS = 64
-_FIELDS = ("input", "text")
 
 
 def run(cfg: GenerationConfig) -> None:
     """Answer the prompts of `cfg`, then serve where it says so."""
     if cfg.server:
         require_extra("server", "server=True")
-    prompts = [*(cfg.prompts or []), *(read_prompts(Path(cfg.prompts_jsonl)) if cfg.prompts_jsonl else [])]
+    prompts = [Prompt({INPUT: text}) for text in cfg.prompts or []]
+    if cfg.prompts_jsonl:
+        prompts += read_prompts(Path(cfg.prompts_jsonl))
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
-    check_template(cfg, "chat_template")
+    check_template(cfg, _TEMPLATE)
     tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)
     if cfg.server and copies > 1:
@@ -64,44 +66,14 @@ def run(cfg: GenerationConfig) -> None:
                 serve(cfg, policy, cluster, token)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A prompt of each line: a JSON string, or an object with one in "input" or "text". Raises DataError.
-
-    Compressed files and the sources of data/sources.py have objects alone.
-    """
-    if path.suffix in (".gz", ".zst") or is_source(path):
-        rows = load_rows(path, required={})
-        return [_prompt_in(row, path, number) for row, number in zip(rows, rows.numbers, strict=True)]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise DataError(f"cannot be read: {fault}", path) from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as fault:
-            raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
-        prompts.append(_prompt_in(value, path, number))
-    return prompts
-
-
-def _prompt_in(value: Any, path: Path, number: int) -> str:
-    found = [value, *(value.get(name) for name in _FIELDS)] if isinstance(value, dict) else [value]
-    texts = [text for text in found if isinstance(text, str)]
-    if not texts:
-        raise DataError('neither a text nor an object with one in "input" or "text"', path, number)
-    return texts[0]
-
-
-def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[tuple[int, ...]]:
-    """Raises ConfigError for a prompt that is empty or leaves the model no room."""
+def encoded(cfg: GenerationConfig, prompts: Sequence[Prompt], policy: Policy) -> list[tuple[int, ...]]:
+    """Raises ConfigError for a prompt that is empty or leaves the model no room, DataError without a chat template."""
     tokenizer, found = policy.tokenizer, []
+    texts = RowTexts(None, INPUT, ChatTemplate.of(tokenizer, cfg, _TEMPLATE), _TEMPLATE)
     bos = tokenizer.bos_id if cfg.inference.add_BOS else None
     for number, prompt in enumerate(prompts, 1):
-        tokens = tuple(with_bos(tokenizer.encode(prompt), bos))
+        text = texts.prompt(prompt.row, prompt.path, prompt.line)
+        tokens = tuple(with_bos(tokenizer.encode(text), bos))
         if not 0 < len(tokens) < policy.max_sequence_length:
             raise ConfigError(
                 f"prompt {number} has {len(tokens)} tokens; the model takes 1 to {policy.max_sequence_length - 1}",
@@ -111,7 +83,7 @@ def encoded(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> li
     return found
 
 
-def answer(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy, cluster: Cluster) -> list[dict[str, Any]]:
+def answer(cfg: GenerationConfig, prompts: Sequence[Prompt], policy: Policy, cluster: Cluster) -> list[dict[str, Any]]:
     """One response to each prompt, on all data-parallel ranks, in their order."""
     mine = [
         GenerationRequest(i, 0, tokens)
@@ -122,7 +94,7 @@ def answer(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy, cluste
     responses = sorted((r for part in cluster.gather(own) for r in part), key=lambda response: response.prompt_index)
     return [
         {
-            "input": prompts[response.prompt_index],
+            **prompts[response.prompt_index].row,
             "output": response.text,
             "finish_reason": response.finish_reason,
             "num_tokens": len(response.tokens),
@@ -132,13 +104,13 @@ def answer(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy, cluste
     ]
 
 
-def score(cfg: GenerationConfig, prompts: Sequence[str], policy: Policy) -> list[dict[str, Any]]:
+def score(cfg: GenerationConfig, prompts: Sequence[Prompt], policy: Policy) -> list[dict[str, Any]]:
     """The log-probability of every token of the prompts but the first, given those before it."""
     rows = encoded(cfg, prompts, policy)
     found = policy.logprobs(rows, micro_batch_size=8)
     return [
         {
-            "input": prompt,
+            **prompt.row,
             "tokens": [policy.tokenizer.piece(token) for token in tokens],
             "token_logprobs": logprobs[1:].tolist(),
             "logprob": float(logprobs.double().sum()),
@@ -174,7 +146,7 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
             tokenizer=policy.tokenizer,
             max_length=policy.max_sequence_length,
             vocab_size=policy.vocab_size,
-            chat_template=ChatTemplate.of(policy.tokenizer, cfg, "chat_template"),
+            chat_template=ChatTemplate.of(policy.tokenizer, cfg, _TEMPLATE),
             end_strings=tuple(cfg.inference.end_strings),
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_aligner.config.supervised import RMConfig
 from nemo_aligner.data import preferences
 from nemo_aligner.data.blending import blend, prefix_files
-from nemo_aligner.data.chat import ChatTemplate, check_template
+from nemo_aligner.data.chat import check_template
 from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.data.supervised import preference_examples
 from nemo_aligner.engine.checks import check_training
@@ -25,11 +25,11 @@ from nemo_aligner.stages.run_identity import (
 )
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
+from nemo_aligner.stages.training_template import TEMPLATE, training_template
 
 if TYPE_CHECKING:
     from nemo_aligner.stages.supervised.loop import Task
 
-_TEMPLATE = "model.data.chat_template"
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
 _Pairs = Sequence[tuple[Any, Any]]
@@ -64,7 +64,7 @@ def run(cfg: RMConfig) -> None:
 def check_templates(cfg: RMConfig) -> None:
     """Raises ConfigError."""
     data = cfg.model.data
-    check_template(data, _TEMPLATE)
+    check_template(data, TEMPLATE)
     if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
         raise ConfigError(f"{data.prompt_template!r} lacks {{prompt}}", "model.data.prompt_template")
 
@@ -98,8 +98,7 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, _Pairs]) ->
 
     data = cfg.model.data
     limit = min(data.seq_length, model.max_sequence_length)
-    chat = ChatTemplate.of(model.tokenizer, data, _TEMPLATE)
-    texts = RowTexts(data.prompt_template, "prompt", chat, _TEMPLATE)
+    texts = RowTexts(data.prompt_template, "prompt", training_template(model, data), TEMPLATE)
     splits = {
         split: preference_examples(
             rows,

@@ -32,6 +32,7 @@ from nemo_aligner.stages.run_identity import (
 )
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import monitors
+from nemo_aligner.stages.training_template import TEMPLATE, training_template
 
 if TYPE_CHECKING:
     from nemo_aligner.stages.batches import BatchPlan
@@ -47,7 +48,7 @@ def run(cfg: SFTConfig) -> None:
     validation = cfg.model.data.validation_ds
     held_out = open_rows(cfg, validation, _VALIDATION) if validation and validation.file_path else None
     check_training_settings(cfg.exp_manager, cfg.model.optim, monitors(()), cfg.trainer.sft.save_interval)
-    check_template(cfg.model.data, "model.data.chat_template")
+    check_template(cfg.model.data, TEMPLATE)
     check_training(cfg.trainer, cfg.model, key=_ARCHIVE)
     check_is_policy(cfg.model.restore_from_path, _ARCHIVE)
 
@@ -98,12 +99,15 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
     from nemo_aligner.stages.supervised.loop import Task, check_held_out, check_not_empty, sft_objective
 
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
-    examples = make_examples(cfg, train_ds, policy, rows, _TRAIN)
+    chat = training_template(policy, data)
+    if data.chat and chat is None:
+        raise ConfigError("the archive's tokenizer has no chat template; give one", TEMPLATE)
+    examples = make_examples(cfg, train_ds, policy, rows, _TRAIN, chat)
     check_not_empty(examples, str(rows.path))
     validation: list[Example] = []
     more: dict[str, Any] = {}
     if held_out is not None and data.validation_ds is not None:
-        validation = make_examples(cfg, data.validation_ds, policy, held_out, _VALIDATION)
+        validation = make_examples(cfg, data.validation_ds, policy, held_out, _VALIDATION, chat)
         check_held_out(validation, len(held_out), f"{_VALIDATION}.file_path")
         more["validation_plan"] = batch_plan(cfg, data.validation_ds, len(validation))
         more["validation_micro_batch_size"] = data.validation_ds.micro_batch_size
@@ -127,16 +131,19 @@ def batch_plan(cfg: SFTConfig, data: SFTDatasetConfig, count: int) -> BatchPlan:
 
 
 def make_examples(
-    cfg: SFTConfig, config: SFTDatasetConfig, policy: TrainableModel, rows: Rows, key: str
+    cfg: SFTConfig,
+    config: SFTDatasetConfig,
+    policy: TrainableModel,
+    rows: Rows,
+    key: str,
+    chat: ChatTemplate | None,
 ) -> list[Example]:
-    data, answer_only = cfg.model.data, cfg.model.answer_only_loss
-    if not data.chat:
+    """Conversations through `chat` where `model.data.chat` says that rows are such."""
+    answer_only = cfg.model.answer_only_loss
+    if not cfg.model.data.chat or chat is None:
         return sft_examples(
             rows, config, policy.tokenizer, answer_only=answer_only, max_length=policy.max_sequence_length, key=key
         )
-    chat = ChatTemplate.of(policy.tokenizer, data, "model.data.chat_template")
-    if chat is None:
-        raise ConfigError("the archive's tokenizer has no chat template; give one", "model.data.chat_template")
     examples = chat_examples(
         rows, chat, policy.tokenizer, config, answer_only=answer_only, max_length=policy.max_sequence_length
     )

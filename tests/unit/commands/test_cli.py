@@ -138,21 +138,6 @@ def test_what_is_typed_is_completed(
 
 
 @pytest.mark.processes
-def test_bash_asks_the_command_itself(tmp_path: Path) -> None:
-    program = tmp_path / "aligner"
-    program.write_text(f'#!{sys.executable}\nimport runpy\nrunpy.run_module("nemo_aligner", run_name="__main__")\n')
-    program.chmod(0o755)
-    typed = "COMP_LINE='aligner sample data.n'; COMP_CWORD=2; COMP_POINT=21; hydra_bash_completion"
-    command = f'eval "$(aligner -sc install=bash)"; complete -p aligner; {typed}; echo "${{COMPREPLY[@]}}"'
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == [
-        "complete -o default -o nospace -F hydra_bash_completion aligner",
-        "data.n= data.num_samples=",
-    ], done.stderr
-
-
-@pytest.mark.processes
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["sample", "--help"], ["plan", "model=llama3_8b", "gpus=8", "gpu_memory_gb=80"]],

@@ -17,7 +17,7 @@ from nemo_aligner.data.prompts import open_prompts
 from nemo_aligner.data.sources import source_sum
 from nemo_aligner.errors import DataError
 from nemo_aligner.stages.offline.data import data_fingerprint, open_rows
-from nemo_aligner.stages.serving.generation import read_prompts
+from nemo_aligner.stages.serving.prompts import read_prompts
 from nemo_aligner.stages.supervised import reward_training, sft
 from tests.chats import assistant, user
 
@@ -88,7 +88,8 @@ def test_they_are_read_wherever_a_jsonl_is() -> None:
     assert list(sft.open_rows(SFTConfig(), ds, "k")) == PAIRS
     prompts = open_prompts({"train": [f"hf:{name}:train"]}, "train", "k")
     assert prompts is not None
-    assert [row["text"] for row in prompts] == read_prompts(Path(name)) == ["t0", "t1", "t2"]
+    given = [prompt.row["input"] for prompt in read_prompts(Path(name))]
+    assert [row["text"] for row in prompts] == given == ["t0", "t1", "t2"]
 
 
 def test_a_sum_is_that_of_the_rows_and_of_a_file_of_its_bytes() -> None:

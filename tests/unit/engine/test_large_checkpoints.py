@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_through_an_archive_and_back_every_tensor_is_the_same_bits_in_files_of_any_size(tmp_path: Path) -> None:
+def test_through_an_archive_and_back_every_tensor_is_the_same_bits_in_files_of_any_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_random_hf_folder(tmp_path / "hf", SHAPE, shard_bytes=50_000)
     write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
     export_hf(tmp_path / "m.nemo", tmp_path / "back", shard_bytes=30_000)
+    shown = re.findall(r"(\w+): 100%.* (\d+)/(\d+) \[.*tensor/s\]", capsys.readouterr().err)
+    assert [name for name, *_ in shown] == ["importing", "exporting"], "a line each where there is no terminal"
+    assert all(done == total for _, done, total in shown)
     files = sorted((tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / "back" / INDEX).read_text())

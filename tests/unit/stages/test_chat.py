@@ -28,7 +28,7 @@ from nemo_aligner.engine.reward_model import MegatronRewardModel
 from nemo_aligner.stages.offline import evaluation, random_sampler, reward_labeler
 from nemo_aligner.stages.supervised import loop, reward_training, sft
 from tests import chats
-from tests.chats import SMOLLM2, assistant, jsonl, system, user
+from tests.chats import SMOLLM2, THINKING, assistant, jsonl, system, user
 from tests.tiny import ARCHIVED
 from tests.unit.stages.plain import logs_to, read_rows
 
@@ -37,10 +37,7 @@ ASKED: list[list[dict[str, str]]] = [
     [user("Is it so?"), assistant("yes"), user("Sure?")],
     [system("Be brief."), user("And now?")],
 ]
-ARCH = replace(
-    ARCHIVED, vocab_size=261, encoder_seq_length=192, max_position_embeddings=192,
-    tokenizer={**chats.SETTINGS, "chat_template": SMOLLM2},
-)  # fmt: skip
+ARCH = replace(ARCHIVED, vocab_size=261, encoder_seq_length=192, max_position_embeddings=192)
 
 
 @dataclass
@@ -79,11 +76,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def begun(path: Path) -> str:
+def begun(path: Path, template: str | None) -> str:
+    arch = replace(ARCH, tokenizer={**chats.SETTINGS, "chat_template": template})
     with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1, seed=11) as cluster:
         torch.manual_seed(3)
-        tokenizer = FastTokenizer(chats.chat_tokenizer(), ARCH.tokenizer)
-        nemo_archive.save_archive(path, build_model(ARCH, RunOptions()), ARCH, tokenizer, cluster)
+        tokenizer = FastTokenizer(chats.chat_tokenizer(), arch.tokenizer)
+        nemo_archive.save_archive(path, build_model(arch, RunOptions()), arch, tokenizer, cluster)
     return str(path)
 
 
@@ -97,9 +95,11 @@ def trained(cfg: Any, stage: str, folder: Path, archive: str, lr: float, epochs:
     return cfg
 
 
-def tuned(folder: Path, archive: str, rows: str, *, lr: float, epochs: int, batch: int) -> str:
+def tuned(
+    folder: Path, archive: str, rows: str, *, lr: float, epochs: int, batch: int, template: str | None = None
+) -> str:
     cfg = trained(SFTConfig(), "sft", folder, archive, lr, epochs)
-    cfg.model.data.chat = True
+    cfg.model.data.chat, cfg.model.data.chat_template = True, template
     ds = cfg.model.data.train_ds
     ds.file_path, ds.global_batch_size, ds.micro_batch_size, ds.shuffle = rows, batch, 2, False
     sft.run(cfg)
@@ -114,23 +114,29 @@ def offline(cfg: Any, output: Path, archive: str, rows: str) -> Any:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("export_tokens", [False, True])
+@pytest.mark.parametrize(("export_tokens", "given"), [(False, True), (True, False)])
 def test_a_conversation_is_the_same_tokens_from_sampler_to_sft(
-    tmp_path: Path, seen: Seen, alone: None, export_tokens: bool
+    tmp_path: Path, seen: Seen, alone: None, export_tokens: bool, given: bool
 ) -> None:
+    """`given`: the first archive has another template, and those who train from it are given theirs, nobody else."""
     theirs = chats.theirs(tmp_path)
     theirs.chat_template = SMOLLM2
 
     def tokens(messages: list[dict[str, str]], **how: Any) -> list[int]:
         return list(theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **how))
 
-    base = begun(tmp_path / "base.nemo")
+    template = None
+    if given:
+        template = str(tmp_path / "smollm2.jinja")
+        Path(template).write_text(SMOLLM2)
+    base = begun(tmp_path / "base.nemo", THINKING if given else SMOLLM2)
     answers = jsonl(tmp_path / "chats", *({"messages": [*m, assistant(a)]} for m in ASKED for a in ("yes", "no")))
-    policy = tuned(tmp_path / "sft", base, answers, lr=1e-2, epochs=25, batch=6)
+    policy = tuned(tmp_path / "sft", base, answers, lr=1e-2, epochs=25, batch=6, template=template)
 
     pairs = [{"chosen": [*m, assistant("yes")], "rejected": [*m, assistant("no")]} for m in ASKED]
     rm = trained(RMConfig(), "rm", tmp_path / "rm", base, lr=1e-2, epochs=8)
     rm.model.data.data_prefix, rm.model.data.shuffle = {"train": [jsonl(tmp_path / "pairs", *pairs)]}, False
+    rm.model.data.chat_template = template
     reward_training.run(rm)
     judge = str(tmp_path / "rm" / "checkpoints" / "m.nemo")
     assert [example.rows for example in seen.trained] == [

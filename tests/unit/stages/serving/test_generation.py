@@ -13,12 +13,17 @@ from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.engine import loading
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.serving import generation
+from nemo_aligner.stages.serving.prompts import Prompt, read_prompts
+from tests import chats
+from tests.chats import SMOLLM2, assistant, system, user
 from tests.fakes import EchoPolicy, OneProcess, on_ranks
 from tests.unit.stages.conftest import Archives
 from tests.unit.stages.plain import Plain, opened, read_rows
 from tests.unit.stages.refusals import check_refused
 
 TEXTS = ["A film", "It was", "x"]
+NEITHER = 'neither a text nor an object with one in "input" or "text", or with turns in "messages"'
+ANSWERED = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
 def config(archives: Archives, **given: Any) -> GenerationConfig:
@@ -26,6 +31,10 @@ def config(archives: Archives, **given: Any) -> GenerationConfig:
     cfg.trainer.accelerator, cfg.trainer.precision = "cpu", "32"
     cfg.inference.tokens_to_generate, cfg.inference.greedy = 6, True
     return cfg
+
+
+def prompts_of(*texts: str) -> list[Prompt]:
+    return [Prompt({"input": text}) for text in texts]
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def test_ranks_share_the_prompts_and_everyone_has_all_answers_in_order(archives:
     def one(cluster: Any) -> tuple[list[dict[str, Any]], EchoPolicy]:
         policy = EchoPolicy()
         cfg = config(archives, prompts=texts)
-        return generation.answer(cfg, texts, policy, cluster), policy  # type: ignore[arg-type]
+        return generation.answer(cfg, prompts_of(*texts), policy, cluster), policy  # type: ignore[arg-type]
 
     found = on_ranks(ranks, one)
     asked = [request for _, policy in found for request in policy.asked]
@@ -109,47 +118,83 @@ def test_ranks_share_the_prompts_and_everyone_has_all_answers_in_order(archives:
 def test_as_many_are_drawn_at_once_as_is_said(archives: Archives) -> None:
     cfg, policy = config(archives), EchoPolicy()
     cfg.inference.max_batch_slots = 3
-    generation.answer(cfg, ["a"], policy, OneProcess())  # type: ignore[arg-type]
+    generation.answer(cfg, prompts_of("a"), policy, OneProcess())  # type: ignore[arg-type]
     assert policy.slots == 3
 
 
 def test_a_file_of_prompts_has_texts_or_objects_with_one_and_empty_lines_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('\ufeff"plain"\n\n{"input": "in", "text": "t"}\n  \n{"text": "é", "id": 3}\n', encoding="utf-8")
-    assert generation.read_prompts(path) == ["plain", "in", "é"]
+    assert [prompt.row for prompt in read_prompts(path)] == [{"input": "plain"}, {"input": "in"}, {"input": "é"}]
+    assert [prompt.line for prompt in read_prompts(path)] == [1, 3, 5]
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("{", r"p\.jsonl:2: not valid JSON \(Expecting property name enclosed in double quotes at column 2\)"),
-        ("3", r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
-        ('{"prompt": "a"}', r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
-        ('{"input": 3}', r'p\.jsonl:2: neither a text nor an object with one in "input" or "text"$'),
+        ("3", rf"p\.jsonl:2: {NEITHER}$"),
+        ('{"prompt": "a"}', rf"p\.jsonl:2: {NEITHER}$"),
+        ('{"input": 3}', rf"p\.jsonl:2: {NEITHER}$"),
+        ('{"messages": "a"}', rf"p\.jsonl:2: {NEITHER}$"),
+        ('{"messages": []}', r"p\.jsonl:2: messages is empty, there is nothing to go on from$"),
+        (ANSWERED, r"p\.jsonl:2: the conversation ends with the assistant's turn: there is nothing to answer$"),
+        ('{"messages": [{"role": "user"}]}', r"p\.jsonl:2: the turn .* lacks a role or a text$"),
     ],
 )
 def test_a_line_without_a_prompt_is_named(tmp_path: Path, line: str, says: str) -> None:
     (tmp_path / "p.jsonl").write_text(f'"a"\n{line}\n')
     with pytest.raises(DataError, match=says):
-        generation.read_prompts(tmp_path / "p.jsonl")
+        read_prompts(tmp_path / "p.jsonl")
 
 
 def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*No such file"):
-        generation.read_prompts(tmp_path / "p.jsonl")
+        read_prompts(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_bytes(b'"\xff"')
     with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*utf-8"):
-        generation.read_prompts(tmp_path / "p.jsonl")
+        read_prompts(tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize(("length", "fits"), [(0, False), (1, True), (63, True), (64, False)])
 def test_a_prompt_has_a_token_and_leaves_room_for_one(archives: Archives, length: int, fits: bool) -> None:
-    prompts, policy = ["a", "x" * length], EchoPolicy()
+    texts, policy = ["a", "x" * length], EchoPolicy()
+    prompts = prompts_of(*texts)
     if fits:
         found = generation.encoded(config(archives), prompts, policy)  # type: ignore[arg-type]
-        assert found == [tuple(prompt.encode()) for prompt in prompts]
+        assert found == [tuple(text.encode()) for text in texts]
         return
     with pytest.raises(ConfigError, match=rf"^prompts: prompt 2 has {length} tokens; the model takes 1 to 63$"):
+        generation.encoded(config(archives), prompts, policy)  # type: ignore[arg-type]
+
+
+def test_conversations_of_a_file_are_asked_as_transformers_renders_them_and_come_back_with_their_turns(
+    archives: Archives, tmp_path: Path
+) -> None:
+    asked = [[system("Be brief."), user("Is it so?")], [user("a"), assistant("b"), user("c")], [system("s"), user("d")]]
+    rows = [
+        {"messages": asked[0], "id": 3},
+        {"input": "plain"},
+        {"prompt": asked[1]},
+        {"system": "s", "conversations": [{"from": "User", "value": "d"}]},
+    ]
+    policy = EchoPolicy()
+    policy.tokenizer, policy.max_sequence_length = chats.ours(SMOLLM2), 192  # type: ignore[assignment]
+    prompts = read_prompts(Path(chats.jsonl(tmp_path / "p.jsonl", *rows)))
+    found = generation.answer(config(archives), prompts, policy, OneProcess())  # type: ignore[arg-type]
+
+    theirs = chats.theirs(tmp_path)
+    theirs.chat_template = SMOLLM2
+    wanted = [tuple(theirs.apply_chat_template(m, add_generation_prompt=True, return_dict=False)) for m in asked]
+    plain = tuple(theirs.encode("plain", add_special_tokens=False))
+    assert [request.prompt_tokens for request in policy.asked] == [wanted[0], plain, *wanted[1:]]
+    assert found[0]["messages"] == asked[0]
+    assert [list(row)[:2] for row in found] == [
+        ["messages", "output"], ["input", "output"], ["prompt", "output"], ["conversations", "system"]
+    ]  # fmt: skip
+
+    policy.tokenizer = chats.ours(None)  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"p\.jsonl:1: the row is a conversation, .* no chat template; give chat_templ"):
         generation.encoded(config(archives), prompts, policy)  # type: ignore[arg-type]
 
 

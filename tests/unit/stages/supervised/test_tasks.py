@@ -23,7 +23,13 @@ TEMPLATE = (
 
 
 class Model:
-    tokenizer, max_sequence_length = ByteTokenizer(), 40
+    max_sequence_length = 40
+
+    def __init__(self) -> None:
+        self.tokenizer = ByteTokenizer()
+
+    def keep_chat_template(self, template: str) -> None:
+        self.tokenizer.chat_template = template  # type: ignore[assignment]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
