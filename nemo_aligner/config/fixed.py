@@ -34,9 +34,6 @@ TRAINER = {
     "max_time": Fixed((None,), "not used here; give exp_manager.max_time_per_run"),
 }
 MODEL = {
-    "virtual_pipeline_model_parallel_size": Fixed(
-        (None,), "stages are not interleaved; leave it out, and give pipeline_model_parallel_size"
-    ),
     "gradient_as_bucket_view": Fixed((True,), "gradients always lie in Megatron's buffers; leave it at True"),
 }
 OPTIM = {

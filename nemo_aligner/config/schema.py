@@ -200,7 +200,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
     precision: str | None = "${trainer.precision}"
     tensor_model_parallel_size: int = -1
     pipeline_model_parallel_size: int = -1
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = None  # stages of a rank, interleaved; null = 1
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     megatron_amp_O2: bool | None = None  # True needs bf16, which always has it
@@ -224,7 +224,11 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
         self.peft.check()
         self.check_experts()
         self.check_libraries()
-        at_least(1, model__micro_batch_tokens=self.micro_batch_tokens)
+        at_least(
+            1,
+            model__micro_batch_tokens=self.micro_batch_tokens,
+            model__virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+        )
         if self.activations_checkpoint_granularity not in (None, "selective", "full"):
             raise ConfigError(
                 f"{self.activations_checkpoint_granularity!r} is not selective or full",

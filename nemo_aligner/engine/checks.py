@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import base_of, read_architecture
@@ -77,7 +78,7 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         check_adapter(model.peft, model.peft.lora, model.restore_from_path, key=key)
     arch = read_architecture(model.restore_from_path, key=key)
     model.check_model_has_experts(arch)
-    tensor, _ = parallel_sizes(
+    tensor, pipeline = parallel_sizes(
         trainer,
         model.restore_from_path,
         key=key,
@@ -85,6 +86,7 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         pipeline=model.pipeline_model_parallel_size,
         context=model.context_parallel_size,
     )
+    _check_stages(arch, pipeline, model.virtual_pipeline_model_parallel_size or 1)
     if arch.num_moe_experts is not None:
         if model.peft.lora is not None:
             raise ConfigError("a model with experts is trained whole; leave it out", "model.peft.peft_scheme")
@@ -94,6 +96,19 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
                 "a model with experts is trained with tensor_model_parallel_size above 1 only if this is True",
                 "model.sequence_parallel",
             )
+
+
+def _check_stages(arch: Architecture, pipeline: int, virtual: int) -> None:
+    """Raises ConfigError where layers cannot be cut into `virtual` stages on each of `pipeline` ranks."""
+    key = "model.virtual_pipeline_model_parallel_size"
+    if virtual > 1 and pipeline == 1:
+        raise ConfigError(
+            f"{virtual} stages on a rank take model.pipeline_model_parallel_size above 1, and it is 1", key
+        )
+    if virtual > 1 and arch.num_layers % (pipeline * virtual):
+        raise ConfigError(
+            f"{virtual} stages on each of {pipeline} ranks do not divide the model's {arch.num_layers} layers", key
+        )
 
 
 def check_adapter(peft: PeftConfig, lora: LoraTuning, base: str | Path, *, key: str) -> None:

@@ -138,6 +138,7 @@ def load_for_training(
             dtype=parse_precision(trainer.precision),
             tp=cluster.tp,
             pp=cluster.pp,
+            vpp=model.virtual_pipeline_model_parallel_size or 1,
             context=cluster.cp,
             ep=cluster.ep,
             etp=cluster.etp,
@@ -199,7 +200,7 @@ def _load(
     if encoder_seq_length is not None:
         arch = replace(arch, encoder_seq_length=encoder_seq_length)
     digest = None if adapter is not None or head_is_new else resident.digest_of(path, cluster)
-    stayed = resident.take(arch, digest, run.dtype, cluster)
+    stayed = resident.take(arch, digest, run.dtype, cluster, run.vpp)
     if stayed is not None:
         if cluster.is_main:
             log.info("%s is in memory already", path)
@@ -214,7 +215,7 @@ def _load(
     if adapter is not None:
         with nemo_archive.open_archive(path, cluster, key=key) as folder:
             nemo_archive.load_adapter(module, folder, cluster, new_head=not adapter_has_head)
-        if merge:
+        if merge and module.adapters is not None:
             module.adapters.dissolve(module)
             arch = replace(arch, peft=None)
     return LoadedModel(module, arch, tokenizer, run, source, digest=digest)

@@ -35,6 +35,7 @@ class PlanConfig:
     optimizer: str = "distributed_fused_adam"  # as model.optim.name
     tensor_model_parallel_size: int = -1  # -1 = chosen
     pipeline_model_parallel_size: int = -1  # -1 = chosen
+    virtual_pipeline_model_parallel_size: int | None = None  # stages of a pipeline rank in training; null = 1
     sequence_parallel: bool | None = None  # null = with tensor parallelism, where something is trained
     activations_checkpoint_granularity: str = "auto"  # auto = chosen; none, selective or full
     activations_checkpoint_method: str | None = None  # with full: uniform or block
@@ -45,7 +46,8 @@ class PlanConfig:
             raise ConfigError("give either gpus, or the run that is to be checked", "gpus")
         sizes = ("gpus", "gpus_per_node", "seq_length", "prompt_length", "response_length", "micro_batch_size")
         more = ("global_batch_size", "samples_per_prompt", "prompts_in_flight", "forward_micro_batch_size")
-        at_least(1, **{name: getattr(self, name) for name in (*sizes, *more, "activations_checkpoint_num_layers")})
+        others = ("virtual_pipeline_model_parallel_size", "activations_checkpoint_num_layers")
+        at_least(1, **{name: getattr(self, name) for name in (*sizes, *more, *others)})
         for name, allowed in (
             ("task", tuple(TASKS)),
             ("precision", PRECISIONS),

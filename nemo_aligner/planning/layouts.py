@@ -41,6 +41,7 @@ class Wish:
     global_rows: int  # rows of an optimizer step, over all ranks
     tp: int | None = None
     pp: int | None = None
+    vpp: int = 1
     sequence_parallel: bool | None = None
     recomputation: Layout | None = None  # its granularity, method and num_layers
 
@@ -66,7 +67,8 @@ def best_plan(arch: Architecture, cluster: Cluster, work: Work, wish: Wish) -> P
 
 def describe(layout: Layout) -> str:
     """In words, for a line."""
-    parts = [f"TP {layout.tp}", f"PP {layout.pp}", f"DP {layout.dp}"]
+    stages = f"PP {layout.pp}" if layout.vpp == 1 else f"PP {layout.pp} × {layout.vpp}"
+    parts = [f"TP {layout.tp}", stages, f"DP {layout.dp}"]
     if layout.sequence_parallel:
         parts.append("sequence parallel")
     if layout.granularity is not None:
@@ -89,12 +91,19 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
     whole = (arch.num_attention_heads, arch.query_groups, arch.ffn_hidden_size)
     for tp in [wish.tp] if wish.tp else _divisors(cluster.gpus_per_node):
         for pp in [wish.pp] if wish.pp else _divisors(arch.num_layers):
-            if cluster.gpus % (tp * pp) or any(size % tp for size in whole) or arch.num_layers % pp:
+            if cluster.gpus % (tp * pp) or any(size % tp for size in whole) or arch.num_layers % (pp * wish.vpp):
+                continue
+            if wish.vpp > 1 and pp == 1:
                 continue
             parallel = tp > 1 and wish.trains if wish.sequence_parallel is None else wish.sequence_parallel
             for recomputation in recomputations:
                 yield replace(
-                    recomputation, tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=parallel and tp > 1
+                    recomputation,
+                    tp=tp,
+                    pp=pp,
+                    vpp=wish.vpp,
+                    dp=cluster.gpus // (tp * pp),
+                    sequence_parallel=parallel and tp > 1,
                 )
 
 
@@ -114,6 +123,6 @@ def _relative_time(plan: Plan, wish: Wish) -> float:
     taking_turns = communication * layout.pp  # stages without micro-batches to fill them: of a token, or a forward pass
     if not wish.trains:
         return taking_turns
-    idle = (1 + (layout.pp - 1) / work.microbatches) * max(1.0, work.rows * layout.dp / wish.global_rows)
+    idle = (1 + (layout.pp - 1) / layout.vpp / work.microbatches) * max(1.0, work.rows * layout.dp / wish.global_rows)
     step = communication * idle * (_RECOMPUTED if layout.granularity == "full" else 1)
     return step + taking_turns if work.slots else step  # rollouts take about as long as the update

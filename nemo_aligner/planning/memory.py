@@ -32,6 +32,7 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1  # stages of a rank
     dp: int = 1
     sequence_parallel: bool = False
     granularity: str | None = None  # as model.activations_checkpoint_*: selective or full
@@ -158,7 +159,7 @@ def _update(arch: Architecture, layout: Layout, work: Work, stage: int, count: i
 
 def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[str, int]:
     """The larger of two moments: the loss, when all is saved, and the backward pass of the first layer that is over."""
-    layers, tokens = arch.num_layers // layout.pp, work.tokens
+    layers, tokens = arch.num_layers // (layout.pp * layout.vpp), work.tokens  # of one of the rank's stages
     whole = saved_by_layer(arch, layout, work) * tokens
     given = _wide(arch, layout) * work.item * tokens  # what a layer takes and gives
     ends = _saved_at_ends(arch, layout, work, stage)
@@ -172,7 +173,7 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
     else:
         begins = kept = layers * whole
         recomputed = _recomputed_at_once(arch, layout, work) * tokens if layout.granularity == "selective" else 0
-    others = (min(layout.pp - stage, work.microbatches) - 1) * (kept + ends)  # micro-batches under way meanwhile
+    others = (_under_way(layout, work, stage) - 1) * (kept + _saved_of_angles(arch, work))
     saved = {"activations": others + kept + ends}
     moments = [
         {**saved, "gradients of activations": backward},
@@ -240,10 +241,24 @@ def _of_feed_forward(arch: Architecture, work: Work, selective: bool) -> int:
     return 5 if is_gated(arch) else 2
 
 
+def _under_way(layout: Layout, work: Work, stage: int) -> int:
+    """Passes of micro-batches through a stage of this rank that wait for their backward pass, at most.
+
+    Of Megatron's schedules: a rank begins as many before its first backward pass, and then ends one for each it begins.
+    """
+    after = layout.pp - stage - 1
+    most = after + 1 if layout.vpp == 1 else 2 * after + (layout.vpp - 1) * layout.pp + 1
+    return min(most, work.microbatches * layout.vpp)
+
+
+def _saved_of_angles(arch: Architecture, work: Work) -> int:
+    return arch.head_dim * _FP32 * work.tokens
+
+
 def _saved_at_ends(arch: Architecture, layout: Layout, work: Work, stage: int) -> int:
     """Of the rotary angles, and on the last stage of the last norm and what the output layer takes."""
     wide, tokens = _wide(arch, layout), work.tokens
-    saved = arch.head_dim * _FP32 * tokens
+    saved = _saved_of_angles(arch, work)
     if stage == layout.pp - 1:
         saved += wide * work.item * tokens
         taken = wide * tokens if layout.sequence_parallel and layout.tp > 1 else arch.hidden_size * work.answers

@@ -19,6 +19,9 @@ _SLOTS, _FEW_SLOTS = 256, 32
 def make_plan(config: PlanConfig, arch: Architecture) -> tuple[PlanConfig, Plan]:
     """The plan, and the config with every size that it settles. Raises ConfigError, and LaunchError if nothing fits."""
     task = TASKS[config.task]
+    if config.virtual_pipeline_model_parallel_size is not None and not task.trains:
+        key = "virtual_pipeline_model_parallel_size"
+        raise ConfigError(f"{config.task} has one stage on each pipeline rank; leave it out", key)
     if arch.num_moe_experts is not None:
         raise ConfigError(f"it has {arch.num_moe_experts} experts, whose memory is not counted here", "model")
     if task.trains and (arch.hidden_dropout or arch.attention_dropout):
@@ -118,6 +121,7 @@ def _wish(config: PlanConfig, task: Task) -> Wish:
         global_rows=(config.global_batch_size or 1) * task.rows_of_a_sample,
         tp=None if tensor == -1 else tensor,
         pp=None if pipeline == -1 else pipeline,
+        vpp=config.virtual_pipeline_model_parallel_size or 1,
         sequence_parallel=config.sequence_parallel,
         recomputation=recomputation,
     )

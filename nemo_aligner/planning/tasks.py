@@ -16,6 +16,7 @@ _TRAINED = {
     "precision": "trainer.precision",
     "tensor_model_parallel_size": "model.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "model.pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "model.virtual_pipeline_model_parallel_size",
     "sequence_parallel": "model.sequence_parallel",
     "activations_checkpoint_granularity": "model.activations_checkpoint_granularity",
     "activations_checkpoint_method": "model.activations_checkpoint_method",

@@ -21,6 +21,7 @@ PEFT = PeftConfig(
 )
 HARDEST: dict[str, Any] = {
     "sequence_parallel": True,
+    "virtual_pipeline_model_parallel_size": 2,
     "activations_checkpoint_granularity": "full",
     "activations_checkpoint_method": "uniform",
 }
@@ -34,7 +35,7 @@ def write_base(cluster: Any, folder: Path) -> None:
     from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
     from nemo_aligner.engine.model.build import RunOptions, build_model
 
-    arch = replace(ARCHIVED, share_embeddings_and_output_weights=True)
+    arch = replace(ARCHIVED, num_layers=4, share_embeddings_and_output_weights=True)
     torch.manual_seed(3)
     tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
     nemo_archive.save_archive(folder / "base.nemo", build_model(arch, RunOptions()), arch, tokenizer, cluster)

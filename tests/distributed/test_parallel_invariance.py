@@ -2,7 +2,7 @@
 
 Cuts over 2 and 4 processes against one process, training also with sequence parallelism and with recomputation. The
 vocabulary of 259 is no multiple of TP, and batches have fewer examples, and steps fewer prompts, than there are ranks.
-TP 2, PP 2 and DP 2 also on pretend GPUs. Not covered: virtual pipeline stages, NCCL itself.
+TP 2, PP 2 and DP 2 also on pretend GPUs. "PP 2 × 2": two stages on each rank, interleaved. Not covered: NCCL itself.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CUTS = {
     "TP 2, sequence parallel": (2, Cut(tensor=2)),
     "PP 2": (2, Cut(pipeline=2)),
     "PP 2, recomputed": (2, Cut(pipeline=2)),
+    "PP 2 × 2": (2, Cut(pipeline=2)),
     "DP 2": (2, Cut()),
     "TP 2 on GPUs": (2, Cut(tensor=2, gpus=True)),
     "PP 2 on GPUs": (2, Cut(pipeline=2, gpus=True)),
@@ -46,15 +47,19 @@ CUTS = {
     "TP 2, PP 2": (4, Cut(tensor=2, pipeline=2)),
     "TP 2, DP 2": (4, Cut(tensor=2)),
     "PP 2, DP 2": (4, Cut(pipeline=2)),
+    "PP 2 × 2, DP 2": (4, Cut(pipeline=2)),
     "CP 2, TP 2": (4, Cut(tensor=2, context=2)),
     "CP 2, PP 2": (4, Cut(pipeline=2, context=2)),
     "CP 2, DP 2": (4, Cut(context=2)),
     "CP 4": (4, Cut(context=4)),
 }
 RECOMPUTED = {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"}
+INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2}
 TRAINED: dict[str, dict[str, Any]] = {
     "TP 2, sequence parallel": {"sequence_parallel": True},
     "PP 2, recomputed": RECOMPUTED,
+    "PP 2 × 2": INTERLEAVED,
+    "PP 2 × 2, DP 2": {**INTERLEAVED, **RECOMPUTED},
     "TP 2, PP 2": {"sequence_parallel": True},
     "TP 2, DP 2": {"sequence_parallel": True, "activations_checkpoint_granularity": "selective"},
     "CP 2, TP 2": {"sequence_parallel": True},
@@ -63,10 +68,12 @@ TRAINED: dict[str, dict[str, Any]] = {
 RESUMED = [
     ("one", "CP 2"),
     ("one", "TP 2 on GPUs"),
+    ("one", "PP 2 × 2"),
     ("TP 2", "PP 2"),
     ("TP 2, DP 2", "CP 2, PP 2"),
     ("CP 2, PP 2", "DP 2"),
     ("CP 2, DP 2", "TP 2"),
+    ("PP 2 × 2, DP 2", "PP 2"),
 ]
 
 
@@ -80,7 +87,7 @@ def write_archives(cluster: Any, folder: Path) -> None:
 
     bf16 = {"init_method_std": 0.1, "kv_channels": 16}  # far from saturation, and heads that the C kernels take
     for name, kind, more in (("policy", None, {}), ("reward", "binary_ranking", {}), ("bf16 policy", None, bf16)):
-        arch = replace(ARCH, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind, **more)
+        arch = replace(ARCH, num_layers=4, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind, **more)
         torch.manual_seed(3)
         model = build_model(arch, RunOptions(tp=cluster.tp, pp=cluster.pp))
         nemo_archive.save_archive(

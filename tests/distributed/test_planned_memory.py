@@ -105,6 +105,7 @@ def measured(
         dtype=dtype,
         tp=layout.tp,
         pp=layout.pp,
+        vpp=layout.vpp,
         sequence_parallel=layout.sequence_parallel,
         activations_checkpoint_granularity=layout.granularity,
         activations_checkpoint_method=layout.method if layout.granularity == "full" else None,
@@ -179,10 +180,10 @@ def check_every_rank(cluster: MegatronCluster, layout: Layout, work: Work) -> No
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(tp=2, pp=2, sequence_parallel=True), Layout(dp=2, granularity="full")],
-    ids=["TP 2, PP 2, sequence parallel", "DP 2 sharded, recomputed"],
+    [Layout(tp=2, pp=2, sequence_parallel=True), Layout(pp=2, vpp=2), Layout(dp=2, granularity="full")],
+    ids=["TP 2, PP 2, sequence parallel", "PP 2 × 2", "DP 2 sharded, recomputed"],
 )
 def test_the_process_that_takes_most_takes_what_is_planned(layout: Layout) -> None:
-    work = Work(TOKENS, ANSWERS, microbatches=2, item=4, sharded=layout.dp > 1, on_cpu=True)
+    work = Work(TOKENS, ANSWERS, microbatches=2 * layout.vpp, item=4, sharded=layout.dp > 1, on_cpu=True)
     cut = Cut(tensor=layout.tp, pipeline=layout.pp)
     run_jobs(layout.tp * layout.pp * layout.dp, [Job(cut, check_every_rank, (layout, work))])

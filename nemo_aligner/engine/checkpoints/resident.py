@@ -65,18 +65,20 @@ def leave(
         dtype = next(model.parameters()).dtype
         named = model.state_dict().items()
         weights = {name: value.detach().cpu() for name, value in named if not name.endswith(_EXTRA)}
-        _residents[_is_judge(arch)] = Resident(digest, dtype, _cut(cluster), weights, tokenizer)
+        _residents[_is_judge(arch)] = Resident(digest, dtype, _cut(cluster, len(model.chunks)), weights, tokenizer)
 
 
-def take(arch: Architecture, digest: str | None, dtype: torch.dtype, cluster: MegatronCluster) -> Resident | None:
+def take(
+    arch: Architecture, digest: str | None, dtype: torch.dtype, cluster: MegatronCluster, chunks: int = 1
+) -> Resident | None:
     """What stayed of the archive of this hash, on every rank or on none; whatever else of its kind stayed goes.
 
-    Collective.
+    `chunks` of a rank are what the model is to have. Collective.
     """
     if _residents is None:
         return None
     found = _residents.pop(_is_judge(arch), None)
-    wanted = (digest, dtype, _cut(cluster))
+    wanted = (digest, dtype, _cut(cluster, chunks))
     fits = found is not None and (found.digest, found.dtype, found.cut) == wanted
     return None if cluster.any(not fits) else found
 
@@ -85,9 +87,9 @@ def _is_judge(arch: Architecture) -> bool:
     return arch.reward_model_type is not None
 
 
-def _cut(cluster: MegatronCluster) -> tuple[int, ...]:
-    """Which part of the weights this rank has."""
-    return (cluster.rank, cluster.world_size, cluster.tp, cluster.pp, cluster.ep, cluster.etp)
+def _cut(cluster: MegatronCluster, chunks: int) -> tuple[int, ...]:
+    """Which part of the weights this rank has, which are in `chunks`."""
+    return (cluster.rank, cluster.world_size, cluster.tp, cluster.pp, chunks, cluster.ep, cluster.etp)
 
 
 def fill(model: MegatronModule, weights: Mapping[str, Tensor]) -> None:

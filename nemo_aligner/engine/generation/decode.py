@@ -45,7 +45,6 @@ from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
 from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.kernels.packed_weights import PackedWeights
-from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.forward import from_last_stage
 
 _SCORED_TOGETHER = 256
@@ -116,6 +115,8 @@ class CachedForward:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.layers = [Layer(layer) for layer in model.decoder.layers]
+        ends = list(itertools.accumulate(len(chunk.decoder.layers) for chunk in model.chunks))
+        self._chunks = [range(start, stop) for start, stop in itertools.pairwise([0, *ends])]
         self._windows = [arch.window_of(layer.number) for layer in self.layers]
         self._first, self._last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
@@ -134,7 +135,7 @@ class CachedForward:
     def product_weights(self) -> list[torch.nn.Parameter]:
         """The weights `[out, in]` that a step multiplies with, in their order."""
         weights = list(itertools.chain.from_iterable(layer.product_weights() for layer in self.layers))
-        has_logits = self._last and not isinstance(self.model, RewardGPTModel)
+        has_logits = self._last and not self.model.gives_rewards
         return [*weights, self._output_weight()] if has_logits else weights
 
     def _output_weight(self) -> torch.nn.Parameter:
@@ -274,14 +275,24 @@ class CachedForward:
         return KernelAttention(self.kernels, self._rotary, places, positions, self._windows)
 
     def _layers(self, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
-        """Hidden states `[N, H]` after this stage's layers, handed on to the next stage where there is one.
+        """Hidden states `[N, H]` after this rank's layers, handed on to the next stage where there is one.
 
         `tokens` and `positions` are `[N]`.
         """
-        hidden = self._embed(tokens, positions) if self._first else self._receive(len(tokens))
+        hidden = torch.empty(0)
+        for chunk in self._chunks:
+            begins, ends = self._first and chunk.start == 0, self._last and chunk.stop == len(self.layers)
+            hidden = self._embed(tokens, positions) if begins else self._receive(len(tokens))
+            hidden = self._through(chunk, hidden, attend)
+            if not ends:
+                torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return hidden
+
+    def _through(self, layers: range, hidden: Tensor, attend: CachedAttention) -> Tensor:
+        """Hidden states `[N, H]` after these of this rank's layers; `hidden` itself may change."""
         delta: Tensor | None = None  # what is yet to be added to `hidden`: the next norm does it in passing
-        for index, layer in enumerate(self.layers):
-            whole = self._whole_layers[index]
+        for index in layers:
+            layer, whole = self.layers[index], self._whole_layers[index]
             if whole is not None and isinstance(attend, KernelAttention):
                 delta = self._summed(whole.attention(hidden, delta, attend.places, attend.positions), layer.projection)
                 delta = self._summed(whole.feed_forward(hidden, delta), layer.fc2)
@@ -291,8 +302,6 @@ class CachedForward:
                 delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
         if delta is not None:
             hidden += delta
-        if not self._last:
-            torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return hidden
 
     def _add_and_norm(self, norm: Norm, hidden: Tensor, delta: Tensor | None) -> Tensor:

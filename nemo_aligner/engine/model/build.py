@@ -26,6 +26,7 @@ from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
 from nemo_aligner.engine.model.experts import RouterLosses, expert_settings, expert_spec
 from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
+from nemo_aligner.engine.model.interleaved import InterleavedStages
 from nemo_aligner.engine.model.libraries import Libraries
 from nemo_aligner.engine.model.lora import Adapters
 from nemo_aligner.errors import CheckpointError, ConfigError
@@ -38,6 +39,7 @@ class RunOptions:
     dtype: torch.dtype = torch.float32
     tp: int = 1
     pp: int = 1
+    vpp: int = 1  # stages of a rank
     context: int = 1
     ep: int = 1
     etp: int | None = None  # None: as tp
@@ -118,9 +120,10 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
 
 def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig:
     """Megatron's config of this shape run this way."""
-    if arch.num_attention_heads % run.tp or arch.num_layers % run.pp:
+    if arch.num_attention_heads % run.tp or arch.num_layers % (run.pp * run.vpp):
+        stages = f"PP {run.pp}" if run.vpp == 1 else f"PP {run.pp} × {run.vpp}"
         raise ConfigError(
-            f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, PP {run.pp}",
+            f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, {stages}",
             "model.tensor_model_parallel_size",
         )
     on_cpu = run.shapes_only or not torch.cuda.is_available()
@@ -146,6 +149,10 @@ def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig
         pipeline_dtype=run.dtype,
         tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vpp if run.vpp > 1 else None,
+        # of two ranks each is before and after the other: what goes either way must not meet in one exchange
+        overlap_p2p_comm=run.vpp > 1,
+        batch_p2p_comm=run.vpp == 1,
         context_parallel_size=run.context,
         sequence_parallel=run.sequence_parallel and run.tp > 1,
         use_cpu_initialization=on_cpu,
@@ -198,7 +205,7 @@ def _lean(submodules: MLPSubmodules) -> type[LeanMLP]:
 
 
 def _block_spec(
-    arch: Architecture, config: TransformerConfig, losses: RouterLosses, libraries: Libraries
+    arch: Architecture, config: TransformerConfig, losses: RouterLosses, libraries: Libraries, chunk: int | None
 ) -> TransformerBlockSubmodules:
     """Megatron's own layers with torch's norms and our attention; checkpoint keys as Transformer Engine names them.
 
@@ -234,7 +241,7 @@ def _block_spec(
     attention.core_attention = functools.partial(SdpaCoreAttention, window_of=arch.window_of)
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = qk_norm
-    layers = [spec] * get_num_layers_to_build(config)
+    layers = [spec] * get_num_layers_to_build(config, chunk)
     if arch.num_moe_experts is not None:  # which are not cut over stages, so these are all layers
         experts = copy.deepcopy(spec)
         experts.submodules.pre_mlp_layernorm = norm
@@ -250,10 +257,16 @@ class StreamGPTModel(GPTModel):
 
     adapters: Adapters | None
     router_losses: RouterLosses | None  # None: without experts
+    gives_rewards = False  # in place of logits
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapters = self.router_losses = None
+
+    @property
+    def chunks(self) -> tuple[StreamGPTModel, ...]:
+        """What a micro-batch passes on this rank, one after another; see InterleavedStages."""
+        return (self,)
 
     def _preprocess(self, *args: Any, packed_seq_params: StreamParams | None = None, **kwargs: Any) -> tuple[Any, ...]:
         embedded, rotary, *more = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
@@ -283,6 +296,7 @@ class RewardGPTModel(StreamGPTModel):
     """A model with a reward head in place of the output layer: rewards of every position, `[B, S, K]` float32."""
 
     post_process: bool
+    gives_rewards = True
 
     def __init__(self, *args: Any, attributes: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -310,8 +324,8 @@ class RewardGPTModel(StreamGPTModel):
             self.post_process = post_process
 
 
-def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
-    """This rank's pipeline stage, with random weights, in `run.dtype`."""
+def build_model(arch: Architecture, run: RunOptions) -> StreamGPTModel | InterleavedStages:
+    """This rank's part of the model, with random weights, in `run.dtype`."""
     if run.shapes_only:
         with torch.device("meta"):
             return _built(arch, run)
@@ -319,28 +333,42 @@ def build_model(arch: Architecture, run: RunOptions) -> GPTModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _built(arch: Architecture, run: RunOptions) -> GPTModel:
-    is_reward_model = arch.reward_model_type is not None
+def _built(arch: Architecture, run: RunOptions) -> StreamGPTModel | InterleavedStages:
     if arch.position_embedding_type not in ("rope", "learned_absolute"):
         raise CheckpointError(
             f"position_embedding_type {arch.position_embedding_type!r} is not rope or learned_absolute"
         )
+    config = transformer_config(arch, run)
+    model: StreamGPTModel | InterleavedStages
+    if run.vpp == 1:
+        model = _stage(arch, run, config, None)
+    else:
+        model = InterleavedStages([_stage(arch, run, config, chunk) for chunk in range(run.vpp)])
+    if run.lora is not None:
+        Adapters(model, arch, run.lora, run.lora_seed).join(model)
+    return model.to(run.dtype)
+
+
+def _stage(arch: Architecture, run: RunOptions, config: TransformerConfig, chunk: int | None) -> StreamGPTModel:
+    """One pipeline stage of this rank: its `chunk`-th; None where it has no other."""
+    is_reward_model = arch.reward_model_type is not None
     scaling = arch.rope_scaling
     kind = RewardGPTModel if is_reward_model else PolicyGPTModel
-    config, losses = transformer_config(arch, run), RouterLosses.of(arch)
+    losses = RouterLosses.of(arch)
     model = kind(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config, losses, run.libraries),
+        transformer_layer_spec=_block_spec(arch, config, losses, run.libraries, chunk),
         vocab_size=padded_vocab_size(arch, run.tp),
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage() and chunk in (None, 0),
+        post_process=parallel_state.is_pipeline_last_stage() and chunk in (None, run.vpp - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights and not is_reward_model,
         position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percentage,
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=scaling.factor if scaling and scaling.rope_type == "linear" else None,
+        vp_stage=chunk,
     )
     if arch.num_moe_experts is not None:
         model.router_losses = losses
@@ -358,6 +386,4 @@ def _built(arch: Architecture, run: RunOptions) -> GPTModel:
     if arch.rope_freq_factors is not None:
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq / torch.tensor(arch.rope_freq_factors, device=rotary.inv_freq.device)
-    if run.lora is not None:
-        model.adapters = Adapters(model, arch, run.lora, run.lora_seed)
-    return model.to(run.dtype)
+    return model

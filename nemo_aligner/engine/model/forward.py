@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
-from nemo_aligner.engine.model.build import RewardGPTModel
 from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
 from nemo_aligner.engine.model.experts import RowsOfPlaces
 from nemo_aligner.engine.model.libraries import FP8_MULTIPLE
@@ -66,7 +65,7 @@ class _Stream:
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
-        if isinstance(unwrap_model(model), RewardGPTModel):
+        if unwrap_model(model).gives_rewards:
             found = raw[0].index_select(0, self.ends.clamp(min=0)).masked_fill(self.ends[:, None] < 0, 0)
         else:
             # sequence parallelism cuts the stream until after the output layer, which then is of every place
@@ -114,7 +113,7 @@ def _members(rows: Microbatch, layout: Layout, model: nn.Module) -> RowsOfPlaces
         part = size // parallel_state.get_tensor_model_parallel_world_size()
         start = part * parallel_state.get_tensor_model_parallel_rank()
         own = slice(start, start + part)
-    if isinstance(unwrap_model(model), RewardGPTModel):
+    if unwrap_model(model).gives_rewards:
         counts = rows.fields["weights"]
     else:
         counts = rows.fields["targets"] if "targets" in rows.fields else rows.fields["loss_mask"].sum(1)
@@ -141,22 +140,30 @@ def _run(
     if not everyones:
         return []
     streams = [_stream(microbatch, model) for microbatch in everyones]
-    is_own = [False] * len(streams)
+    is_own: list[bool | None] = [False] * len(streams)
     is_own[own] = [True] * len(asked)
+    chunks, ranks = list(unwrap_model(model).chunks), parallel_state.get_pipeline_model_parallel_world_size()
+    if len(chunks) > 1 and len(streams) % ranks:  # of which they go through the chunks together
+        missing = ranks - len(streams) % ranks
+        streams += [_stream(_FILLER, model)] * missing
+        is_own += [None] * missing
+    data = [zip(streams, is_own, strict=True) for _ in chunks]
 
-    def forward_step(data: Iterator[tuple[_Stream, bool]], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(
+        data: Iterator[tuple[_Stream, bool | None]], chunk: nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
         stream, mine = next(data)
         params = stream.params
         if losses is not None:
             losses.begin(stream.members)
         # no mask: attention takes the layout
-        raw = stage(params.tokens[None], params.positions[None], None, packed_seq_params=params)
-        return raw, on_raw(raw, stream, mine)
+        raw = chunk(params.tokens[None], params.positions[None], None, packed_seq_params=params)
+        return raw, _counting_nothing(raw) if mine is None else on_raw(raw, stream, mine)
 
-    results = get_forward_backward_func()(
+    results = get_forward_backward_func(ranks, len(chunks) if len(chunks) > 1 else None)(
         forward_step_func=forward_step,
-        data_iterator=zip(streams, is_own, strict=True),
-        model=[model],
+        data_iterator=data if len(chunks) > 1 else data[0],
+        model=chunks,
         num_microbatches=len(streams),
         seq_length=max(len(stream.params.layout.tokens) for stream in streams),
         micro_batch_size=1,
@@ -167,6 +174,15 @@ def _run(
 
 
 _FILLER = Microbatch(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+
+
+def _counting_nothing(raw: Tensor) -> Callable[..., Any]:
+    """Megatron's loss function of a filler."""
+
+    def loss_function(_: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return raw.sum() * 0, torch.zeros((), dtype=torch.int, device=raw.device), {}
+
+    return loss_function
 
 
 def _most_of_expert_ranks(count: int) -> int:

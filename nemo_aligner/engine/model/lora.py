@@ -163,6 +163,11 @@ class Adapters(nn.Module):
             self.add_module(str(number), own)
         self._of_weight = {id(adapter.weight_of_base[0]): adapter for adapter in self._each()}
 
+    def join(self, model: Any) -> None:
+        """Become a part of `model`, of which they were made."""
+        for part in (model, *model.chunks):
+            part.adapters = self
+
     def _adding(self, adapter: LowRank) -> Any:
         def add(linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> Any:
             return (output[0] + adapter(inputs[0]), output[1]) if self._on else output
@@ -205,7 +210,8 @@ class Adapters(nn.Module):
             adapter.weight_of_base[0].data = adapter.merged()
         for hook in self._hooks:
             hook.remove()
-        model.adapters = None
+        for part in (model, *model.chunks):
+            part.adapters = None
         model.requires_grad_(True)
 
     @property

@@ -64,7 +64,8 @@ def build_optimizer(
     make_checkpointable(optimizer)
     config = get_model_config(model)
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    # schedules give it what they call, the chunks of the model, and gradients are the whole model's
+    config.finalize_model_grads_func = lambda _, *args, **kwargs: finalize_model_grads([wrapped], *args, **kwargs)
     if ddp.overlap_grad_reduce:
         config.no_sync_func = wrapped.no_sync  # all micro-batches but the last
     if ddp.overlap_param_gather:

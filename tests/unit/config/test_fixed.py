@@ -96,11 +96,6 @@ def test_a_key_that_no_code_reads_is_refused_unless_it_has_its_default(name: str
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        (
-            "conf/gpt_sft",
-            "model.virtual_pipeline_model_parallel_size=2",
-            "2 is not offered; stages are not interleaved",
-        ),
         ("conf/gpt_sft", "model.gradient_as_bucket_view=False", "False is not offered"),
         ("conf/training_rm", "model.optim.contiguous_grad_buffer=False", "False is not offered"),
         ("conf/training_rm", "model.optim.contiguous_param_buffer=False", "False is not offered"),
