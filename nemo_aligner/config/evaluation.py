@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_aligner.config.fixed import EVALUATION, EVALUATION_ROWS, check_fixed
 from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, SamplerDataConfig
@@ -16,10 +16,16 @@ class EvaluationDataConfig(SamplerDataConfig):
     """What is sampled, and what the reward model reads of it: max_seq_length, add_bos, add_eos as in the labeler."""
 
     max_seq_length: int = 4096
+    reward_prompt_template: str | None = None  # what the reward model sees of a prompt; null = prompt_template
 
     def validate(self) -> None:
         OfflineDataConfig.validate(self)  # add_eos is of the judge here, not of the sampler
         check_fixed(self, EVALUATION_ROWS, "data")
+
+    @property
+    def judged(self) -> EvaluationDataConfig:
+        """The same rows as the reward model reads them."""
+        return replace(self, prompt_template=self.reward_prompt_template or self.prompt_template)
 
 
 @dataclass

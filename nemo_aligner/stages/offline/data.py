@@ -100,9 +100,14 @@ class RowCheck:
 
 def check_templates(data: OfflineDataConfig) -> None:
     """`data.prompt_template` must say where the prompt goes, `data.chat_template` be one. Raises ConfigError."""
-    if data.prompt_template is not None and f"{{{data.input_key}}}" not in data.prompt_template:
-        raise ConfigError(f"{data.prompt_template!r} lacks {{{data.input_key}}}", "data.prompt_template")
+    check_prompt_template(data.prompt_template, data, "data.prompt_template")
     check_template(data, "data.chat_template")
+
+
+def check_prompt_template(template: str | None, data: OfflineDataConfig, key: str) -> None:
+    """Raises ConfigError where a template does not say where the prompt goes."""
+    if template is not None and f"{{{data.input_key}}}" not in template:
+        raise ConfigError(f"{template!r} lacks {{{data.input_key}}}", key)
 
 
 def check_output(cfg: OfflineConfig) -> None:

@@ -31,6 +31,7 @@ from nemo_aligner.rewards.interfaces import Judgement
 from nemo_aligner.stages.offline.data import (
     check_archive,
     check_output,
+    check_prompt_template,
     check_templates,
     data_fingerprint,
     open_rows,
@@ -75,6 +76,7 @@ def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
     check_output(cfg)
     check_templates(cfg.data)
+    check_prompt_template(cfg.data.reward_prompt_template, cfg.data, "data.reward_prompt_template")
     for path in cfg.policy_files:
         check_is_policy(path, "policy_files")
     if cfg.initial_policy_file is not None:
@@ -209,7 +211,7 @@ def score(
 ) -> list[Judgement]:
     """What the labeler would say of the same rows."""
     data = cfg.data
-    source = None if model is None else ModelSource(model, data)
+    source = None if model is None else ModelSource(model, data.judged)
     candidates = [
         candidate_of(
             {**rows[d.response.prompt_index], data.output_key: d.response.text},

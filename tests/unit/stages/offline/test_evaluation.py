@@ -107,6 +107,31 @@ def test_without_an_initial_policy_there_is_no_kl(tmp_path: Path) -> None:
     assert first["kl"] is None
 
 
+@pytest.mark.parametrize(
+    ("sampled_of", "judged_of", "judged"),
+    [
+        ("{input}!", None, "q0!"),
+        ("{input}!", "{input}", "q0"),
+        ("{input}!", "?{input}", "?q0"),
+        (None, "?{input}", "?q0"),
+    ],
+)
+def test_the_reward_model_may_be_shown_another_prompt_than_the_policy(
+    tmp_path: Path, sampled_of: str | None, judged_of: str | None, judged: str
+) -> None:
+    cfg = config(tmp_path)
+    cfg.data.prompt_template, cfg.data.reward_prompt_template = sampled_of, judged_of
+
+    def rewards(cluster: Cluster) -> list[float | None]:
+        rows = open_rows(cfg.data, {"input": "data.input_key"})
+        drawn = draw(cfg, rows, EchoPolicy(), cluster, "one.nemo")  # type: ignore[arg-type]
+        assert starts_of(drawn) == [len((sampled_of or "{input}").replace("{input}", "q0"))] * len(drawn)
+        return [judgement.reward for judgement in score(cfg, rows, drawn, ByteSum(), cluster)]  # type: ignore[arg-type]
+
+    [found] = on_ranks(1, rewards)
+    assert found[:2] == [float(sum(f"{judged}<0.{sample}>".encode())) for sample in range(2)]
+
+
 def test_with_a_threshold_it_is_told_how_often_one_of_k_samples_passes(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     cfg.pass_threshold = float(sum(b"q2<2.0>"))
