@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.algorithms.best_of import best_of, pass_at, powers_up_to
-from nemo_aligner.algorithms.comparison import Answers, compare, distinct
-from nemo_aligner.algorithms.statistics import mean_and_std, standard_error
+from nemo_aligner.algorithms.comparison import Answers, compare
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.jsonl import without_nan, write_jsonl
@@ -38,6 +36,7 @@ from nemo_aligner.stages.offline.data import (
     start_cluster,
     tell_empty,
 )
+from nemo_aligner.stages.offline.evaluation_figures import figures_of, numbers, parts_of, tell_comparison
 from nemo_aligner.stages.offline.random_sampler import Prompts, sampling_params
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_logger import one_of_each_prompt, output_logger
@@ -111,28 +110,6 @@ def evaluate(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, funct
         if logger is not None:
             for place, own in enumerate(reports):
                 logger.log(place, "evaluation", numbers(own.figures), own.shown)
-
-
-def tell_comparison(figures: Mapping[str, Any], first: str) -> None:
-    low, high = figures["win_rate_interval"]
-    log.info(
-        "%s: reward %+.4g ± %.2g over %s on the same prompts; wins %.0f %% (%.0f to %.0f), at equal length %.0f %%",
-        figures["policy"], figures["gain"], figures["gain_standard_error"], first,
-        100 * figures["win_rate"], 100 * low, 100 * high, 100 * figures["win_rate_length_controlled"],
-    )  # fmt: skip
-
-
-def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among `figures`, those of a table or a list as name/key or name/place."""
-    found: dict[str, float] = {}
-    for name, value in figures.items():
-        if isinstance(value, list):
-            value = {str(place): one for place, one in enumerate(value)}
-        if isinstance(value, dict):
-            found |= {f"{name}/{key}": one for key, one in numbers(value).items()}
-        elif isinstance(value, int | float):
-            found[name] = value
-    return found
 
 
 def measured(cfg: EvaluationConfig, rows: Blend, cluster: MegatronCluster, functions: Functions | None) -> list[Report]:
@@ -261,51 +238,3 @@ def report(
     keys = Keys(cfg.data.input_key, cfg.data.output_key, cfg.data.reward_key)
     fields = [keys.reward, *(part_name(name, keys.reward) for name in parts_of(cfg)), "kl"]
     return Report(figures, answers, one_of_each_prompt(samples, keys, cfg.exp_manager.log_samples, fields))
-
-
-def parts_of(cfg: EvaluationConfig) -> Sequence[str]:
-    """Names of several sources of rewards."""
-    return [*cfg.reward_plan.weights] if cfg.reward_plan.functions else []
-
-
-def figures_of(
-    cfg: EvaluationConfig, policy_file: str, samples: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], Answers]:
-    """What the samples of a policy say of it, and its answers to compare with another's."""
-
-    def column(name: str) -> list[Any]:
-        return [sample[name] for sample in samples]
-
-    several = parts_of(cfg)
-    answers = Answers(column(cfg.data.reward_key), column("prompt_index"), column("num_tokens"))
-    texts = column(cfg.data.output_key)
-    mean, std = mean_and_std(answers.rewards)
-    figures = {
-        "policy": policy_file,
-        "reward_mean": mean,
-        "reward_standard_error": standard_error(answers.rewards, answers.prompts),
-        "reward_std": std,
-        **({"unknown": sum(map(math.isnan, answers.rewards)) / len(samples)} if several else {}),
-        **{
-            f"{part_name(name)}_mean": mean_and_std(column(part_name(name, cfg.data.reward_key)))[0] for name in several
-        },
-        "kl": None if None in column("kl") else sum(column("kl")) / len(samples),
-        "response_length": sum(answers.lengths) / len(samples),
-        "finished": column("finish_reason").count("stop") / len(samples),
-        "samples": len(samples),
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
-        **best_of_figures(answers, cfg.data.n, cfg.pass_threshold),
-    }
-    return figures, answers
-
-
-def best_of_figures(answers: Answers, n: int, pass_threshold: float | None) -> dict[str, dict[str, float]]:
-    """`best_of` k samples of a prompt, k = 1, 2, 4, … n, and `pass_at` k where it is said what passes: means over the
-    prompts of which all n samples have a reward."""
-    groups = [[reward for reward, _ in samples] for samples in answers.by_prompt().values() if len(samples) == n]
-    figures = {"best_of": {str(k): mean_and_std([best_of(group, k) for group in groups])[0] for k in powers_up_to(n)}}
-    if pass_threshold is not None:
-        passed = [sum(reward > pass_threshold for reward in group) for group in groups]
-        figures["pass_at"] = {str(k): mean_and_std([pass_at(k, n, c) for c in passed])[0] for k in powers_up_to(n)}
-    return figures

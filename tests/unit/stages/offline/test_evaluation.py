@@ -13,7 +13,8 @@ import pytest
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.engine.interfaces import Cluster
 from nemo_aligner.stages.offline.data import open_rows
-from nemo_aligner.stages.offline.evaluation import draw, numbers, report, score, starts_of, tokens_of
+from nemo_aligner.stages.offline.evaluation import draw, report, score, starts_of, tokens_of
+from nemo_aligner.stages.offline.evaluation_figures import numbers
 from tests.fakes import ByteTokenizer, EchoPolicy, on_ranks
 
 
