@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.algorithms.processors import Chosen, apply_processor, check_processor
 from nemo_aligner.algorithms.statistics import mean_and_std, standardised
 from nemo_aligner.config.offline import LabelerConfig
-from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
@@ -26,10 +24,9 @@ from nemo_aligner.engine.checks import check_is_reward_model
 from nemo_aligner.engine.interfaces import Cluster, RewardModel
 from nemo_aligner.errors import DataError, StoppedEarly
 from nemo_aligner.metrics import MetricsLogger, Progress
-from nemo_aligner.records import Keys, Sample, ScoredSample, part_fields, part_name
+from nemo_aligner.records import Keys, ScoredSample, part_name
 from nemo_aligner.rewards.functions import Functions
-from nemo_aligner.rewards.interfaces import Candidate, Judgement
-from nemo_aligner.rewards.mixture import weighted
+from nemo_aligner.rewards.interfaces import Candidate
 from nemo_aligner.stages.offline.best_so_far import Earlier, EarlierSample, check_archive_of, check_best_so_far
 from nemo_aligner.stages.offline.data import (
     check_archive,
@@ -40,6 +37,7 @@ from nemo_aligner.stages.offline.data import (
     start_cluster,
     tell_empty,
 )
+from nemo_aligner.stages.offline.judged_rows import Judged, Samples, journaled, with_raw_rewards
 from nemo_aligner.stages.rewarders import ModelSource, all_but, candidate_of, check_fields, functions_of, rewarder_of
 from nemo_aligner.stages.run_checks import check_duration
 from nemo_aligner.stages.run_control import RunControl
@@ -162,22 +160,6 @@ def _candidate(cfg: LabelerConfig, rows: Blend, position: int) -> Candidate:
     return candidate_of(rows[index], rows.where(index), keys_of(cfg))
 
 
-def journaled(judgement: Judgement, functions: Functions | None) -> dict[str, Any]:
-    """A judgement as the journal keeps it; `parts` and `failed` are what other weights need."""
-    if functions is None:
-        return {"reward": judgement.reward}
-    failed = {"failed": list(judgement.failed)} if judgement.failed else {}
-    return {"reward": judgement.reward, "parts": dict(judgement.parts), **failed}
-
-
-def judgement_of(row: Mapping[str, Any], weights: Mapping[str, float]) -> Judgement:
-    """What `journaled` kept, weighted as this run says."""
-    if "parts" not in row:
-        return Judgement(weighted({REWARD_MODEL: row["reward"]}, weights))
-    failed = tuple(row.get("failed", ()))
-    return Judgement(weighted(row["parts"], weights, failed), row["parts"], failed)
-
-
 def fingerprint(cfg: LabelerConfig, model: tuple[str, bool] | None, functions: Functions | None) -> dict[str, Any]:
     """What decides the raw rewards; of the model, the hash of its archive and whether it reads an EOS by itself."""
     of_model = {}
@@ -205,24 +187,45 @@ def finish(
 
     In memory are rewards and places; rows are read from the disk whenever they are looked at.
     """
-    keys, plan = keys_of(cfg), cfg.reward_plan
-    judged = Judged(journal, len(chunk), plan)
-    rewards = judged.rewards
+    judged = Judged(journal, len(chunk), cfg.reward_plan)
+    counts: dict[str, Any] = {"rows": len(judged), **figures_of(cfg, rows, chunk, judged)}
+    if cfg.best_so_far_file is not None:
+        check_archive_of(cfg, archive)
+    kept = choose(cfg, rows, chunk, judged, stored)
+    counts |= {"kept": len(kept), **write(cfg, kept)}
+    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
+    if logger is not None:
+        tell_logger(logger, cfg, counts, with_raw_rewards(rows, chunk, judged, keys_of(cfg)))
+    log.info(
+        "wrote %d of %d rows to %s (processor=%s)", len(kept), len(judged), cfg.output_file, cfg.processor or "null"
+    )
+
+
+def figures_of(cfg: LabelerConfig, rows: Blend, chunk: range, judged: Judged) -> dict[str, Any]:
+    """Of the raw rewards, and of each of several sources; a reward model's NaN is named with its line."""
+    plan = cfg.reward_plan
     if not plan.functions:
-        for position, reward in zip(chunk, rewards, strict=True):
+        for position, reward in zip(chunk, judged.rewards, strict=True):
             if math.isnan(reward):
                 path, line = rows.where(position % len(rows))
                 log.warning("%s:%d: the reward is NaN", path, line)
-    mean, std = mean_and_std(rewards)
+    mean, std = mean_and_std(judged.rewards)
     if cfg.print_reward_info:
-        log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(rewards))
+        log.info("reward mean: %.4f, std: %.4f, rows: %d", mean, std, len(judged))
     of_sources = {name: judged.figures(name) for name in plan.weights} if plan.functions else {}
     for name, figures in of_sources.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    known = None if plan.functions else stored  # the model's are those of its own rewards
-    samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, rewards, known), keys)
+    return {"reward_mean": mean, "reward_std": std, **({"rewards": of_sources} if of_sources else {})}
+
+
+def choose(
+    cfg: LabelerConfig, rows: Blend, chunk: range, judged: Judged, stored: tuple[float, float] | None
+) -> Sequence[ScoredSample]:
+    """What the processor makes of the rows, and of earlier ones where they are to be chosen from too."""
+    keys = keys_of(cfg)
+    known = None if cfg.reward_plan.functions else stored  # the model's are those of its own rewards
+    samples: Sequence[ScoredSample] = Samples(rows, chunk, judged, standardize(cfg, judged.rewards, known), keys)
     if cfg.best_so_far_file is not None:
-        check_archive_of(cfg, archive)
         samples = Earlier(cfg, keys, samples)
     filled = [index for index, sample in enumerate(samples) if sample.output]
     tell_empty(len(samples) - len(filled), len(samples))
@@ -230,10 +233,14 @@ def finish(
         samples = Chosen(samples, filled)
         if not samples:
             raise DataError("skip_empty=True leaves no sample: every response is empty")
-    kept = apply_processor(
+    return apply_processor(
         cfg.processor, samples, threshold=cfg.threshold, reward_template=cfg.reward_template, keys=keys
     )
-    empty, before, export = 0, 0, cfg.export_reward or cfg.processor is None
+
+
+def write(cfg: LabelerConfig, kept: Sequence[ScoredSample]) -> dict[str, int]:
+    """The output file; how many of its rows are earlier ones, where there may be such."""
+    keys, empty, before, export = keys_of(cfg), 0, 0, cfg.export_reward or cfg.processor is None
 
     def in_order() -> Iterator[Row]:
         nonlocal empty, before
@@ -245,79 +252,19 @@ def finish(
     write_jsonl(cfg.output_file, in_order())
     if empty:
         log.warning("%d of the %d rows kept have an empty response; skip_empty=True leaves them out", empty, len(kept))
-    counts: dict[str, Any] = {"rows": len(rewards), "kept": len(kept), "reward_mean": mean, "reward_std": std}
-    counts |= {"rewards": of_sources} if of_sources else {}
-    if cfg.best_so_far_file is not None:
-        counts["kept_from_before"] = before
-        log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
-    write_provenance(cfg.output_file, config=cfg, archive=archive, inputs=journal.made_with["data"], counts=counts)
-    if logger is not None:
-        figures = {name: counts[name] for name in ("rows", "kept", "reward_mean", "reward_std")}
-        figures |= {f"{part_name(name)}_{key}": value for name, own in of_sources.items() for key, value in own.items()}
-        fields = [keys.reward, *(part_name(name, keys.reward) for name in of_sources)]
-        shown = one_of_each_prompt(
-            with_raw_rewards(rows, chunk, judged, keys), keys, cfg.exp_manager.log_samples, fields
-        )
-        logger.log(0, "labeler", figures, shown)
-    log.info(
-        "wrote %d of %d rows to %s (processor=%s)", len(kept), len(rewards), cfg.output_file, cfg.processor or "null"
-    )
+    if cfg.best_so_far_file is None:
+        return {}
+    log.info("%d of the %d rows kept are those of %s", before, len(kept), cfg.best_so_far_file)
+    return {"kept_from_before": before}
 
 
-def with_raw_rewards(rows: Blend, chunk: range, judged: Judged, keys: Keys) -> Iterator[Row]:
-    """What was judged, as loggers show it."""
-    for position, reward, judgement in zip(chunk, judged.rewards, judged, strict=True):
-        yield {**rows[position % len(rows)], keys.reward: reward, **part_fields(judgement.parts, keys.reward)}
-
-
-class Judged(Sequence[Judgement]):
-    """What the journal says of each row, weighted as this run says; `rewards` are NaN where there is none."""
-
-    def __init__(self, journal: Journal, count: int, plan: RewardPlan) -> None:
-        self._rows, self._weights = journal.merged(count), plan.weights
-        self.rewards, self._parts = array("d"), {name: array("d") for name in plan.weights}
-        self._unknown, self._failed = Counter[str](), Counter[str]()
-        for judgement in self:
-            self.rewards.append(math.nan if judgement.reward is None else judgement.reward)
-            self._failed.update(judgement.failed)
-            for name, values in self._parts.items() if plan.functions else ():
-                value = judgement.parts[name]
-                values.append(math.nan if value is None else value)
-                self._unknown[name] += value is None
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return judgement_of(self._rows[index], self._weights)
-
-    def figures(self, name: str) -> dict[str, float]:
-        """Of one of several sources: its rewards, and on how many rows it could not tell or failed."""
-        mean, std = mean_and_std(self._parts[name])
-        failed = self._failed[name]
-        return {"mean": mean, "std": std, "cannot_tell": self._unknown[name] - failed, "failed": failed}
-
-
-class Samples(Sequence[ScoredSample]):
-    """The rows of a chunk with their rewards, read when asked for."""
-
-    def __init__(self, rows: Blend, chunk: range, judged: Judged, rewards: Sequence[float], keys: Keys) -> None:
-        self._rows, self._chunk, self._judged, self._rewards, self._keys = rows, chunk, judged, rewards, keys
-
-    def __len__(self) -> int:
-        return len(self._chunk)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self._rows[self._chunk[index] % len(self._rows)]
-        return scored(row, self._rewards[index], self._keys, self._judged[index].parts)
-
-
-def scored(
-    row: dict[str, Any], reward: float, keys: Keys, parts: Mapping[str, float | None] | None = None
-) -> ScoredSample:
-    """A row with its reward and those of several sources; the user's other fields travel along."""
-    sample = Sample.of(row, keys)
-    return ScoredSample(sample.input, sample.output, sample.extra, reward, parts or {}, turns=sample.turns)
+def tell_logger(logger: MetricsLogger, cfg: LabelerConfig, counts: Mapping[str, Any], judged: Iterator[Row]) -> None:
+    """The figures, and some of the samples with their raw rewards."""
+    of_sources, keys = counts.get("rewards", {}), keys_of(cfg)
+    figures = {name: counts[name] for name in ("rows", "kept", "reward_mean", "reward_std")}
+    figures |= {f"{part_name(name)}_{key}": value for name, own in of_sources.items() for key, value in own.items()}
+    fields = [keys.reward, *(part_name(name, keys.reward) for name in of_sources)]
+    logger.log(0, "labeler", figures, one_of_each_prompt(judged, keys, cfg.exp_manager.log_samples, fields))
 
 
 def standardize(cfg: LabelerConfig, rewards: Sequence[float], stored: tuple[float, float] | None) -> Sequence[float]:
