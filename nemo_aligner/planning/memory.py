@@ -173,7 +173,7 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
     else:
         begins = kept = layers * whole
         recomputed = _recomputed_at_once(arch, layout, work) * tokens if layout.granularity == "selective" else 0
-    others = (_under_way(layout, work, stage) - 1) * (kept + _saved_of_angles(arch, work))
+    others = (under_way(layout, work, stage) - 1) * (kept + _saved_of_angles(arch, work))
     saved = {"activations": others + kept + ends}
     moments = [
         {**saved, "gradients of activations": backward},
@@ -241,7 +241,7 @@ def _of_feed_forward(arch: Architecture, work: Work, selective: bool) -> int:
     return 5 if is_gated(arch) else 2
 
 
-def _under_way(layout: Layout, work: Work, stage: int) -> int:
+def under_way(layout: Layout, work: Work, stage: int) -> int:
     """Passes of micro-batches through a stage of this rank that wait for their backward pass, at most.
 
     Of Megatron's schedules: a rank begins as many before its first backward pass, and then ends one for each it begins.

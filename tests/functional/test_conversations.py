@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 from tests import chats
 from tests.chats import assistant, jsonl, system, user
 from tests.functional.conftest import Workshop, run
@@ -89,4 +90,5 @@ def test_reinforce_draws_answers_to_conversations_as_the_template_that_sft_was_g
         place = asked.index(conversation)
         text = ASKED[place][-1]["content"]
         assert row["reward"] == len(text) + row["output"].count(str(ROWS[place]["wanted"]))
-    assert (tmp_path / "actor/checkpoints/megatron_gpt_rs_actor.nemo").exists()
+    left = read_architecture(tmp_path / "actor/checkpoints/megatron_gpt_rs_actor.nemo")
+    assert left.tokenizer["chat_template"] == TEMPLATE

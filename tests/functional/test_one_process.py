@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from nemo_aligner.checksums import file_sum
 from scripts.bench.crash_results import compare, results
 from tests.functional.conftest import ENV, ROOT, Workshop
+from tests.functional.test_documented import lines
 
 
-def start(workshop: Workshop, folder: Path, ranks: int, *command: str) -> subprocess.Popen[str]:
+def start(workshop: Workshop, folder: Path, ranks: int, *command: str, **more: str) -> subprocess.Popen[str]:
     """A loop of two iterations, in a folder of its own, so that the paths that it notes are those of every other."""
     folder.mkdir(exist_ok=True)
     stage, data = f"trainer.precision=32 trainer.devices={ranks}", "model.data.train_ds"
@@ -28,8 +35,8 @@ def start(workshop: Workshop, folder: Path, ranks: int, *command: str) -> subpro
         f"'{data}.prompt_template=\"{{input}}{{output}}\"' {stage}",
     }  # fmt: skip
     return subprocess.Popen(
-        command, cwd=folder, env={**ENV, **settings}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, cwd=folder, env={**ENV, **settings, **more}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -65,3 +72,45 @@ def test_one_process_killed_and_started_again_leaves_what_one_process_for_each_s
     whole = results(tmp_path / "shell", nothing)
     assert {"loop/iterations/1/metrics.jsonl", "loop/checkpoints/megatron_gpt_sft.nemo"} <= whole.keys()
     assert compare(whole, results(tmp_path / "one", nothing)).found == []
+
+
+def test_rest_and_decision_transformer_run_in_one_process_and_read_no_weight_twice(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    def loop(name: str, **more: str) -> subprocess.Popen[str]:
+        return start(workshop, tmp_path / name, 1, sys.executable, "-m", "nemo_aligner", "loop", name, **more)
+
+    least = 0.18  # about half of what the untrained model draws has a higher reward
+    running = {"rest": loop("rest", TRAINING_ITERS="1", THRESHOLDS=f"-9 {least}"), "dt": loop("dt", TARGET_REWARD="2")}
+    said = {name: process.communicate()[0] for name, process in running.items()}
+    assert [process.returncode for process in running.values()] == [0, 0], said
+
+    given, trained, judge = "sft_model.nemo", "megatron_gpt_sft.nemo", "reward_model.nemo"
+    assert in_memory(said["rest"]) == [given, judge, trained], "the second improve step begins where the first ended"
+    assert in_memory(said["dt"]) == [given, trained, judge, trained]
+
+    rows = lines(tmp_path / "rest/loop/iterations/0.jsonl")
+    made = json.loads((tmp_path / "rest/loop/iterations/0/label.meta.json").read_text())
+    shutil.unpack_archive(workshop.path(judge), tmp_path / "judge", "tar")
+    known = yaml.safe_load((tmp_path / "judge/model_config.yaml").read_text())["reward_standardization"]
+    kept = [(row["reward"] - known["mean"]) / known["std"] >= least for row in rows]
+    assert [row["kept"] for row in rows] == kept
+    assert 0 < sum(kept) < len(rows)
+    assert (made["config"]["processor"], made["config"]["threshold"]) == ("rest", least)
+    logged = (
+        lines(tmp_path / "rest/loop/iterations/0" / name) for name in ("metrics.jsonl", "improve_1/metrics.jsonl")
+    )
+    steps = [sum("train/loss" in row for row in rows) for rows in logged]
+    assert steps == [math.ceil(count / 2) for count in (len(kept), sum(kept))], "each trains on what it keeps alone"
+
+    asked = [json.loads((tmp_path / f"dt/loop/iterations/{i}/sample.meta.json").read_text()) for i in (0, 1)]
+    assert [one["config"]["data"]["prompt_template"] for one in asked] == [None, "{input} <rm_score>: 2.0 "]
+    assert all(row["kept"] for i in (0, 1) for row in lines(tmp_path / f"dt/loop/iterations/{i}.jsonl"))
+    left = tmp_path / "dt/loop/checkpoints" / trained
+    assert asked[1]["archive_sha256"] not in (asked[0]["archive_sha256"], file_sum(left)), "each iteration its policy"
+
+
+def in_memory(said: str) -> list[str]:
+    """Of which archives the weights were not read."""
+    found = [line for line in said.splitlines() if line.endswith(" is in memory already")]
+    return [Path(line.removesuffix(" is in memory already")).name for line in found]

@@ -144,6 +144,7 @@ class MegatronTrainable:
 
     def keep_chat_template(self, template: str) -> None:
         """Let `template` be the tokenizer's own from now on; see interfaces.TrainableModel."""
+        self._digest = None  # an archive with another tokenizer is another archive
         self.tokenizer.chat_template = template
         self.arch = dataclasses.replace(self.arch, tokenizer={**self.arch.tokenizer, "chat_template": template})
 

@@ -1,7 +1,8 @@
 """What an iteration of an online loop did, kept when its samples go.
 
     <result>/iterations/<i>.jsonl    the first of its samples, each with its raw reward and whether it was trained on
-    <result>/iterations/<i>/         provenance of its samples and labels, configuration and metrics of its training
+    <result>/iterations/<i>/         provenance of its samples and labels, configuration and metrics of its training;
+                                     of further trainings on the same samples in improve_<k>/
     <result>/iterations.jsonl        one line an iteration: rewards, share kept, lengths, seconds of each stage
     <result>/tensorboard             the same, to look at
 
@@ -149,16 +150,16 @@ def forget_after(folder: Path, iteration: int) -> None:
 
 def keep_records(result: Path, iteration: int, generated: Path, labeled: Path) -> None:
     """Copy what says how an iteration was made, before the loop removes it with what it was made of."""
-    trained = result / f"iter_{iteration}"
-    sources = {
-        f"sample{META}": Path(f"{generated}{META}"),
-        f"label{META}": Path(f"{labeled}{META}"),
-        RUN_RECORD: trained / RUN_RECORD,
-        "metrics.jsonl": trained / "metrics.jsonl",
-    }
+    first, kept = result / f"iter_{iteration}", result / "iterations" / str(iteration)
+    sources = {f"sample{META}": Path(f"{generated}{META}"), f"label{META}": Path(f"{labeled}{META}")}
+    for training in (first, *first.glob("improve_*")):
+        for name in (RUN_RECORD, "metrics.jsonl"):
+            sources[str((training / name).relative_to(first))] = training / name
+    for folder in kept.glob("improve_*"):  # of one that is begun anew, perhaps with fewer trainings
+        shutil.rmtree(folder)
     for name, source in sources.items():
         if source.is_file():
-            write_atomically(result / "iterations" / str(iteration) / name, [source.read_text(encoding="utf-8")])
+            write_atomically(kept / name, [source.read_text(encoding="utf-8")])
 
 
 def to_tensorboard(folder: Path, rows: list[Row]) -> None:

@@ -55,6 +55,14 @@ def test_the_answer_ends_in_overrides_ready_to_paste(run: Run) -> None:
     assert {"trainer.devices=8", "trainer.num_nodes=1"} <= set(words)
 
 
+def test_stages_of_a_rank_are_counted_and_handed_on(run: Run) -> None:
+    asked = ["pipeline_model_parallel_size=4", "virtual_pipeline_model_parallel_size=2"]
+    status, out, _ = run(f"model={MODEL}", "gpus=8", "gpu_memory_gb=80", *asked)
+    assert status == 0
+    assert "PP 4 × 2" in out
+    assert "model.virtual_pipeline_model_parallel_size=2" in out
+
+
 def test_rollouts_show_their_cache_and_the_initial_policy(run: Run) -> None:
     _, out, _ = run(f"model={MODEL}", "gpus=8", "gpu_memory_gb=80", "task=actor", "seq_length=2048")
     assert "KV cache" in out
@@ -86,6 +94,8 @@ def test_the_shape_may_be_an_archives(run: Run, tmp_path: Path) -> None:
         (["gpus=8", "gpu_memory_gb=80", "seq_length=200000"], "seq_length: 200000 is above"),
         (["gpus=8", "gpu_memory_gb=80", "run=x"], "gpus: give either gpus, or the run"),
         (["gpu_memory_gb=80", "run=absent"], "run: absent cannot be read"),
+        (["gpus=8", "gpu_memory_gb=80", "task=sampler", "virtual_pipeline_model_parallel_size=2"], "virtual_pipeline"),
+        (["gpus=8", "gpu_memory_gb=80", "virtual_pipeline_model_parallel_size=5"], "cannot be cut over 8 GPUs"),
         (["--fast"], "'--fast' is not of the form key=value"),
     ],
 )

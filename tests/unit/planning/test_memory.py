@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import TrainerConfig
@@ -13,7 +15,7 @@ from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.model.kept_weights import KeptWeights
 from nemo_aligner.engine.processes.cluster import start_cluster
-from nemo_aligner.planning.memory import Layout, Work, inference, kv_cache, stage_parameters, training
+from nemo_aligner.planning.memory import Layout, Work, inference, kv_cache, stage_parameters, training, under_way
 from tests.live_bytes import LiveBytes
 from tests.tiny import ARCH
 
@@ -84,6 +86,18 @@ def test_generation_and_scoring_keep_neither_gradients_nor_optimizer() -> None:
         found = inference(ARCH, Layout(), Work(32, 16, slots=slots))
         assert found.resident == stage_parameters(ARCH, Layout(), 0) * 2
         assert found.peak > found.resident
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "microbatches"), [(2, 1, 4), (4, 1, 2), (2, 2, 4), (2, 4, 2), (4, 2, 8), (4, 3, 4)]
+)
+def test_as_many_micro_batches_are_under_way_as_megatron_begins(pp: int, vpp: int, microbatches: int) -> None:
+    for stage in range(pp):
+        group = SimpleNamespace(size=lambda: pp, rank=lambda stage=stage: stage)
+        talk = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None)
+        every, all_first, first, _ = get_pp_rank_microbatches(microbatches, vpp, pp, p2p_communicator=talk)
+        work = Work(8, 8, microbatches=microbatches)
+        assert under_way(Layout(pp=pp, vpp=vpp), work, stage) == (every if all_first else first + 1)
 
 
 def test_more_of_anything_takes_more() -> None:

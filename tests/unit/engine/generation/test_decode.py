@@ -108,6 +108,7 @@ def test_two_stages_that_hand_on_hidden_states_are_the_whole_model(
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_prev_rank", lambda: 0)
     whole, first, last = (CachedForward(model, ARCH) for _ in range(3))
     first.layers, last.layers = whole.layers[:1], whole.layers[1:]
+    first._chunks = last._chunks = [range(1)]
     first._last = last._first = False
     stages = (whole, first, last)
     prefilled = [stage.prefill(PROMPTS) for stage in stages]

@@ -95,8 +95,20 @@ def test_how_an_iteration_was_made_outlives_what_it_was_made_of(tmp_path: Path) 
     for name in list(kept.values())[:3]:  # of a training without a logger there are no metrics
         (tmp_path / name).write_text(json.dumps({"config": {"processor": "rs"}, "name": name}))
     iteration(tmp_path, 1)
-    found = {path.name: json.loads(path.read_text())["name"] for path in (tmp_path / "iterations" / "1").iterdir()}
+    folder = tmp_path / "iterations" / "1"
+    found = {path.name: json.loads(path.read_text())["name"] for path in folder.iterdir()}
     assert found == {name: source for name, source in kept.items() if name != "metrics.jsonl"}
+
+    further = [f"improve_{step}/{name}" for step in (1, 2) for name in ("run.json", "metrics.jsonl")]
+    for name in further:
+        (tmp_path / "iter_1" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "iter_1" / name).write_text(name)
+    iteration(tmp_path, 1)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.json*")} == {*found, *further}
+    assert [(folder / name).read_text() for name in further] == further
+    shutil.rmtree(tmp_path / "iter_1/improve_2")
+    iteration(tmp_path, 1)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.json*")} == {*found, *further[:2]}
 
 
 def test_without_any_reward_there_is_no_mean(tmp_path: Path) -> None:
