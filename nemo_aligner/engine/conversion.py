@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +31,6 @@ from nemo_aligner.engine.model.build import RunOptions, build_model, parse_preci
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
 from nemo_aligner.errors import CheckpointError
-from nemo_aligner.metrics import Progress
 
 log = logging.getLogger(__name__)
 
@@ -116,20 +113,9 @@ def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *
     # as many rows as one process would have, where a model that is cut so pads to more
     cut = replace(arch, make_vocab_size_divisible_by=rows // cluster.tp) if cluster.tp > 1 else arch
     run = RunOptions(dtype=parse_precision(precision), tp=cluster.tp, shapes_only=given is not None)
+    weights = None if given is None else to_megatron(arch, given, rows)
     tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
-    model, stored = build_model(cut, run), replace(arch, precision=precision)
-    if given is None:
-        save_archive(output, model, stored, tokenizer, cluster)
-        return
-    with shown("importing", to_megatron(arch, given, rows), show=cluster.is_main) as weights:
-        save_archive(output, model, stored, tokenizer, cluster, weights)
-
-
-@contextmanager
-def shown(name: str, tensors: LazyTensors, *, show: bool) -> Iterator[LazyTensors]:
-    """The same tensors, and how many of them are done while they are gone through."""
-    with Progress(name, len(tensors), show=show, unit="tensor") as progress:
-        yield tensors.watched(lambda: progress.advance(1))
+    save_archive(output, build_model(cut, run), replace(arch, precision=precision), tokenizer, cluster, weights)
 
 
 def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) -> None:
@@ -182,6 +168,6 @@ def export_hf(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> Non
         described_archive(source, cluster, key=key) as found,
     ):
         log.info("writing %s", target)
-        with shown("exporting", found.tensors, show=cluster.is_main) as tensors:
+        with found.tensors.counted("writing", show=cluster.is_main) as tensors:
             write_hf_folder(target, found.arch, tensors, found.tokenizer, shard_bytes)
     log.info("wrote %s", target)

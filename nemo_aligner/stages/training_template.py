@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.data.chat import ChatTemplate, template_text
 from nemo_aligner.engine.interfaces import TrainableModel
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "model.data.chat_template"
 
@@ -18,4 +22,6 @@ def training_template(model: TrainableModel, given: ChatKeys) -> ChatTemplate | 
     text = template_text(given.chat_template, TEMPLATE)
     if text is not None:
         model.keep_chat_template(text)
+    if given.chat_template_kwargs:
+        log.info("%s_kwargs are not kept in the archive: who uses it has to be given them too", TEMPLATE)
     return ChatTemplate.of(model.tokenizer, given, TEMPLATE)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
+from nemo_aligner.engine.checkpoints import resident
 from nemo_aligner.engine.checkpoints.nemo_archive import save_archive
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.loading import load_for_inference
 from nemo_aligner.engine.model.build import RunOptions, build_model
-from nemo_aligner.engine.policy import load_policy_for_training
+from nemo_aligner.engine.policy import load_policy, load_policy_for_training
 from nemo_aligner.engine.processes.cluster import start_cluster
 from tests.distributed.helpers import Cut, Job, run_jobs
 from tests.distributed.test_parallel_invariance import EXAMPLES, close, dealt
@@ -59,6 +60,10 @@ def interleaved(cluster: Any, folder: Path) -> None:
         trained.load_training_state(folder / f"{name} stages")
         trained.save_nemo(folder / f"after {name} stages.nemo")
     found["goes on"] = steps(cluster, trained)
+    resident.stay_from_now_on()
+    trained.save_nemo(folder / "left.nemo")
+    trained.stay_in_memory()  # other layers than those of the next model's rank
+    load_policy(folder / "left.nemo", cluster, precision="32").save_nemo(folder / "read again.nemo")
     if cluster.is_main:
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -84,7 +89,9 @@ def test_two_stages_on_a_rank_are_trained_and_saved_as_one_process_does(tmp_path
             weights(cluster, tmp_path / f"{name}.nemo")
             for name in ("untrained", "after two stages", "after one stages")
         )
+        left, again = (weights(cluster, tmp_path / f"{name}.nemo") for name in ("left", "read again"))
         for name, value in begun.items():
             assert torch.equal(untrained[name], value), name
             assert torch.equal(first[name], second[name]), name
+            assert torch.equal(left[name], again[name]), name
             assert not torch.equal(first[name], value), name

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from nemo_aligner.metrics import Progress
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,20 @@ class LazyTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def watched(self, seen: Callable[[], object]) -> LazyTensors:
-        """The same; `seen` is called whenever one of them has been made for the first time."""
+    @contextmanager
+    def counted(self, name: str, *, show: bool) -> Iterator[LazyTensors]:
+        """The same, while those that have been made are counted; Progress calls it `name`."""
         left = set(self.parts)
 
-        def watch(name: str, part: LazyTensor) -> LazyTensor:
+        def watched(tensor: str, part: LazyTensor) -> LazyTensor:
             def make() -> Tensor:
-                tensor = part.make()
-                if name in left:
-                    left.remove(name)
-                    seen()
-                return tensor
+                made = part.make()
+                if tensor in left:  # some are made more than once
+                    left.remove(tensor)
+                    progress.advance(1)
+                return made
 
             return LazyTensor(part.meta, make)
 
-        return LazyTensors({name: watch(name, part) for name, part in self.parts.items()})
+        with Progress(name, len(left), show=show, unit="tensor") as progress:
+            yield LazyTensors({tensor: watched(tensor, part) for tensor, part in self.parts.items()})

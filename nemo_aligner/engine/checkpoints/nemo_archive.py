@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nemo_aligner.checksums import check_sums, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
@@ -30,6 +30,7 @@ from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, writing
+from nemo_aligner.metrics import Progress
 from nemo_aligner.ranks import together
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
@@ -48,6 +49,9 @@ WEIGHTS = "model_weights"
 PREFIX = "model."
 _ADAPTERS = f"{PREFIX}adapters."
 _MOST_TEXT = 16 << 20
+_MB = 1_000_000
+_LONG = 1000 * _MB
+"""Bytes of an archive whose packing is worth a bar."""
 _OPENED = "nemo_aligner_archive_"
 
 
@@ -328,7 +332,8 @@ def save_archive(
         else:
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 
-            save_whole(state, staging / WEIGHTS, weights, PREFIX)
+            with weights.counted("writing", show=cluster.is_main) as tensors:
+                save_whole(state, staging / WEIGHTS, tensors, PREFIX)
         with together(cluster), writing(path):
             if cluster.is_main:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))
@@ -356,12 +361,33 @@ def _pack(folder: Path, target: Path) -> None:
         member.mode = 0o755 if member.isdir() else 0o644
         return member
 
-    with target.open("wb") as stream:
-        with tarfile.open(fileobj=stream, mode="w") as tar:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    megabytes = -(-size // _MB)
+    with (
+        target.open("wb") as stream,
+        Progress("packing", megabytes, show=size >= _LONG, unit="MB") as progress,
+    ):
+        with tarfile.open(fileobj=_Counted(stream, progress), mode="w") as tar:  # type: ignore[call-overload]
             for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
                 tar.add(folder / name, arcname=name, filter=anonymous)
+        progress.advance(megabytes)  # what is left of the last
         stream.flush()
         os.fsync(stream.fileno())
+
+
+class _Counted:
+    """What a tar is written to; `progress` counts its megabytes."""
+
+    def __init__(self, stream: BinaryIO, progress: Progress) -> None:
+        self._stream, self._progress, self._bytes = stream, progress, 0
+        self.tell = stream.tell
+
+    def write(self, data: bytes) -> int:
+        self._bytes += len(data)
+        if self._bytes >= _MB:
+            self._progress.advance(self._bytes // _MB)
+            self._bytes %= _MB
+        return self._stream.write(data)
 
 
 def archive_hash(path: str | Path) -> str:

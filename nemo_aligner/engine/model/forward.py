@@ -143,7 +143,7 @@ def _run(
     is_own: list[bool | None] = [False] * len(streams)
     is_own[own] = [True] * len(asked)
     chunks, ranks = list(unwrap_model(model).chunks), parallel_state.get_pipeline_model_parallel_world_size()
-    if len(chunks) > 1 and len(streams) % ranks:  # of which they go through the chunks together
+    if len(chunks) > 1 and len(streams) % ranks:  # the interleaved schedule takes as many at a time
         missing = ranks - len(streams) % ranks
         streams += [_stream(_FILLER, model)] * missing
         is_own += [None] * missing

@@ -7,15 +7,15 @@ import logging
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.data.blending import Blend
+from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.prompts import PromptRow, encode_prompts
 from nemo_aligner.engine.interfaces import Policy
-from nemo_aligner.stages.training_template import training_template
 
 log = logging.getLogger(__name__)
 
 
-def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]:
-    """Prompts that leave room for a response."""
+def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend, chat: ChatTemplate | None) -> list[PromptRow]:
+    """Prompts that leave room for a response; conversations through `chat`."""
     tokenizer = policy.tokenizer
     return encode_prompts(
         rows,
@@ -23,7 +23,7 @@ def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend) -> list[PromptRow]
         bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
         limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
         key="model.data.data_prefix",
-        chat=training_template(policy, cfg.model.data),
+        chat=chat,
     )
 
 

@@ -18,7 +18,7 @@ from nemo_aligner.stages.rewarders import ServedSource, check_fields, functions_
 from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import refuse_other_run, short_hash
 from nemo_aligner.stages.run_owner import owning_log_dir
-from nemo_aligner.stages.training_template import TEMPLATE
+from nemo_aligner.stages.training_template import TEMPLATE, training_template
 
 _ARCHIVE = "pretrained_checkpoint.restore_from_path"
 
@@ -48,8 +48,9 @@ def run(cfg: ReinforceConfig) -> None:
         with start_for_training(cfg.trainer, cfg.model, key=_ARCHIVE) as cluster:
             refuse_other_run(cfg.exp_manager, cluster, cfg.model.restore_from_path, step_settings(cfg) | settings)
             policy = load_policy_for_training(cfg.model, cfg.trainer, cluster, key=_ARCHIVE)
-            prompts = encode(cfg, policy, train)
-            held_out = [] if validation is None else encode(cfg, policy, validation)
+            chat = training_template(policy, cfg.model.data)
+            prompts = encode(cfg, policy, train, chat)
+            held_out = [] if validation is None else encode(cfg, policy, validation, chat)
             if cfg.trainer.ppo.measures_kl:
                 policy.keep_initial_weights()
             actor = Actor(cfg, policy, cluster, prompts, held_out, settings)

@@ -99,9 +99,10 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
     from nemo_aligner.stages.supervised.loop import Task, check_held_out, check_not_empty, sft_objective
 
     train_ds, data = cfg.model.data.train_ds, cfg.model.data
-    chat = training_template(policy, data)
-    if data.chat and chat is None:
+    template = training_template(policy, data)
+    if data.chat and template is None:
         raise ConfigError("the archive's tokenizer has no chat template; give one", TEMPLATE)
+    chat = template if data.chat else None
     examples = make_examples(cfg, train_ds, policy, rows, _TRAIN, chat)
     check_not_empty(examples, str(rows.path))
     validation: list[Example] = []
@@ -138,9 +139,9 @@ def make_examples(
     key: str,
     chat: ChatTemplate | None,
 ) -> list[Example]:
-    """Conversations through `chat` where `model.data.chat` says that rows are such."""
+    """Conversations through `chat`; None: rows are plain."""
     answer_only = cfg.model.answer_only_loss
-    if not cfg.model.data.chat or chat is None:
+    if chat is None:
         return sft_examples(
             rows, config, policy.tokenizer, answer_only=answer_only, max_length=policy.max_sequence_length, key=key
         )

@@ -71,10 +71,12 @@ def test_fish_offers_commands_keys_and_files_one_by_one(environment: dict[str, s
 
 def test_zsh_completes_what_is_typed(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a_model.gguf").touch()
-    zsh, process, terminal = shell("zsh"), *pty.fork()
-    if process == 0:
-        os.chdir(tmp_path)
-        os.execve(zsh, [zsh, "-f", "-i"], environment)
+    terminal, own = pty.openpty()
+    process = subprocess.Popen(
+        [shell("zsh"), "-f", "-i"], stdin=own, stdout=own, stderr=own, env=environment, cwd=tmp_path,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(own)
     try:
         os.write(terminal, b"autoload -Uz compinit && compinit -u -D; autoload -Uz bashcompinit && bashcompinit\n")
         os.write(terminal, b'eval "$(aligner -sc install=zsh)"; echo rea""dy\n')
@@ -89,8 +91,9 @@ def test_zsh_completes_what_is_typed(environment: dict[str, str], tmp_path: Path
             wait_for(terminal, whole)
             os.write(terminal, b"\x15")  # away with the line
     finally:
+        process.kill()
+        process.wait()
         os.close(terminal)
-        os.waitpid(process, 0)
 
 
 def wait_for(terminal: int, text: str) -> None:

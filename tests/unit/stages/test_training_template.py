@@ -43,13 +43,16 @@ def test_a_template_given_is_kept_as_text_and_rendered_as_transformers_does(
     )
 
 
-def test_without_one_the_model_keeps_its_own_or_none() -> None:
+def test_without_one_the_model_keeps_its_own_or_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     model = Model(GEMMA)
     template = training_template(model, ChatKeys(chat_template_kwargs={"a": 1}))  # type: ignore[arg-type]
     assert template is not None
     assert "<start_of_turn>user" in template.render(ASKED, generation_prompt=True)
     assert training_template(Model(None), ChatKeys()) is None  # type: ignore[arg-type]
     assert model.kept == []
+    said = "model.data.chat_template_kwargs are not kept in the archive: who uses it has to be given them too"
+    assert caplog.messages == [said]
 
 
 def test_what_is_no_template_is_refused_and_not_kept(tmp_path: Path) -> None:
