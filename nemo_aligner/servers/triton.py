@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _FOLDER = "nemo_aligner_server_"  # and the number of the process
 _SHARED_MEMORY, _SEGMENT = Path("/dev/shm"), "pytrtion"  # so PyTriton spells what it begins names with, and the number
 
+_STARTS = 3
+"""Triton may fail while it starts, for reasons of its own, and come up the next time."""
+
 Handler = Callable[[Sequence[Mapping[str, np.ndarray]]], list[dict[str, np.ndarray]]]
 """From the requests of one batch to their answers."""
 
@@ -51,14 +54,33 @@ def running_triton(
     """The way to a Triton that has started, None where `start` did not do what it was given. Raises ServerError."""
     find_shared_python()
     check_port_is_free(config.ip, config.port)
-    from nemo_aligner.servers.gate import Gate
-
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    root = scratch_root()
-    _remove_leftovers(root)
+    _remove_leftovers(scratch_root())
+    with contextlib.ExitStack() as stack:
+        for left in reversed(range(_STARTS)):
+            try:
+                gate = stack.enter_context(_one_triton(config, handle, inputs, outputs, start))
+                break
+            except ServerError as fault:
+                if not left:
+                    raise
+                log.warning("%s; it is started again", fault)
+        yield gate
+
+
+@contextlib.contextmanager
+def _one_triton(
+    config: ServingConfig,
+    handle: Handler,
+    inputs: Sequence[Spec],
+    outputs: Sequence[Spec],
+    start: Callable[[Callable[[], None]], bool],
+) -> Iterator[Gate | None]:
+    from nemo_aligner.servers.gate import Gate
+
     port, access = free_port(), secrets.token_urlsafe(32)
-    folder = root / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
+    folder = scratch_root() / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
     with scratch_folder(folder):
         triton = _triton(folder, port, access)
         _bind(triton, config, handle, inputs, outputs)

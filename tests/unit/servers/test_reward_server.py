@@ -252,7 +252,41 @@ def test_where_triton_does_not_start_its_own_last_error_is_the_reason(
     with pytest.raises(ServerError) as caught:
         serve(at_a_free_port, READER, length, lambda: pytest.fail("it runs"))
     assert str(caught.value) == f"Triton did not start on 127.0.0.1:{at_a_free_port.port}: {reason}"
-    assert tritons[0].stopped == 1
+    assert [triton.stopped for triton in tritons] == [1, 1, 1]
+
+
+def test_a_triton_that_does_not_start_is_started_again_in_a_place_of_its_own(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch)
+    run = FakeTriton.run
+
+    def start(triton: FakeTriton) -> None:
+        if len(tritons) < 3:
+            raise RuntimeError("lock_exception")
+        run(triton)
+
+    monkeypatch.setattr(FakeTriton, "run", start)
+    ran: list[bool] = []
+    serve(at_a_free_port, READER, length, lambda: ran.append(tritons[-1].runs))
+    assert ran == [True]
+    assert [triton.stopped for triton in tritons] == [1, 1, 1]
+    assert len({triton.workspace for triton in tritons}) == len({t.config.http_port for t in tritons}) == 3
+    reason = f"Triton did not start on 127.0.0.1:{at_a_free_port.port}: lock_exception; it is started again"
+    assert [record.getMessage() for record in caplog.records if "again" in record.getMessage()] == [reason] * 2
+
+
+def test_what_fails_behind_a_triton_that_has_started_starts_no_other(
+    at_a_free_port: ServingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tritons = FakeTriton.put_in_place(monkeypatch)
+
+    def run() -> None:
+        raise ServerError("of the work")
+
+    with pytest.raises(ServerError, match="of the work"):
+        serve(at_a_free_port, READER, length, run)
+    assert [triton.stopped for triton in tritons] == [1]
 
 
 def test_a_server_at_a_port_that_is_taken_does_not_start(
