@@ -77,7 +77,7 @@ RESUMED = [
 ]
 
 
-def write_archives(cluster: Any, folder: Path) -> None:
+def write_archives(cluster: Any, folder: Path, layers: int = 4) -> None:
     """A policy and a reward model, by whatever ranks there are."""
     import torch
 
@@ -87,7 +87,9 @@ def write_archives(cluster: Any, folder: Path) -> None:
 
     bf16 = {"init_method_std": 0.1, "kv_channels": 16}  # far from saturation, and heads that the C kernels take
     for name, kind, more in (("policy", None, {}), ("reward", "binary_ranking", {}), ("bf16 policy", None, bf16)):
-        arch = replace(ARCH, num_layers=4, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind, **more)
+        arch = replace(
+            ARCH, num_layers=layers, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind, **more
+        )
         torch.manual_seed(3)
         model = build_model(arch, RunOptions(tp=cluster.tp, pp=cluster.pp))
         nemo_archive.save_archive(
