@@ -57,10 +57,16 @@ def running_triton(
     for name in ("pytriton", "sh"):  # they say much at the level of INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     _remove_leftovers(scratch_root())
+
+    def make(folder: Path, port: int, access: str) -> Triton:
+        triton = _triton(folder, port, access)
+        _bind(triton, config, handle, inputs, outputs)
+        return triton
+
     with contextlib.ExitStack() as stack:
         for left in reversed(range(_STARTS)):
             try:
-                gate = stack.enter_context(_one_triton(config, handle, inputs, outputs, start))
+                gate = stack.enter_context(_one_triton(make, start, config))
                 break
             except ServerError as fault:
                 if not left:
@@ -71,19 +77,14 @@ def running_triton(
 
 @contextlib.contextmanager
 def _one_triton(
-    config: ServingConfig,
-    handle: Handler,
-    inputs: Sequence[Spec],
-    outputs: Sequence[Spec],
-    start: Callable[[Callable[[], None]], bool],
+    make: Callable[[Path, int, str], Triton], start: Callable[[Callable[[], None]], bool], config: ServingConfig
 ) -> Iterator[Gate | None]:
     from nemo_aligner.servers.gate import Gate
 
     port, access = free_port(), secrets.token_urlsafe(32)
     folder = scratch_root() / f"{_FOLDER}{os.getpid()}_{secrets.token_hex(4)}"
     with scratch_folder(folder):
-        triton = _triton(folder, port, access)
-        _bind(triton, config, handle, inputs, outputs)
+        triton = make(folder, port, access)
         started = _start(triton, start, config, folder)
         try:
             yield Gate(f"http://127.0.0.1:{port}", access) if started else None
