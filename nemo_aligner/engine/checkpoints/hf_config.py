@@ -129,10 +129,7 @@ def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
 def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | None]:
     """Base, part of the head dimension that is turned, and scaling of the rotary embedding."""
     given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
-    found: Any = next((block for block in given if block), {})
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: rope_scaling={str(found)[:80]} is not a mapping")
-    rope = Settings(found, f"{where}: rope_scaling")
+    rope = Settings(next((block for block in given if block), {}), f"{where}: rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = rope.get("rope_theta", settings.get("rope_theta")) or 10000.0
     fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0

@@ -22,9 +22,14 @@ def placed(where: str) -> Iterator[None]:
 
 
 class Settings(Mapping[str, Any]):
-    """A mapping that remembers which of its entries were looked at; `where` names it in messages."""
+    """A mapping that remembers which of its entries were looked at; `where` names it in messages.
 
-    def __init__(self, entries: Mapping[str, Any], where: str) -> None:
+    Raises CheckpointError for what is none.
+    """
+
+    def __init__(self, entries: Any, where: str) -> None:
+        if not isinstance(entries, Mapping):
+            raise CheckpointError(f"{where}={str(entries)[:80]} is not a mapping")
         self._entries, self._where = entries, where
         self._used: set[str] = set()
 
