@@ -55,6 +55,5 @@ class _FindsMegatron(MetaPathFinder):
 
 
 def put_off_compiler() -> None:
-    """Before megatron.core is imported; a second call changes nothing."""
-    if not any(isinstance(finder, _FindsMegatron) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _FindsMegatron())
+    """Before megatron.core is imported; once."""
+    sys.meta_path.insert(0, _FindsMegatron())

@@ -24,7 +24,7 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_with_table_figure_and_pag
     }
     for name, made in there.items():  # what is there is not made again
         os.link(workshop.path(f"{made}.nemo"), tmp_path / f"{name}.nemo")
-    environment = {**ENV, "EVIDENCE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**ENV, "EVIDENCE_DIR": str(tmp_path)}
     runs = tmp_path / "runs"
     first = subprocess.Popen(COMMAND, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: first.poll() is not None or any(runs.glob("*/samples.jsonl")), 200)
@@ -34,7 +34,7 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_with_table_figure_and_pag
     ended = {path: path.stat().st_mtime_ns for path in runs.glob("*/samples.jsonl")}
     assert 1 <= len(ended) <= len(METHODS), "the kill came between the first run and the last"
 
-    done = run(*COMMAND, EVIDENCE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
+    done = run(*COMMAND, EVIDENCE_DIR=str(tmp_path))
     assert f"{3 - len(ended)} of 3 runs are to be made" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in ended} == ended
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -25,7 +25,7 @@ def start(workshop: Workshop, folder: Path, ranks: int, *command: str, **more: s
     stage, data = f"trainer.precision=32 trainer.devices={ranks}", "model.data.train_ds"
     # batches of two micro-batches: one rank and two ranks add the same two gradients
     settings = {
-        "TRAINING_ITERS": "2", "ROLLOUT_BATCH_SIZE": "3", "RESULT_PATH": "loop", "OMP_NUM_THREADS": "1",
+        "TRAINING_ITERS": "2", "ROLLOUT_BATCH_SIZE": "3", "RESULT_PATH": "loop",
         "PROMPTS_PATH": str(workshop.path("prompts_dataset.jsonl")),
         "POLICY_MODEL_PATH": str(workshop.path("sft_model.nemo")),
         "REWARD_MODEL_PATH": str(workshop.path("reward_model.nemo")),

@@ -49,7 +49,7 @@ def trained(shop: Workshop, script: str, block: str, folder: Path, *more: str) -
 def told(command: tuple[str, ...], sign: Path, number: signal.Signals) -> tuple[int, str]:
     """Exit status and stderr of a command that gets a signal once the file `sign` shows that it is at work."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**ENV, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
     try:
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_as_sigterm_does_on_all_ranks(workshop: Workshop, tmp_path:
     background = "exp_manager.checkpoint_callback_params.async_save=True"
     command, sign = stage("SFT", workshop, tmp_path, 0, tmp_path, "trainer.devices=2", background)
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**ENV, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None and not (sign.exists() and sign.stat().st_size):
@@ -147,7 +147,7 @@ def loop(shop: Workshop, many: Path, folder: Path, **more: str) -> subprocess.Po
     """The online loop, whose sampler has more to do than anybody waits for."""
     settings = {
         "TRAINING_ITERS": "1", "PROMPTS_PATH": str(many), "ROLLOUT_BATCH_SIZE": "4000", "RESULT_PATH": str(folder),
-        "POLICY_MODEL_PATH": str(shop.path("sft_model.nemo")), "OMP_NUM_THREADS": "1",
+        "POLICY_MODEL_PATH": str(shop.path("sft_model.nemo")),
         "REWARD_MODEL_PATH": str(shop.path("reward_model.nemo")), "SAMPLER_ARGS": "checkpoint_interval=1", **more,
     }  # fmt: skip
     return subprocess.Popen(
