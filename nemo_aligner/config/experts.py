@@ -49,16 +49,16 @@ class ExpertOverrides:
             if arch.num_moe_experts is None and getattr(self, field.name) != field.default:
                 raise ConfigError("the model has no experts; leave it out", f"model.{field.name}")
 
-    def check_expert_sizes(self, arch: Architecture, *, tensor: int, world: int) -> None:
-        """Whether `world` processes can be cut so, with `tensor` ranks for a layer. Raises ConfigError."""
+    def check_expert_sizes(self, arch: Architecture, *, tensor: int, ranks: int) -> None:
+        """Whether the `ranks` of a pipeline stage can be cut so, `tensor` of them for a layer. Raises ConfigError."""
         ep, etp = self.expert_model_parallel_size, self.expert_tensor_parallel_size or tensor
         experts, ffn = arch.num_moe_experts or 0, arch.expert_ffn_hidden_size
         for fault, says, name in (
             (experts % ep, f"{ep} does not divide the {experts} experts", "expert_model_parallel_size"),
             (ffn % etp, f"{etp} does not divide an expert's FFN size {ffn}", "expert_tensor_parallel_size"),
             (
-                world % (ep * etp),
-                f"{ep}, with {etp} ranks for each expert, does not divide the {world} processes",
+                ranks % (ep * etp),
+                f"{ep}, with {etp} ranks for each expert, does not divide the {ranks} ranks of a pipeline stage",
                 "expert_model_parallel_size",
             ),
             (

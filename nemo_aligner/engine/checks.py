@@ -36,11 +36,6 @@ def parallel_sizes(
     arch = read_architecture(path, key=key)
     if arch.peft is not None:
         base_of(path, arch, key=key)
-    if arch.num_moe_experts is not None:
-        pipeline = 1 if pipeline == -1 else pipeline
-        for size, name in ((pipeline, "pipeline_model_parallel_size"), (context, "model.context_parallel_size")):
-            if size > 1:
-                raise ConfigError(f"{size} is not supported for a model with experts, only 1", name)
     world, there = trainer.devices * trainer.num_nodes, "trainer.devices × trainer.num_nodes"
     if context < 1 or world % context:
         raise ConfigError(f"{context} does not divide {there} = {world}", "model.context_parallel_size")
@@ -90,7 +85,8 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
     if arch.num_moe_experts is not None:
         if model.peft.lora is not None:
             raise ConfigError("a model with experts is trained whole; leave it out", "model.peft.peft_scheme")
-        model.check_expert_sizes(arch, tensor=tensor, world=trainer.devices * trainer.num_nodes)
+        stage = trainer.devices * trainer.num_nodes // pipeline
+        model.check_expert_sizes(arch, tensor=tensor, ranks=stage)
         if tensor > 1 and not model.sequence_parallel:
             raise ConfigError(
                 "a model with experts is trained with tensor_model_parallel_size above 1 only if this is True",

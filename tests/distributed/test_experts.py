@@ -1,7 +1,8 @@
 """A model with experts gives the same numbers however its experts are cut: losses, norms of gradients, text, rewards.
 
-Experts over 2 ranks that are data-parallel or tensor-parallel ones, whole or themselves cut in two, over 2 and 4
-processes against one, and on pretend GPUs; and a checkpoint of one cut goes on in another, with its optimizer.
+Experts over 2 ranks that are data-, tensor- or context-parallel ones, whole or themselves cut in two, layers over
+pipeline stages, over 2 and 4 processes against one, and on pretend GPUs; and a checkpoint of one cut goes on in another,
+with its optimizer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,19 @@ CUTS = {
     "EP 2 of TP 2": (2, Cut(tensor=2, expert=2, expert_tensor=1)),
     "EP 2 on GPUs": (2, Cut(expert=2, gpus=True)),
     "EP 2, ETP 2": (4, Cut(expert=2, expert_tensor=2)),
+    "EP 2 of CP 2": (2, Cut(context=2, expert=2)),
+    "PP 2": (2, Cut(pipeline=2)),
+    "EP 2, PP 2": (4, Cut(pipeline=2, expert=2)),
 }
-RESUMED = [("one", "EP 2"), ("EP 2", "one"), ("EP 2, ETP 2", "EP 2 of TP 2")]
+MORE = {
+    "PP 2": {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"},
+    "EP 2, PP 2": {"virtual_pipeline_model_parallel_size": 2},
+}
+RESUMED = [
+    ("one", "EP 2"), ("EP 2", "one"), ("EP 2, ETP 2", "EP 2 of TP 2"), ("EP 2, PP 2", "PP 2"), ("PP 2", "EP 2 of CP 2"),
+]  # fmt: skip
+WRITTEN = ["EP 2", "EP 2, ETP 2", "EP 2, PP 2"]
+LAYERS = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
 
 
 def write_archives(cluster: Any, folder: Path) -> None:
@@ -42,21 +54,23 @@ def write_archives(cluster: Any, folder: Path) -> None:
     from nemo_aligner.engine.model.build import RunOptions, build_model
 
     for name, kind in (("policy", None), ("reward", "binary_ranking")):
-        arch = replace(EXPERTS, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind)
+        arch = replace(EXPERTS, **LAYERS, vocab_size=259, tokenizer=BYTE_TOKENIZER, reward_model_type=kind)
         torch.manual_seed(3)
         tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
         nemo_archive.save_archive(folder / f"{name}.nemo", build_model(arch, RunOptions()), arch, tokenizer, cluster)
 
 
-def overrides(cluster: Any, path: Path) -> ModelOverrides:
+def overrides(cluster: Any, path: Path, name: str) -> ModelOverrides:
     # micro-batches of one row each: a load-balancing loss of the micro-batch is then the same for any number of ranks
     return ModelOverrides(
         restore_from_path=str(path),
         expert_model_parallel_size=cluster.ep,
         expert_tensor_parallel_size=cluster.etp,
+        context_parallel_size=cluster.cp,
         sequence_parallel=cluster.tp > 1,
         moe_aux_loss_coeff=0.2,
         moe_z_loss_coeff=0.01,
+        **MORE.get(name, {}),
     )
 
 
@@ -67,7 +81,7 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
 
     trainer = TrainerConfig(precision="32")
-    policy = load_policy_for_training(overrides(cluster, folder / "policy.nemo"), trainer, cluster)
+    policy = load_policy_for_training(overrides(cluster, folder / "policy.nemo", name), trainer, cluster)
     policy.add_optimizer(OPTIM, clip_grad=1.0, max_steps=4)
     found: dict[str, Any] = {"through Megatron": through_megatron(cluster, policy)}
     found["logprobs"] = [row.tolist() for row in policy.logprobs(ROWS, 2)]
@@ -87,7 +101,7 @@ def measure(cluster: Any, folder: Path, name: str) -> None:
     found["greedy text"] = greedy(cluster, policy)
     policy.save_nemo(folder / f"{name}.nemo")
     judge = load_reward_model_for_training(
-        overrides(cluster, folder / "reward.nemo"), trainer, cluster, reward_model_type="binary_ranking"
+        overrides(cluster, folder / "reward.nemo", name), trainer, cluster, reward_model_type="binary_ranking"
     )
     judge.add_optimizer(OPTIM, clip_grad=1.0, max_steps=4)
     found["rewards"] = judge.score(ROWS, 3)
@@ -121,7 +135,7 @@ def resume(cluster: Any, folder: Path, written: str, read: str) -> None:
     from nemo_aligner.engine.policy import load_policy_for_training
 
     policy = load_policy_for_training(
-        overrides(cluster, folder / "policy.nemo"), TrainerConfig(precision="32"), cluster
+        overrides(cluster, folder / "policy.nemo", read), TrainerConfig(precision="32"), cluster
     )
     policy.add_optimizer(OPTIM, clip_grad=1.0, max_steps=4)
     policy.load_training_state(folder / f"checkpoint {written}")
@@ -153,7 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_jobs(1, [Job(Cut(), write_archives, (folder,)), Job(Cut(), measure, (folder, "one"))])
     for world in (4, 2):
         run_jobs(world, list(jobs(folder, world)))
-    last = [Job(Cut(), read_again, (folder, name)) for name in ("one", "EP 2", "EP 2, ETP 2")]
+    last = [Job(Cut(), read_again, (folder, name)) for name in ("one", *WRITTEN)]
     run_jobs(1, [Job(Cut(), resume, (folder, "EP 2", "one")), *last])
     return folder
 
@@ -179,7 +193,7 @@ def test_a_checkpoint_of_one_cut_goes_on_in_another(written: str, read: str, fol
         close(resumed[key], one[key], 2e-3)
 
 
-@pytest.mark.parametrize("cut", ["EP 2", "EP 2, ETP 2"])
+@pytest.mark.parametrize("cut", WRITTEN)
 def test_an_archive_written_by_any_cut_is_that_of_one_process(cut: str, folder: Path) -> None:
     found, one = (json.loads((folder / f"{name} read.json").read_text()) for name in (cut, "one"))
     close(found, one, 2e-3)

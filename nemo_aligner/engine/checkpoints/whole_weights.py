@@ -64,16 +64,19 @@ def _name(key: str, saved: str, front: list[int]) -> str:
     """The whole tensor that `key` of this rank's state is a part of; `front`: where it is along the axes in front.
 
     A layer's tensor is named by its own stage's count of layers, an expert's by its own rank's count of experts, and
-    its place says which it is of all. Layers that are not alike have no axis, and are not cut over stages. Norms are
-    named as modules of their own, also where they are part of Transformer Engine's products.
+    its place says which it is of all. Layers that are not alike have no axis: there the name that is `saved` says which
+    one it is. Norms are named as modules of their own, also where they are part of Transformer Engine's products.
     """
     if ".local_experts." in key:
         key = re.sub(r"\.local_experts\.\d+\.", f".local_experts.{front.pop()}.", key)
-    elif not front and ".layers." not in key:
-        return saved
+    if not front:
+        layer = re.search(r"\.layers\.(\d+)\.", saved)
+        if layer is None:
+            return saved
+        front = [int(layer[1])]
     for fused, own in _FUSED_NORMS.items():
         key = key.replace(fused, own)
-    return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key) if front else key
+    return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key)
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:

@@ -17,19 +17,22 @@ from torch import Tensor
 from nemo_aligner.algorithms.shared_prefix import Layout, Suffixes
 from nemo_aligner.engine.kernels.stream_attention import Spans, spans_of
 from nemo_aligner.engine.model.context import ContextPart
+from nemo_aligner.engine.model.experts import RowsOfPlaces
 
 
 class StreamParams(PackedSeqParams):
     """What the model is told of a stream: Megatron hands it to every attention, through recomputation too.
 
     `wanted` `[N']` int64: those of this rank's places whose logits are asked for; None = all. `longest`: tokens of the
-    longest row. `part`: which places are this rank's; None = all.
+    longest row. `part`: which places are this rank's; None = all. `members`: whose they are, for losses of routers,
+    where there are some in training.
     """
 
     layout: Layout
     wanted: Tensor | None
     spans: Spans
     part: ContextPart | None
+    members: RowsOfPlaces | None = None
 
     def __init__(self, layout: Layout, wanted: Tensor | None, longest: int, part: ContextPart | None = None) -> None:
         # Megatron makes its rotary table as long as the longest

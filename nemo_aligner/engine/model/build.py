@@ -19,12 +19,13 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.model.attention import SdpaCoreAttention, StreamParams
-from nemo_aligner.engine.model.experts import RouterLosses, expert_settings, expert_spec
+from nemo_aligner.engine.model.experts import ExpertLayer, RouterLosses, expert_settings, expert_spec
 from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAttention, silu_gate
 from nemo_aligner.engine.model.interleaved import InterleavedStages
 from nemo_aligner.engine.model.libraries import Libraries
@@ -242,12 +243,14 @@ def _block_spec(
     if arch.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = qk_norm
     layers = [spec] * get_num_layers_to_build(config, chunk)
-    if arch.num_moe_experts is not None:  # which are not cut over stages, so these are all layers
+    if arch.num_moe_experts is not None:
+        first = get_transformer_layer_offset(config, chunk)
         experts = copy.deepcopy(spec)
+        experts.module = ExpertLayer
         experts.submodules.pre_mlp_layernorm = norm
         experts.submodules.mlp = expert_spec(arch, losses, silu_gate if config.use_te_activation_func else None)
         del experts.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # a part of no linear layer
-        layers = [experts if arch.has_experts(layer) else spec for layer in range(arch.num_layers)]
+        layers = [experts if arch.has_experts(first + i) else spec for i in range(len(layers))]
     # of a layer alone Megatron would make a block whose last norm refuses sequence parallelism
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -10,20 +10,26 @@ of a token's router logits z_ti over experts, m_ti is 1 where it goes to expert 
 v_r is the share of row r in what the micro-batch counts (its targets; rows of pairs count alike), and each micro-batch
 weighs as much as it counts: so `seq_aux_loss` and z loss of a batch are the same in whatever micro-batches, while
 `aux_loss` is of those that meet in one. A token that rows share counts once for each of them; padding never does.
+
+With pipeline stages a rank has several micro-batches under way, and recomputes one amid others: what belongs to a
+micro-batch, `RowsOfPlaces`, goes with it through the layers.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
@@ -33,18 +39,24 @@ from nemo_aligner.config.architecture import Architecture
 class RowsOfPlaces:
     """Which rows the places of a stream belong to: `member` `[R, N]` float32 of 0 and 1 for this rank's places.
 
-    `lengths` `[R]` are T_r, `shares` `[R]` v_r, float32.
+    `lengths` `[R]` are T_r, `shares` `[R]` v_r, float32; `count` is what the micro-batch counts. `found`: what the
+    losses of each layer come to, [load balancing, z], as far as this rank's places have them.
     """
 
     member: Tensor
     lengths: Tensor
     shares: Tensor
+    count: Tensor
+    found: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, places: Tensor, lengths: Tensor, counts: Tensor, size: int, own: slice) -> RowsOfPlaces:
-        """Of a stream of `size` places, of which this rank has `own`; `places` `[R, S]` as in Layout.
+    def of(
+        cls, places: Tensor, lengths: Tensor, counts: Tensor, size: int, own: Tensor, rows_of_one: int = 1
+    ) -> RowsOfPlaces:
+        """Of a stream of `size` places, of which this rank has `own` `[N]`; `places` `[R, S]` as in Layout.
 
-        `counts` `[R]`: what each row counts for; where nothing counts, all rows have the same share.
+        `counts` `[R]`: what each row counts for; where nothing counts, all rows have the same share. `rows_of_one`:
+        rows that count as one, two of a pair.
         """
         member = torch.zeros(len(places), size, device=places.device)
         rows, tokens = (torch.arange(places.size(1), device=places.device) < lengths[:, None]).nonzero(as_tuple=True)
@@ -52,24 +64,20 @@ class RowsOfPlaces:
         counts = counts.float()
         total = counts.sum()
         shares = torch.where(total > 0, counts / total, 1 / len(places))
-        return cls(member[:, own].contiguous(), lengths.float(), shares)
+        return cls(member[:, own].contiguous(), lengths.float(), shares, total / rows_of_one)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RouterLosses:
-    """The losses of all routers of a model over the micro-batch in training: `rows` is None while none is.
+    """The losses of all routers of a model.
 
-    A router's loss joins the graph at the router, for recomputed layers have no graph when the loss is known. Its
-    weight, the micro-batch's count, is known only then, and is read in the backward pass.
+    A router's loss joins the graph at the router, for recomputed layers have no graph when the loss is known.
     """
 
     kind: str
     coeff: float
     z_coeff: float
     topk: int
-    rows: RowsOfPlaces | None = None
-    weight: Tensor | None = None
-    found: dict[int, Tensor] = field(default_factory=dict)  # by layer: [load balancing, z] of this rank's places
 
     @classmethod
     def of(cls, arch: Architecture) -> RouterLosses:
@@ -82,30 +90,20 @@ class RouterLosses:
     def asked(self) -> bool:
         return self.coeff > 0 or self.z_coeff > 0
 
-    def begin(self, rows: RowsOfPlaces | None) -> None:
-        """The next forward pass is of these rows, in training; None: of none."""
-        self.rows, self.weight = rows, None
-        self.found.clear()
-
-    def join(self, layer: int, logits: Tensor, probs: Tensor, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def join(self, rows: RowsOfPlaces, layer: int, logits: Tensor, probs: Tensor, chosen: Tensor) -> Tensor:
         """`probs`, through whose gradient the layer's losses add theirs; logits, probs and chosen are `[N, E]`.
 
-        Places are cut over `group` (sequence parallelism): each rank has the part of the losses that its places have.
+        Where places are cut over ranks, each has the part of the losses that its places have.
         """
-        if self.rows is None:
-            return probs
-        values = self._values(logits.float(), chosen, group)
-        self.found[layer] = values.detach()
+        values = self._values(rows, logits.float(), chosen)
+        rows.found[layer] = values.detach()
         if not torch.is_grad_enabled():
             return probs
-        return _Joined.apply(probs, values @ values.new_tensor([self.coeff, self.z_coeff]), self)
+        return _Joined.apply(probs, values @ values.new_tensor([self.coeff, self.z_coeff]), rows.count)
 
-    def _values(self, logits: Tensor, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
-        rows, experts = self.rows, logits.size(1)
-        assert rows is not None
-        tokens = rows.member @ chosen.float()  # [R, E]
-        if group.size() > 1:
-            dist.all_reduce(tokens, group=group)
+    def _values(self, rows: RowsOfPlaces, logits: Tensor, chosen: Tensor) -> Tensor:
+        experts = logits.size(1)
+        tokens = _summed(rows.member @ chosen.float(), _ranks_of_places())  # [R, E]
         scores = rows.member @ logits.softmax(-1)
         if self.kind == "seq_aux_loss":
             balance = (rows.shares / rows.lengths.square() * (tokens * scores).sum(1)).sum()
@@ -114,31 +112,45 @@ class RouterLosses:
         squares = rows.member @ logits.logsumexp(-1).square()
         return torch.stack([balance * experts / self.topk, (rows.shares / rows.lengths * squares).sum()])
 
-    def sums(self, count: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
-        """What there is to report of the micro-batch, times its `count`: each loss, summed over layers."""
-        if not self.found:
-            return {}
-        values = torch.stack([self.found[layer] for layer in sorted(self.found)]).sum(0)
+    def sums(self, microbatches: Sequence[RowsOfPlaces]) -> list[dict[str, Tensor]]:
+        """What there is to report of each micro-batch, times its count: each loss, summed over layers. Collective."""
+        own = [torch.stack([*rows.found.values(), rows.lengths.new_zeros(2)]).sum(0) for rows in microbatches]
+        values = _summed(torch.stack(own), _ranks_of_places(), parallel_state.get_pipeline_model_parallel_group())
+        named = (("load_balancing_loss", self.coeff), ("router_z_loss", self.z_coeff))
+        return [
+            {name: value * rows.count for (name, coeff), value in zip(named, pair, strict=True) if coeff > 0}
+            for rows, pair in zip(microbatches, values, strict=True)
+        ]
+
+
+def _ranks_of_places() -> dist.ProcessGroup:
+    """Those that have a stream's places between them (sequence and context parallelism)."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
+def _summed(values: Tensor, *groups: dist.ProcessGroup) -> Tensor:
+    """`values`, in place, summed over the ranks of all groups."""
+    for group in groups:
         if group.size() > 1:
             dist.all_reduce(values, group=group)
-        pairs = zip(("load_balancing_loss", "router_z_loss"), (self.coeff, self.z_coeff), values, strict=True)
-        return {name: value * count for name, coeff, value in pairs if coeff > 0}
+    return values
 
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, loss: Tensor, losses: RouterLosses) -> Tensor:
-        ctx.losses = losses
+    def forward(ctx: Any, probs: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
         return probs.view_as(probs)
 
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, None]:
-        assert ctx.losses.weight is not None
-        return given, ctx.losses.weight, None
+        return given, ctx.weight, None
 
 
 class _Router(TopKRouter):
     """Megatron's, with losses that know rows."""
+
+    rows: RowsOfPlaces | None = None  # of the forward pass that is under way, where it has losses
 
     def __init__(self, *, losses: RouterLosses, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -150,8 +162,18 @@ class _Router(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         probs, chosen = super().routing(logits, padding_mask)
+        if self.rows is None:
+            return probs, chosen
         logits = logits.view(-1, self.num_experts)
-        return self.losses.join(self.layer_number, logits, probs, chosen, self.tp_group), chosen
+        return self.losses.join(self.rows, self.layer_number, logits, probs, chosen), chosen
+
+
+class ExpertLayer(TransformerLayer):
+    """Megatron's, whose router is told which micro-batch it is given."""
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self.mlp.router.rows = None if packed_seq_params is None else packed_seq_params.members
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 def expert_spec(arch: Architecture, losses: RouterLosses, activation: Any) -> ModuleSpec:

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 
-from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Layout, lay_out
+from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, lay_out
 from nemo_aligner.engine.interfaces import Microbatch, Objective
 from nemo_aligner.engine.model.attention import StreamParams
 from nemo_aligner.engine.model.context import context_part, of_all_ranks, places_multiple
@@ -61,7 +61,6 @@ class _Stream:
     places: Tensor  # `[N]`: those of the wanted positions, among this rank's; a prefix's last for each of its rows
     targets: Tensor  # `[N]`: the tokens after them
     ends: Tensor  # `[B]`: the places of the rows' last tokens, among this rank's; −1 for another's
-    members: RowsOfPlaces | None  # for losses of routers, where there are some in training
 
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
@@ -97,27 +96,27 @@ def _stream(microbatch: Microbatch, model: nn.Module) -> _Stream:
     ends = own[torch.arange(len(own)), microbatch.lengths - 1].to(device)
     longest = int(layout.positions.max()) + 1
     on_device = None if part is None else part.to(device)
-    params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest, on_device)
     fields = {name: value.to(device) for name, value in microbatch.fields.items()}
     rows = Microbatch(microbatch.tokens.to(device), microbatch.lengths.to(device), fields)
-    losses = unwrap_model(model).router_losses
-    adds = losses is not None and losses.asked and model.training and torch.is_grad_enabled()
-    members = _members(rows, params.layout, model) if adds else None
-    return _Stream(rows, params, wanted.to(device), places, targets, ends, members)
+    params = StreamParams(layout.to(device), None if config.sequence_parallel else places, longest, on_device)
+    params.members = _members(rows, params, model)
+    return _Stream(rows, params, wanted.to(device), places, targets, ends)
 
 
-def _members(rows: Microbatch, layout: Layout, model: nn.Module) -> RowsOfPlaces:
-    """Whose this rank's places are, with what each row counts for in the objective."""
-    size, own = len(layout.tokens), slice(None)
+def _members(rows: Microbatch, params: StreamParams, model: nn.Module) -> RowsOfPlaces | None:
+    """Whose this rank's places are, with what each row counts for in the objective; None where routers add no loss."""
+    losses, fields, layout = unwrap_model(model).router_losses, rows.fields, params.layout
+    if losses is None or not (losses.asked and fields and model.training and torch.is_grad_enabled()):
+        return None
+    own = torch.arange(len(layout.tokens), device=layout.tokens.device) if params.part is None else params.part.own
     if get_model_config(model).sequence_parallel:
-        part = size // parallel_state.get_tensor_model_parallel_world_size()
-        start = part * parallel_state.get_tensor_model_parallel_rank()
-        own = slice(start, start + part)
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        own = own.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
     if unwrap_model(model).gives_rewards:
-        counts = rows.fields["weights"]
+        counts, rows_of_one = fields["weights"], 2
     else:
-        counts = rows.fields["targets"] if "targets" in rows.fields else rows.fields["loss_mask"].sum(1)
-    return RowsOfPlaces.of(layout.places, rows.lengths, counts, size, own)
+        counts, rows_of_one = fields["targets"] if "targets" in fields else fields["loss_mask"].sum(1), 1
+    return RowsOfPlaces.of(layout.places, rows.lengths, counts, len(layout.tokens), own, rows_of_one)
 
 
 def _run(
@@ -154,8 +153,6 @@ def _run(
     ) -> tuple[Tensor, Callable[..., Any]]:
         stream, mine = next(data)
         params = stream.params
-        if losses is not None:
-            losses.begin(stream.members)
         # no mask: attention takes the layout
         raw = chunk(params.tokens[None], params.positions[None], None, packed_seq_params=params)
         return raw, _counting_nothing(raw) if mine is None else on_raw(raw, stream, mine)
@@ -170,6 +167,9 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=collect,
     )
+    members = [stream.params.members for stream in streams if stream.params.members is not None]
+    if losses is not None and members:  # every stage has some of them, and results only the last
+        results = [found | more for found, more in zip(results, losses.sums(members), strict=False)]
     return results[own][: len(microbatches)]
 
 
@@ -218,10 +218,6 @@ def run_objective(
         def loss_function(_: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             terms = objective(stream.output(model, raw, vocab_size), stream.rows)
             sums = {"loss": terms.loss_sum, "count": terms.count, **terms.metrics}
-            if stream.members is not None:
-                losses = unwrap_model(model).router_losses
-                losses.weight = terms.count
-                sums |= losses.sums(terms.count, parallel_state.get_tensor_model_parallel_group())
             counted = terms.count.int() * mine  # Megatron adds it up over the group, whose ranks have the same
             return terms.loss_sum, counted, {name: value.detach() for name, value in sums.items()}
 

@@ -32,7 +32,7 @@ class InterleavedStages(MegatronModule):
         self.pre_process, self.post_process = first.pre_process, last.post_process
         self.gives_rewards: bool = first.gives_rewards
         self.share_embeddings_and_output_weights: bool = first.share_embeddings_and_output_weights
-        self.adapters = self.router_losses = None
+        self.adapters, self.router_losses = None, first.router_losses
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList(layer for chunk in chunks for layer in chunk.decoder.layers)
         self.decoder.final_layernorm = last.decoder.final_layernorm

@@ -60,7 +60,7 @@ def test_layers_with_experts_are_every_nth_or_those_named() -> None:
     ("changes", "devices", "key", "says"),
     [
         ({"expert_model_parallel_size": 3}, 3, "model.expert_model_parallel_size", "does not divide the 4 experts"),
-        ({"expert_model_parallel_size": 2}, 3, "model.expert_model_parallel_size", "does not divide the 3 processes"),
+        ({"expert_model_parallel_size": 2}, 3, "model.expert_model_parallel_size", "does not divide the 3 ranks of a pipeline stage"),
         ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 5}, 10, "expert_tensor_parallel_size", "12"),
         ({"expert_tensor_parallel_size": 2}, 2, "model.expert_tensor_parallel_size", "is not tensor_model"),
         ({"tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "only if this is True"),

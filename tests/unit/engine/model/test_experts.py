@@ -63,7 +63,6 @@ def router_losses(model: Any, arch: Architecture, shares: Tensor) -> tuple[Tenso
         )
         for n, layer in enumerate(model.decoder.layers)
     ]
-    model.router_losses.begin(None)
     for row in ROWS:
         model(torch.tensor([row]), torch.arange(len(row))[None], None)
     for hook in hooks:
