@@ -50,6 +50,10 @@ class LoraTuning:
         return tuple(linear for linear in _LINEARS["all"] if linear in asked)
 
     @property
+    def of_attention_alone(self) -> bool:
+        return not {*self.linears} - {*_LINEARS["attention"]}
+
+    @property
     def scale(self) -> float:
         return (self.adapter_dim if self.alpha is None else self.alpha) / self.adapter_dim
 

@@ -83,8 +83,11 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
     )
     _check_stages(arch, pipeline, model.virtual_pipeline_model_parallel_size or 1)
     if arch.num_moe_experts is not None:
-        if model.peft.lora is not None:
-            raise ConfigError("a model with experts is trained whole; leave it out", "model.peft.peft_scheme")
+        if model.peft.lora is not None and not model.peft.lora.of_attention_alone:
+            raise ConfigError(
+                "a model with experts has adapters in its attention alone: attention_qkv, attention_dense or attention",
+                "model.peft.lora_tuning.target_modules",
+            )
         stage = trainer.devices * trainer.num_nodes // pipeline
         model.check_expert_sizes(arch, tensor=tensor, ranks=stage)
         if tensor > 1 and not model.sequence_parallel:

@@ -123,8 +123,6 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     arch = read_architecture(base, key="--base")
     if arch.peft is not None or arch.reward_model_type is not None:
         raise CheckpointError(f"--base {base}: an adapter, or a reward model; give a whole policy")
-    if arch.num_moe_experts is not None:
-        raise CheckpointError(f"--base {base}: it has experts, beside which no adapter is read")
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:

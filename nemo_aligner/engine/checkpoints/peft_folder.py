@@ -140,9 +140,11 @@ def from_peft(
 ) -> tuple[LoraTuning, dict[str, Tensor]]:
     """The inverse of `to_peft`; returns `lora` with the layers and the variant that the tensors have."""
     known: dict[tuple[int, str], dict[str, Tensor]] = {}
+    with_adapters = _PARTS if arch.num_moe_experts is None else ("linear_qkv", "linear_proj")
+    places = {part for linear in with_adapters for part in _PARTS[linear]}
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
-        if not found or int(found[1]) >= arch.num_layers or not any(found[2] in parts for parts in _PARTS.values()):
+        if not found or int(found[1]) >= arch.num_layers or found[2] not in places:
             raise CheckpointError(f"the adapter has a tensor that this model has no place for: {name}")
         known.setdefault((int(found[1]), found[2]), {})[found[3]] = tensor
     linears = [linear for linear, parts in _PARTS.items() if any(part in parts for _, part in known)]

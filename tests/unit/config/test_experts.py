@@ -11,6 +11,7 @@ import yaml
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.experts import ExpertOverrides
+from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine import checks
 from nemo_aligner.errors import AlignerError, CheckpointError, ConfigError
@@ -60,25 +61,27 @@ def test_layers_with_experts_are_every_nth_or_those_named() -> None:
     ("changes", "devices", "key", "says"),
     [
         ({"expert_model_parallel_size": 3}, 3, "model.expert_model_parallel_size", "does not divide the 4 experts"),
-        ({"expert_model_parallel_size": 2}, 3, "model.expert_model_parallel_size", "does not divide the 3 ranks of a pipeline stage"),
+        ({"expert_model_parallel_size": 2}, 3, "model.expert_model_parallel_size", "does not divide the 3 ranks of a"),
+        (
+            {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2}, 4,
+            "model.expert_model_parallel_size", "does not divide the 2 ranks of a pipeline stage",
+        ),
         ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 5}, 10, "expert_tensor_parallel_size", "12"),
         ({"expert_tensor_parallel_size": 2}, 2, "model.expert_tensor_parallel_size", "is not tensor_model"),
         ({"tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "only if this is True"),
-        ({"pipeline_model_parallel_size": 2}, 2, "pipeline_model_parallel_size", "with experts, only 1"),
-        ({"context_parallel_size": 2}, 2, "model.context_parallel_size", "with experts, only 1"),
-        ({"peft": {"peft_scheme": "lora"}}, 1, "model.peft.peft_scheme", "trained whole"),
+        (
+            {"peft": PeftConfig("lora", lora_tuning=LoraTuning(target_modules=["attention", "mlp_fc2"]))}, 1,
+            "model.peft.lora_tuning.target_modules", "in its attention alone",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_is_not_supported_is_refused_by_its_key(
     changes: dict[str, Any], devices: int, key: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "read_architecture", lambda path, key: ARCH)
     model = ModelOverrides(restore_from_path="m.nemo")
     for name, value in changes.items():
-        if name == "peft":
-            model.peft.peft_scheme = value["peft_scheme"]
-        else:
-            setattr(model, name, value)
+        setattr(model, name, value)
     with pytest.raises(AlignerError) as caught:
         checks.check_training(TrainerConfig(devices=devices), model, key="model.restore_from_path")
     assert key in str(caught.value)
@@ -87,18 +90,22 @@ def test_a_run_that_is_not_supported_is_refused_by_its_key(
 
 def test_the_cuts_that_are_supported_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "read_architecture", lambda path, key: replace(ARCH, pipeline_model_parallel_size=2))
-    for devices, tensor, ep, etp in (
-        (1, 1, 1, None),
-        (2, 1, 2, 1),
-        (2, 2, 2, 1),
-        (2, 2, 1, 2),
-        (4, 1, 2, 2),
-        (8, 2, 2, 4),
+    for devices, tensor, pipeline, context, ep, etp in (
+        (1, 1, 1, 1, 1, None),
+        (2, 1, 1, 1, 2, 1),
+        (2, 2, 1, 1, 2, 1),
+        (2, 2, 1, 1, 1, 2),
+        (4, 1, 1, 1, 2, 2),
+        (8, 2, 1, 1, 2, 4),
+        (4, 1, 2, 1, 2, 1),
+        (8, 1, 2, 2, 4, 1),
     ):
         model = ModelOverrides(restore_from_path="m.nemo", tensor_model_parallel_size=tensor, sequence_parallel=True)
+        model.pipeline_model_parallel_size, model.context_parallel_size = pipeline, context
+        model.peft.peft_scheme = "lora"
         model.expert_model_parallel_size, model.expert_tensor_parallel_size = ep, etp
         checks.check_training(TrainerConfig(devices=devices), model, key="model.restore_from_path")
-    assert checks.parallel_sizes(TrainerConfig(devices=2), "m.nemo", key="k") == (1, 1)
+    assert checks.parallel_sizes(TrainerConfig(devices=2), "m.nemo", key="k") == (1, 2)
 
 
 @pytest.mark.parametrize(

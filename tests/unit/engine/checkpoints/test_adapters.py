@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture, save_archive
@@ -42,15 +43,17 @@ def processes() -> Iterator[MegatronCluster]:
         yield cluster
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.nemo"
+def write_base(path: Path, arch: Architecture) -> Path:
     with processes() as cluster:
         torch.manual_seed(3)
         tokenizer = FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
-        arch = replace(ARCHIVED, precision="32")
         save_archive(path, build_model(arch, RunOptions()), arch, tokenizer, cluster)
     return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base.nemo", replace(ARCHIVED, precision="32"))
 
 
 def asked(base: Path, lora: LoraTuning = LORA, **more: Any) -> ModelOverrides:
@@ -132,6 +135,29 @@ def test_adapter_merged_archive_and_both_exports_are_the_policy_that_was_trained
     import_adapter(tmp_path / "peft", base, tmp_path / "imported.nemo", precision="32")
     assert same(policy, logprobs(tmp_path / "imported.nemo"))
     assert read_architecture(tmp_path / "imported.nemo").peft["lora_tuning"]["variant"] == variant  # type: ignore[index]
+
+
+def test_an_adapter_beside_experts_is_merged_and_exported_as_it_was_trained(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "experts.nemo", replace(ARCHIVED, precision="32", num_moe_experts=4))
+    policy = trained(base, tmp_path / "adapter.nemo", replace(LORA, target_modules=["attention"]))
+    assert not same(policy, logprobs(base))
+    assert same(policy, logprobs(tmp_path / "adapter.nemo"))
+    export_adapter(tmp_path / "adapter.nemo", tmp_path / "peft")
+    import_adapter(tmp_path / "peft", base, tmp_path / "imported.nemo", precision="32")
+    assert same(policy, logprobs(tmp_path / "imported.nemo"))
+    export_hf(base, tmp_path / "hf")
+    export_hf(tmp_path / "adapter.nemo", tmp_path / "merged")
+    before, after, pairs = (
+        load_file(tmp_path / name)
+        for name in ("hf/model.safetensors", "merged/model.safetensors", "peft/adapter_model.safetensors")
+    )
+    for name in before:
+        module = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        added = torch.zeros(())
+        if f"{module}A.weight" in pairs:
+            added = LORA.scale * pairs.pop(f"{module}B.weight") @ pairs.pop(f"{module}A.weight")
+        torch.testing.assert_close(after[name], before[name] + added)
+    assert not pairs
 
 
 def test_the_peft_library_reads_what_is_written_and_what_it_writes_is_read(base: Path, tmp_path: Path) -> None:
