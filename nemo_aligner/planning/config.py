@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import PRECISIONS, at_least
@@ -36,6 +36,8 @@ class PlanConfig:
     tensor_model_parallel_size: int = -1  # -1 = chosen
     pipeline_model_parallel_size: int = -1  # -1 = chosen
     virtual_pipeline_model_parallel_size: int | None = None  # stages of a pipeline rank in training; null = 1
+    expert_model_parallel_size: int = -1  # ranks that share the experts of a layer in training; -1 = chosen
+    expert_tensor_parallel_size: int | None = None  # ranks that share an expert; null = tensor_model_parallel_size
     sequence_parallel: bool | None = None  # null = with tensor parallelism, where something is trained
     activations_checkpoint_granularity: str = "auto"  # auto = chosen; none, selective or full
     activations_checkpoint_method: str | None = None  # with full: uniform or block
@@ -46,7 +48,10 @@ class PlanConfig:
             raise ConfigError("give either gpus, or the run that is to be checked", "gpus")
         sizes = ("gpus", "gpus_per_node", "seq_length", "prompt_length", "response_length", "micro_batch_size")
         more = ("global_batch_size", "samples_per_prompt", "prompts_in_flight", "forward_micro_batch_size")
-        others = ("virtual_pipeline_model_parallel_size", "activations_checkpoint_num_layers")
+        others = (
+            *("virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size"),
+            "activations_checkpoint_num_layers",
+        )
         at_least(1, **{name: getattr(self, name) for name in (*sizes, *more, *others)})
         for name, allowed in (
             ("task", tuple(TASKS)),
@@ -66,6 +71,7 @@ class PlanConfig:
 def of_run(config: PlanConfig, run: DictConfig, arch: Architecture) -> PlanConfig:
     """`config` with the sizes of a script's config: nothing is left to choose. Raises ConfigError."""
     name = task_of(run)
+    _check_is_counted(run)
     sizes = sizes_of(run, TASKS[name])
     nodes, devices = sizes.pop("num_nodes"), sizes.pop("devices")
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -74,3 +80,11 @@ def of_run(config: PlanConfig, run: DictConfig, arch: Architecture) -> PlanConfi
         sizes["activations_checkpoint_granularity"] = sizes["activations_checkpoint_granularity"] or "none"
     given = {key: value for key, value in sizes.items() if value is not None}
     return replace(config, task=name, gpus=nodes * devices, gpus_per_node=devices, run=None, **given)
+
+
+def _check_is_counted(run: DictConfig) -> None:
+    """Raises ConfigError for what a run may have and `memory` knows nothing of."""
+    for key, without in (("model.context_parallel_size", (None, 1)), ("model.peft.peft_scheme", (None, "none"))):
+        value = OmegaConf.select(run, key)
+        if value not in without:
+            raise ConfigError(f"{value} in {key}, whose memory is not counted here", "run")

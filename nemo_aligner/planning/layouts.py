@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import LaunchError
-from nemo_aligner.planning.memory import Layout, Memory, Work, inference, training
+from nemo_aligner.planning.memory import Memory, Work, inference, training
+from nemo_aligner.planning.parameters import Layout
 
 _RECOMPUTED = 4 / 3
 """Relative time of a step whose forward pass is done twice: forward 1, backward 2."""
-_EACH_TP = 0.08
-"""What every doubling of tensor parallelism costs, inside a node: a rough figure of sums over ranks not hidden."""
+_EACH_CUT = 0.08
+"""What every doubling of tensor or expert parallelism costs: a rough figure of exchanges that are not hidden."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Wish:
     tp: int | None = None
     pp: int | None = None
     vpp: int = 1
+    ep: int | None = None
+    etp: int | None = None  # as tp
     sequence_parallel: bool | None = None
     recomputation: Layout | None = None  # its granularity, method and num_layers
 
@@ -51,7 +55,7 @@ def best_plan(arch: Architecture, cluster: Cluster, work: Work, wish: Wish) -> P
     plans = [_planned(arch, layout, work, wish) for layout in _layouts(arch, cluster, wish)]
     if not plans:
         raise LaunchError(
-            f"{arch.num_attention_heads} heads, {arch.query_groups} groups of them and {arch.num_layers} layers cannot "
+            f"{arch.num_attention_heads} heads, {arch.query_groups} groups of them and {_layers_of(arch)} cannot "
             f"be cut over {cluster.gpus} GPUs, {cluster.gpus_per_node} a node, in the way asked for"
         )
     fitting = [plan for plan in plans if plan.memory.peak <= cluster.memory]
@@ -65,10 +69,17 @@ def best_plan(arch: Architecture, cluster: Cluster, work: Work, wish: Wish) -> P
     return min(fitting, key=lambda plan: (_relative_time(plan, wish), plan.memory.peak))
 
 
+def _layers_of(arch: Architecture) -> str:
+    experts = "" if arch.num_moe_experts is None else f" of {arch.num_moe_experts} experts"
+    return f"{arch.num_layers} layers{experts}"
+
+
 def describe(layout: Layout) -> str:
     """In words, for a line."""
     stages = f"PP {layout.pp}" if layout.vpp == 1 else f"PP {layout.pp} × {layout.vpp}"
     parts = [f"TP {layout.tp}", stages, f"DP {layout.dp}"]
+    if layout.gathers_experts:
+        parts.append(f"EP {layout.ep}" + (f" of TP {layout.expert_tp}" if layout.expert_tp != layout.tp else ""))
     if layout.sequence_parallel:
         parts.append("sequence parallel")
     if layout.granularity is not None:
@@ -88,7 +99,7 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
         recomputations = [wish.recomputation]
     else:  # of attention alone saves nothing: no scores are stored, and q and k would be
         recomputations = [Layout(), Layout(granularity="full")] if wish.trains else [Layout()]
-    whole = (arch.num_attention_heads, arch.query_groups, arch.ffn_hidden_size)
+    whole = (arch.num_attention_heads, arch.query_groups, arch.ffn_hidden_size, arch.expert_ffn_hidden_size)
     for tp in [wish.tp] if wish.tp else _divisors(cluster.gpus_per_node):
         for pp in [wish.pp] if wish.pp else _divisors(arch.num_layers):
             if cluster.gpus % (tp * pp) or any(size % tp for size in whole) or arch.num_layers % (pp * wish.vpp):
@@ -96,15 +107,34 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
             if wish.vpp > 1 and pp == 1:
                 continue
             parallel = tp > 1 and wish.trains if wish.sequence_parallel is None else wish.sequence_parallel
-            for recomputation in recomputations:
+            if arch.num_moe_experts is not None and wish.trains and tp > 1 and not parallel:
+                continue
+            for ep, recomputation in itertools.product(
+                _expert_sizes(arch, cluster.gpus // pp, tp, wish), recomputations
+            ):
                 yield replace(
                     recomputation,
                     tp=tp,
                     pp=pp,
                     vpp=wish.vpp,
                     dp=cluster.gpus // (tp * pp),
+                    ep=ep,
+                    etp=wish.etp,
                     sequence_parallel=parallel and tp > 1,
                 )
+
+
+def _expert_sizes(arch: Architecture, ranks: int, tp: int, wish: Wish) -> list[int]:
+    """Over how many of the `ranks` of a pipeline stage the experts of a layer may be cut."""
+    if arch.num_moe_experts is None or not wish.trains:
+        return [1]
+    etp = wish.etp or tp
+    fits = arch.expert_ffn_hidden_size % etp == 0
+    return [
+        ep
+        for ep in ([wish.ep] if wish.ep else _divisors(arch.num_moe_experts))
+        if fits and arch.num_moe_experts % ep == 0 and ranks % (ep * etp) == 0 and (ep > 1 or etp == tp)
+    ]
 
 
 def _divisors(number: int) -> list[int]:
@@ -119,7 +149,7 @@ def _planned(arch: Architecture, layout: Layout, work: Work, wish: Wish) -> Plan
 def _relative_time(plan: Plan, wish: Wish) -> float:
     """Of a step, up to a factor that layouts share: more communication, idle stages, idle ranks, work done twice."""
     layout, work = plan.layout, plan.work
-    communication = 1 + _EACH_TP * math.log2(layout.tp)
+    communication = 1 + _EACH_CUT * (math.log2(layout.tp) + math.log2(layout.ep))
     taking_turns = communication * layout.pp  # stages without micro-batches to fill them: of a token, or a forward pass
     if not wish.trains:
         return taking_turns

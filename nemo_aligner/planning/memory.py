@@ -2,13 +2,14 @@
 
     weights      2 bytes a parameter in bf16, 4 in float32
     gradients    4: they are summed in float32, in a buffer that is always there
-    optimizer    8 for Adam's two moments, and 4 for the float32 master weights of bf16; over DP ranks when sharded
+    optimizer    8 for Adam's two moments, and 4 for the float32 master weights of bf16; when sharded, over the ranks
+                 that have the same parameters
     phases       what comes on top while a step, a rollout or a scoring pass runs; one at a time
 
-Notation: H hidden size, F FFN size, n query heads, G key/value heads, D head dimension, V padded vocabulary, N tokens
-of a micro-batch. Sizes are in bytes, of the pipeline stage that needs most. What a backward pass reads is counted as
-autograd saves it: on a CPU by the kernels of engine/model/fused.py, on a GPU by torch's operations in Megatron's layers
-(engine/model/attention.py). No S × S scores are stored, and no logits of all tokens in float32.
+Notation: H hidden size, F FFN size, V padded vocabulary, E experts, K of which a token goes to. Sizes are in bytes, of
+the pipeline stage that needs most. What a backward pass reads is counted as autograd saves it: on a CPU by the kernels
+of engine/model/fused.py, on a GPU by torch's operations in Megatron's layers (engine/model/attention.py). No S × S
+scores are stored, and no logits of all tokens in float32. Experts are taken to get as many tokens each.
 """
 
 from __future__ import annotations
@@ -20,24 +21,22 @@ from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN, buck
 from nemo_aligner.algorithms.heads import kernels_take
 from nemo_aligner.algorithms.vocabulary import rows_together
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.planning.parameters import (
+    Layout,
+    gathered_experts,
+    is_gated,
+    kv_size,
+    largest_weight,
+    mixed_size,
+    query_size,
+    stage_layers,
+    stage_parameters,
+    table_size,
+)
 
 _FP32 = 4
 _PREFILLED_TOGETHER = 4096
 """Prompt tokens of one prefill at most, unless a prompt alone has more (engine/generation/scheduler.py)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model is cut over processes, and which activations are computed twice instead of kept."""
-
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1  # stages of a rank
-    dp: int = 1
-    sequence_parallel: bool = False
-    granularity: str | None = None  # as model.activations_checkpoint_*: selective or full
-    method: str = "uniform"  # with full: uniform or block
-    num_layers: int = 1  # with full: layers per recomputed part, or how many layers are recomputed
 
 
 @dataclass(frozen=True)
@@ -85,34 +84,6 @@ class Memory:
         return self.resident + max((sum(parts.values()) for parts in self.phases.values()), default=0)
 
 
-def layer_parameters(arch: Architecture, tp: int) -> int:
-    """Parameters of a decoder layer on one tensor-parallel rank."""
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size // tp
-    query, mixed, fc1 = _query(arch, tp), _mixed(arch, tp), ffn * (2 if is_gated(arch) else 1)
-    weights = hidden * (mixed + query + fc1 + ffn)
-    biases = (mixed if arch.bias or arch.qkv_bias else 0) + (hidden if arch.has_proj_bias else 0)
-    biases += fc1 + hidden if arch.has_mlp_bias else 0
-    heads = 2 * _norm(arch, arch.head_dim) if arch.qk_layernorm else 0
-    return weights + biases + heads + 2 * _norm(arch, hidden)
-
-
-def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Parameters of one process of pipeline stage `stage`, counted from 0."""
-    table = padded_vocab_size(arch, layout.tp) // layout.tp * arch.hidden_size
-    first, last = stage == 0, stage == layout.pp - 1
-    count = arch.num_layers // layout.pp * layer_parameters(arch, layout.tp)
-    if first:
-        count += table
-        count += arch.max_position_embeddings * arch.hidden_size if arch.position_embedding_type != "rope" else 0
-    if last:
-        count += _norm(arch, arch.hidden_size)
-        if arch.reward_model_type is not None:
-            count += arch.hidden_size + 1
-        elif not arch.share_embeddings_and_output_weights or not first:
-            count += table  # tied ones are there twice when the stages are two
-    return count
-
-
 def training(arch: Architecture, layout: Layout, work: Work) -> Memory:
     """Of the process that needs most of a training run; with `work.slots` rollouts and their log-probabilities too."""
     return max((_training_stage(arch, layout, work, stage) for stage in range(layout.pp)), key=lambda m: m.peak)
@@ -122,7 +93,7 @@ def inference(arch: Architecture, layout: Layout, work: Work) -> Memory:
     """Of the process that needs most of a run without training: of generation with `work.slots`, else of scoring."""
 
     def of_stage(stage: int) -> Memory:
-        weights = stage_parameters(arch, layout, stage) * work.item
+        weights = stage_parameters(arch, layout, stage).total * work.item
         phase = _rollouts if work.slots else _scoring
         return Memory(weights, phases={"generation" if work.slots else "scoring": phase(arch, layout, work, stage)})
 
@@ -131,45 +102,47 @@ def inference(arch: Architecture, layout: Layout, work: Work) -> Memory:
 
 def _training_stage(arch: Architecture, layout: Layout, work: Work, stage: int) -> Memory:
     count = stage_parameters(arch, layout, stage)
-    states = (2 if work.item == _FP32 else 3) * _FP32 * count // (layout.dp if work.sharded else 1)
+    updated = count.of_optimizer(layout, sharded=work.sharded)
     phases = {
         "forward and backward": _step(arch, layout, work, stage),
-        "optimizer step": {"temporary": _update(arch, layout, work, stage, count)},
+        "optimizer step": {"temporary": _update(arch, layout, work, stage, updated)},
     }
     if work.slots:
         phases["rollouts"] = _rollouts(arch, layout, work, stage)
         phases["log-probabilities"] = _scoring(arch, layout, work, stage)
-    weights = count * work.item
+    weights = count.total * work.item
     kept = weights if work.keeps_initial else 0
     return Memory(
         weights=weights,
-        gradients=count * _FP32,
-        optimizer=states,
+        gradients=count.total * _FP32,
+        optimizer=(2 if work.item == _FP32 else 3) * _FP32 * updated,
         initial_policy=kept if work.on_cpu else 0,
         host=0 if work.on_cpu else 2 * kept,  # the policy's own lie there while the initial ones are on the device
         phases=phases,
     )
 
 
-def _update(arch: Architecture, layout: Layout, work: Work, stage: int, count: int) -> int:
+def _update(arch: Architecture, layout: Layout, work: Work, stage: int, updated: int) -> int:
     """Clipping scales one tensor at a time; torch's Adam on a GPU takes all square roots at once."""
-    clipped = _largest(arch, layout, stage) * _FP32
-    return clipped if work.on_cpu else max(clipped, count * _FP32 // (layout.dp if work.sharded else 1))
+    clipped = largest_weight(arch, layout, stage) * _FP32
+    return clipped if work.on_cpu else max(clipped, updated * _FP32)
 
 
 def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[str, int]:
     """The larger of two moments: the loss, when all is saved, and the backward pass of the first layer that is over."""
     layers, tokens = arch.num_layers // (layout.pp * layout.vpp), work.tokens  # of one of the rank's stages
-    whole = saved_by_layer(arch, layout, work) * tokens
+    kinds = [arch.has_experts(layer) for layer in stage_layers(arch, layout, stage)]
+    saved_by = {kind: saved_by_layer(arch, layout, work, experts=kind) * tokens for kind in set(kinds)}
+    whole, largest = sum(saved_by[kind] for kind in kinds) // len(kinds), max(saved_by.values())  # of a layer
     given = _wide(arch, layout) * work.item * tokens  # what a layer takes and gives
     ends = _saved_at_ends(arch, layout, work, stage)
-    backward = given + (2 if is_gated(arch) else 1) * (arch.ffn_hidden_size // layout.tp) * work.item * tokens
+    backward = given + max(_gradients_at_once(arch, layout, experts=kind) for kind in saved_by) * work.item * tokens
     if layout.granularity == "full":
         length = min(layout.num_layers, layers)
         uniform = layout.method == "uniform"
         begins = (-(-layers // length) if uniform else length) * given
         kept = begins + (0 if uniform else layers - length) * whole
-        recomputed = (length if uniform else 1) * whole
+        recomputed = (length if uniform else 1) * largest
     else:
         begins = kept = layers * whole
         recomputed = _recomputed_at_once(arch, layout, work) * tokens if layout.granularity == "selective" else 0
@@ -182,7 +155,7 @@ def _step(arch: Architecture, layout: Layout, work: Work, stage: int) -> dict[st
     if stage == layout.pp - 1 and arch.reward_model_type is None:
         moments.append({**saved, "logits": _logits(arch, layout, work, work.answers, backward=True)})
     if stage == 0:  # the embedding's gradient comes last
-        table = padded_vocab_size(arch, layout.tp) // layout.tp * arch.hidden_size * work.item
+        table = table_size(arch, layout) * work.item
         moments.append({"activations": others + ends + given, "gradient of the embedding": table})
     return max(moments, key=lambda parts: sum(parts.values()))
 
@@ -197,10 +170,10 @@ def _attending(arch: Architecture, layout: Layout, work: Work) -> int:
 
     The kernel's context is what the next product saves too. torch attends in float32 on a CPU.
     """
-    query, scores = _query(arch, layout.tp), arch.num_attention_heads // layout.tp * _FP32
+    queries, scores = query_size(arch, layout.tp), arch.num_attention_heads // layout.tp * _FP32
     if _has_kernel(arch, work):
-        return _mixed(arch, layout.tp) * work.item + scores
-    elements = 2 * query + _kv(arch, layout.tp)
+        return mixed_size(arch, layout.tp) * work.item + scores
+    elements = 2 * queries + kv_size(arch, layout.tp)
     return elements * (_FP32 if work.on_cpu else work.item) + scores
 
 
@@ -210,10 +183,10 @@ def _recomputed_at_once(arch: Architecture, layout: Layout, work: Work) -> int:
     return feed_forward if _has_kernel(arch, work) else max(_attending(arch, layout, work), feed_forward)
 
 
-def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
-    """Bytes a token that autograd saves of one layer that is not recomputed as a whole."""
+def saved_by_layer(arch: Architecture, layout: Layout, work: Work, *, experts: bool = False) -> int:
+    """Bytes a token that autograd saves of one layer, with `experts` or without, that is not recomputed as a whole."""
     item, wide, tp = work.item, _wide(arch, layout), layout.tp
-    query, kv, ffn = _query(arch, tp), _kv(arch, tp), arch.ffn_hidden_size // tp
+    queries, kv = query_size(arch, tp), kv_size(arch, tp)
     selective = layout.granularity == "selective"
     norms = 2 * ((1 if selective else 2) * wide * item)  # a norm's input and output
     tables = 2 if _has_kernel(arch, work) else 4  # cos and sin, of q and k alike or for each
@@ -222,23 +195,47 @@ def saved_by_layer(arch: Architecture, layout: Layout, work: Work) -> int:
         rotary = 0
     heads = 0
     if arch.qk_layernorm:  # q and k before their norms: on a CPU copies, on a GPU views of q, k and v
-        heads = (query + (kv // 2 if work.on_cpu else kv)) * item
+        heads = (queries + (kv // 2 if work.on_cpu else kv)) * item
     if not selective or _has_kernel(arch, work):  # which is not computed again
         core = _attending(arch, layout, work)
     else:
-        core = (query + kv) * item + (query + kv // 2) * item * (1 if rotary else 0)  # views, unless they were turned
-        heads = max(0, heads - (query + kv) * item)
-    context = query * item
-    return norms + rotary + heads + core + context + _of_feed_forward(arch, work, selective) * ffn * item
+        core = (queries + kv) * item + (queries + kv // 2) * item * (
+            1 if rotary else 0
+        )  # views, unless they were turned
+        heads = max(0, heads - (queries + kv) * item)
+    context = queries * item
+    feed_forward = _of_experts(arch, layout, work) if experts else _of_feed_forward(arch, layout, work, selective)
+    return norms + rotary + heads + core + context + feed_forward
 
 
-def _of_feed_forward(arch: Architecture, work: Work, selective: bool) -> int:
-    """Tensors of the FFN size that autograd saves of a layer: in and out of the activation, and on the way."""
-    if selective:
-        return 2 if is_gated(arch) else 1
+def _of_feed_forward(arch: Architecture, layout: Layout, work: Work, selective: bool) -> int:
+    ffn = arch.ffn_hidden_size // layout.tp * work.item
+    return (2 if is_gated(arch) else 1) * ffn if selective else _of_activation(arch, work) * ffn
+
+
+def _of_activation(arch: Architecture, work: Work) -> int:
+    """Tensors of the FFN size that autograd saves: in and out of the activation, and on the way."""
     if arch.activation in ("swiglu", "fast-swiglu"):
         return 3 if work.on_cpu else 4
     return 5 if is_gated(arch) else 2
+
+
+def _of_experts(arch: Architecture, layout: Layout, work: Work) -> int:
+    """What each expert takes, its activation with and without the router's weight, and what the router makes."""
+    inner = (_of_activation(arch, work) + 1) * arch.expert_ffn_hidden_size // layout.expert_tp
+    return _to_experts(arch, layout) * (arch.hidden_size + inner) * work.item + 3 * _FP32 * (arch.num_moe_experts or 0)
+
+
+def _to_experts(arch: Architecture, layout: Layout) -> int:
+    """Tokens that experts of this process compute for each token of the stream, if all experts get as many."""
+    return arch.moe_router_topk * layout.expert_tp // layout.tp
+
+
+def _gradients_at_once(arch: Architecture, layout: Layout, *, experts: bool) -> int:
+    """Elements a token, in the feed-forward of a layer."""
+    if experts:
+        return 2 * _to_experts(arch, layout) * arch.hidden_size
+    return (2 if is_gated(arch) else 1) * (arch.ffn_hidden_size // layout.tp)
 
 
 def under_way(layout: Layout, work: Work, stage: int) -> int:
@@ -293,6 +290,8 @@ def _rollouts(arch: Architecture, layout: Layout, work: Work, stage: int) -> dic
         "KV cache": kv_cache(arch, layout, work) + fetched * kv_token(arch, layout, work),
         "prefill": _passing(arch, layout, work) * max(prompt, min(_PREFILLED_TOGETHER, fetched)),
     }
+    if layout.gathers_experts:
+        parts["experts gathered"] = gathered_experts(arch, layout, stage) * work.item
     if stage == layout.pp - 1:  # of every slot: in the model's dtype, then float32, shaped, and probabilities
         whole = padded_vocab_size(arch, layout.tp)
         parts["logits"] = work.slots * (whole // layout.tp * work.item + whole * (work.item + 3 * _FP32))
@@ -301,7 +300,7 @@ def _rollouts(arch: Architecture, layout: Layout, work: Work, stage: int) -> dic
 
 def kv_token(arch: Architecture, layout: Layout, work: Work) -> int:
     """Bytes of the keys and values of one token, of this process's layers and heads."""
-    return arch.num_layers // layout.pp * _kv(arch, layout.tp) * work.item
+    return arch.num_layers // layout.pp * kv_size(arch, layout.tp) * work.item
 
 
 def kv_cache(
@@ -320,40 +319,11 @@ def kv_cache(
 def _passing(arch: Architecture, layout: Layout, work: Work) -> int:
     """Bytes a token of what lives at once while a layer runs without a gradient."""
     ffn = (3 if is_gated(arch) else 2) * arch.ffn_hidden_size // layout.tp
-    return (3 * arch.hidden_size + max(ffn, 2 * _query(arch, layout.tp) + _mixed(arch, layout.tp))) * work.item
-
-
-def _largest(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Elements of the largest weight."""
-    fc1 = arch.hidden_size * arch.ffn_hidden_size // layout.tp * (2 if is_gated(arch) else 1)
-    table = padded_vocab_size(arch, layout.tp) // layout.tp * arch.hidden_size
-    return max(fc1, table) if stage in (0, layout.pp - 1) else fc1
-
-
-def is_gated(arch: Architecture) -> bool:
-    return arch.activation.removeprefix("fast-").removeprefix("squared-").removesuffix("-tanh") in (
-        "swiglu",
-        "geglu",
-        "reglu",
-    )
-
-
-def _norm(arch: Architecture, width: int) -> int:
-    return width if arch.normalization == "rmsnorm" else 2 * width
+    if arch.num_moe_experts is not None:  # in and out of the experts, which follow one another
+        ffn = max(ffn, 2 * _to_experts(arch, layout) * arch.hidden_size)
+    return (3 * arch.hidden_size + max(ffn, 2 * query_size(arch, layout.tp) + mixed_size(arch, layout.tp))) * work.item
 
 
 def _wide(arch: Architecture, layout: Layout) -> int:
     """Elements a token of the residual stream."""
     return arch.hidden_size // (layout.tp if layout.sequence_parallel else 1)
-
-
-def _query(arch: Architecture, tp: int) -> int:
-    return arch.num_attention_heads // tp * arch.head_dim
-
-
-def _kv(arch: Architecture, tp: int) -> int:
-    return 2 * arch.query_groups // tp * arch.head_dim
-
-
-def _mixed(arch: Architecture, tp: int) -> int:
-    return _query(arch, tp) + _kv(arch, tp)

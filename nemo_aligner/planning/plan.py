@@ -9,7 +9,8 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.config import PlanConfig
 from nemo_aligner.planning.layouts import Cluster, Plan, Wish, best_plan
-from nemo_aligner.planning.memory import Layout, Work
+from nemo_aligner.planning.memory import Work
+from nemo_aligner.planning.parameters import Layout
 from nemo_aligner.planning.tasks import TASKS, Task
 
 _SLOTS, _FEW_SLOTS = 256, 32
@@ -22,8 +23,7 @@ def make_plan(config: PlanConfig, arch: Architecture) -> tuple[PlanConfig, Plan]
     if config.virtual_pipeline_model_parallel_size is not None and not task.trains:
         key = "virtual_pipeline_model_parallel_size"
         raise ConfigError(f"{config.task} has one stage on each pipeline rank; leave it out", key)
-    if arch.num_moe_experts is not None:
-        raise ConfigError(f"it has {arch.num_moe_experts} experts, whose memory is not counted here", "model")
+    _check_experts(config, arch, task)
     if task.trains and (arch.hidden_dropout or arch.attention_dropout):
         raise ConfigError(
             "it has dropout, and memory is counted without; set its hidden_dropout and attention_dropout to 0.0, and "
@@ -48,6 +48,7 @@ def make_plan(config: PlanConfig, arch: Architecture) -> tuple[PlanConfig, Plan]
         config,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
         sequence_parallel=layout.sequence_parallel,
         activations_checkpoint_granularity=layout.granularity or "none",
         activations_checkpoint_method=layout.method if layout.granularity == "full" else None,
@@ -55,12 +56,22 @@ def make_plan(config: PlanConfig, arch: Architecture) -> tuple[PlanConfig, Plan]
     ), plan
 
 
+def _check_experts(config: PlanConfig, arch: Architecture, task: Task) -> None:
+    """Raises ConfigError where there is nothing that the sizes of experts could cut."""
+    for name, none in (("expert_model_parallel_size", (-1, 1)), ("expert_tensor_parallel_size", (None,))):
+        given = getattr(config, name) not in none
+        if given and arch.num_moe_experts is None:
+            raise ConfigError("the model has no experts; leave it out", name)
+        if given and not task.trains:
+            raise ConfigError(f"{config.task} has every expert on each rank; leave it out", name)
+
+
 def _with_most_prompts(config: PlanConfig, arch: Architecture, cluster: Cluster, wish: Wish) -> tuple[PlanConfig, Plan]:
     """The layout is chosen for a few responses at a time; then as many are decoded at once as it has room for."""
     task, samples = TASKS[config.task], config.samples_per_prompt or 1
     found = replace(config, prompts_in_flight=max(1, _FEW_SLOTS // samples))
     plan = best_plan(arch, cluster, _work(found, task), wish)
-    own = replace(wish, tp=plan.layout.tp, pp=plan.layout.pp, recomputation=plan.layout)
+    own = replace(wish, tp=plan.layout.tp, pp=plan.layout.pp, ep=plan.layout.ep, recomputation=plan.layout)
     while 2 * plan.work.slots <= _SLOTS:
         more = replace(found, prompts_in_flight=2 * (found.prompts_in_flight or 1))
         try:
@@ -122,6 +133,8 @@ def _wish(config: PlanConfig, task: Task) -> Wish:
         tp=None if tensor == -1 else tensor,
         pp=None if pipeline == -1 else pipeline,
         vpp=config.virtual_pipeline_model_parallel_size or 1,
+        ep=None if config.expert_model_parallel_size == -1 else config.expert_model_parallel_size,
+        etp=config.expert_tensor_parallel_size,
         sequence_parallel=config.sequence_parallel,
         recomputation=recomputation,
     )

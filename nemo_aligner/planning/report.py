@@ -42,6 +42,8 @@ def _lines(config: PlanConfig, plan: Plan) -> Iterator[str]:
     sizes = {**asdict(config), "devices": per_node, "num_nodes": config.gpus // per_node}
     for name in ("sequence_parallel", "activations_checkpoint_granularity"):
         sizes[name] = None if sizes[name] in (False, "none") else sizes[name]
+    if plan.arch.num_moe_experts is None:
+        sizes["expert_model_parallel_size"] = None
     yield " \\\n".join(f"  {override}" for override in overrides(sizes, task))
 
 

@@ -17,6 +17,8 @@ _TRAINED = {
     "tensor_model_parallel_size": "model.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "model.pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size": "model.virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size": "model.expert_model_parallel_size",
+    "expert_tensor_parallel_size": "model.expert_tensor_parallel_size",
     "sequence_parallel": "model.sequence_parallel",
     "activations_checkpoint_granularity": "model.activations_checkpoint_granularity",
     "activations_checkpoint_method": "model.activations_checkpoint_method",

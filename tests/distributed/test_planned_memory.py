@@ -20,7 +20,8 @@ from nemo_aligner.engine.model import attention, fused, logprobs
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.trainable import MegatronTrainable
-from nemo_aligner.planning.memory import Layout, Work, training
+from nemo_aligner.planning.memory import Work, training
+from nemo_aligner.planning.parameters import Layout
 from tests.distributed.helpers import Cut, Job, run_jobs
 from tests.fakes import ByteTokenizer
 from tests.live_bytes import LiveBytes
@@ -46,6 +47,10 @@ GPT2 = replace(
     position_embedding_type="learned_absolute",
 )
 JUDGE = replace(LLAMA, reward_model_type="binary_ranking")
+EXPERTS = replace(
+    LLAMA, num_moe_experts=8, moe_ffn_hidden_size=192, moe_aux_loss_coeff=0.1, moe_layer_freq=[0, 1, 1, 1]
+)
+FINE = replace(EXPERTS, num_moe_experts=32, moe_router_topk=4, moe_ffn_hidden_size=64, moe_layer_freq=1)
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -68,6 +73,11 @@ CASES = {
     "gpt2, attention recomputed": (GPT2, BF16, Layout(granularity="selective")),
     "reward model": (JUDGE, BF16, Layout()),
     "reward model, recomputed": (JUDGE, BF16, full("uniform", 1)),
+    "experts": (EXPERTS, BF16, Layout()),
+    "experts, 32": (EXPERTS, FP32, Layout(granularity="selective")),
+    "experts, recomputed": (EXPERTS, BF16, full("uniform", 1)),
+    "many experts": (FINE, BF16, Layout()),
+    "many experts, half of the layers recomputed": (FINE, FP32, full("block", 2)),
 }
 TOKENS, ANSWERS = 384, 256
 
@@ -106,6 +116,8 @@ def measured(
         tp=layout.tp,
         pp=layout.pp,
         vpp=layout.vpp,
+        ep=layout.ep,
+        etp=layout.etp,
         sequence_parallel=layout.sequence_parallel,
         activations_checkpoint_granularity=layout.granularity,
         activations_checkpoint_method=layout.method if layout.granularity == "full" else None,
@@ -168,22 +180,28 @@ def test_without_what_a_cpu_adds_it_takes_what_is_planned_for_a_gpu(
     assert within(plan.peak - plan.resident, found.peak - found.resident), plan.phases
 
 
-def check_every_rank(cluster: MegatronCluster, layout: Layout, work: Work) -> None:
-    found = measured(cluster, LLAMA, FP32, layout, work=work)
+def check_every_rank(cluster: MegatronCluster, arch: Architecture, layout: Layout, work: Work) -> None:
+    found = measured(cluster, arch, FP32, layout, work=work)
     everyone: list[Measured | None] = [None] * cluster.world_size
     torch.distributed.all_gather_object(everyone, found)
     most = max((one for one in everyone if one is not None), key=lambda one: one.peak)
-    plan = training(LLAMA, layout, work)
+    plan = training(arch, layout, work)
     assert within(plan.peak, most.peak), (plan, everyone)
     assert within(plan.resident, most.resident), (plan, everyone)
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(tp=2, pp=2, sequence_parallel=True), Layout(pp=2, vpp=2), Layout(dp=2, granularity="full")],
-    ids=["TP 2, PP 2, sequence parallel", "PP 2 × 2", "DP 2 sharded, recomputed"],
+    ("arch", "layout"),
+    [
+        (LLAMA, Layout(tp=2, pp=2, sequence_parallel=True)),
+        (LLAMA, Layout(pp=2, vpp=2)),
+        (LLAMA, Layout(dp=2, granularity="full")),
+        (EXPERTS, Layout(dp=2, ep=2)),
+        (EXPERTS, Layout(tp=2, sequence_parallel=True, ep=2, etp=1)),
+    ],
+    ids=["TP 2, PP 2, sequence parallel", "PP 2 × 2", "DP 2 sharded, recomputed", "EP 2 sharded", "TP 2, EP 2"],
 )
-def test_the_process_that_takes_most_takes_what_is_planned(layout: Layout) -> None:
+def test_the_process_that_takes_most_takes_what_is_planned(arch: Architecture, layout: Layout) -> None:
     work = Work(TOKENS, ANSWERS, microbatches=2 * layout.vpp, item=4, sharded=layout.dp > 1, on_cpu=True)
-    cut = Cut(tensor=layout.tp, pipeline=layout.pp)
-    run_jobs(layout.tp * layout.pp * layout.dp, [Job(cut, check_every_rank, (layout, work))])
+    cut = Cut(tensor=layout.tp, pipeline=layout.pp, expert=layout.ep, expert_tensor=layout.expert_tp)
+    run_jobs(layout.tp * layout.pp * layout.dp, [Job(cut, check_every_rank, (arch, layout, work))])

@@ -172,8 +172,12 @@ class ExpertLayer(TransformerLayer):
     """Megatron's, whose router is told which micro-batch it is given."""
 
     def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self.mlp.router.rows = None if packed_seq_params is None else packed_seq_params.members
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        router, dispatcher = self.mlp.router, self.mlp.token_dispatcher
+        router.rows = None if packed_seq_params is None else packed_seq_params.members
+        output = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        # what it would keep until its next pass, with the graph of this one: of a recomputed layer input and gradient
+        router.rows = dispatcher.probs = dispatcher.routing_map = None
+        return output
 
 
 def expert_spec(arch: Architecture, losses: RouterLosses, activation: Any) -> ModuleSpec:

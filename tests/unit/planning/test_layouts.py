@@ -15,9 +15,11 @@ from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.config import PlanConfig
 from nemo_aligner.planning.plan import make_plan
+from nemo_aligner.planning.report import report
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = str(ROOT / "conf/model/llama3_8b.yaml")
+MIXTRAL = str(ROOT / "conf/model/mixtral_8x7b.yaml")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -115,10 +117,32 @@ def test_a_shape_with_dropout_is_refused_for_training_alone() -> None:
     make_plan(replace(config, task="labeler"), arch)
 
 
-def test_experts_are_not_counted_and_so_refused() -> None:
-    config = PlanConfig(model=MODEL, gpus=8, gpu_memory_gb=80, seq_length=2048)
-    with pytest.raises(ConfigError, match="model: it has 8 experts"):
-        make_plan(config, replace(shape_of(MODEL), num_moe_experts=8))
+def test_experts_are_cut_as_far_as_they_have_to_be() -> None:
+    arch = shape_of(MIXTRAL)
+    config = PlanConfig(model=MIXTRAL, gpus=64, gpu_memory_gb=80, seq_length=4096, global_batch_size=256)
+    found, plan = make_plan(config, arch)
+    assert plan.layout.ep * plan.layout.pp > 1
+    assert found.expert_model_parallel_size == plan.layout.ep
+    assert f"  model.expert_model_parallel_size={plan.layout.ep}" in report(found, plan)
+    _, alone = make_plan(replace(config, gpu_memory_gb=2000), arch)
+    assert (alone.layout.ep, alone.layout.pp) == (1, 1)
+    asked = replace(config, expert_model_parallel_size=8, expert_tensor_parallel_size=1, tensor_model_parallel_size=4)
+    _, plan = make_plan(asked, arch)
+    assert (plan.layout.ep, plan.layout.expert_tp, plan.layout.sequence_parallel) == (8, 1, True)
+    assert plan.layout.expert_dp * 8 * plan.layout.pp == 64
+    with pytest.raises(LaunchError, match="32 layers of 8 experts cannot be cut"):
+        make_plan(replace(config, expert_model_parallel_size=3), arch)
+    _, drawn = make_plan(replace(asked, task="actor", seq_length=2048), arch)
+    assert drawn.memory.phases["rollouts"]["experts gathered"] > drawn.memory.weights / 2
+
+
+@pytest.mark.parametrize(("task", "model"), [("sft", MODEL), ("sampler", MIXTRAL)])
+def test_sizes_of_experts_are_refused_where_there_is_nothing_to_cut(task: str, model: str) -> None:
+    config = PlanConfig(model=model, gpus=8, gpu_memory_gb=800, task=task, seq_length=2048)
+    make_plan(config, shape_of(model))
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        with pytest.raises(ConfigError, match=name):
+            make_plan(replace(config, **{name: 2}), shape_of(model))
 
 
 def test_work_is_done_twice_only_where_it_has_to_be() -> None:

@@ -15,9 +15,10 @@ from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.model.kept_weights import KeptWeights
 from nemo_aligner.engine.processes.cluster import start_cluster
-from nemo_aligner.planning.memory import Layout, Work, inference, kv_cache, stage_parameters, training, under_way
+from nemo_aligner.planning.memory import Work, inference, kv_cache, training, under_way
+from nemo_aligner.planning.parameters import Layout, gathered_experts, stage_parameters
 from tests.live_bytes import LiveBytes
-from tests.tiny import ARCH
+from tests.tiny import ARCH, EXPERTS
 
 SHAPES = {
     "llama": ARCH,
@@ -28,6 +29,7 @@ SHAPES = {
         ARCH, bias=True, activation="gelu", normalization="layernorm", position_embedding_type="learned_absolute"
     ),
     "reward model": replace(ARCH, reward_model_type="binary_ranking"),
+    "experts": replace(EXPERTS, qk_layernorm=True),
 }
 
 
@@ -35,7 +37,7 @@ SHAPES = {
 def test_parameters_are_counted_to_the_last(shape: str) -> None:
     with start_cluster(TrainerConfig(accelerator="cpu"), tensor=1, pipeline=1):
         model = build_model(SHAPES[shape], RunOptions())
-    assert stage_parameters(SHAPES[shape], Layout(), 0) == sum(p.numel() for p in model.parameters())
+    assert stage_parameters(SHAPES[shape], Layout(), 0).total == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
@@ -43,8 +45,25 @@ def test_ranks_together_have_every_parameter_once(tp: int, pp: int) -> None:
     """Norms are on every tensor-parallel rank, everything else of this shape on one."""
     arch = replace(ARCH, vocab_size=512)
     norms = (2 * arch.num_layers + 1) * arch.hidden_size
-    together = sum(stage_parameters(arch, Layout(tp=tp, pp=pp), stage) for stage in range(pp)) * tp
-    assert together == stage_parameters(arch, Layout(), 0) + (tp - 1) * norms
+    together = sum(stage_parameters(arch, Layout(tp=tp, pp=pp), stage).total for stage in range(pp)) * tp
+    assert together == stage_parameters(arch, Layout(), 0).total + (tp - 1) * norms
+
+
+@pytest.mark.parametrize(("ep", "etp", "vpp"), [(2, 2, 1), (4, 1, 2), (4, 2, 1)])
+def test_experts_are_cut_over_the_ranks_that_share_them(ep: int, etp: int, vpp: int) -> None:
+    """Every rank of a stage has all of the rest, of which tensor-parallel ranks have half each."""
+    arch = replace(EXPERTS, num_layers=8, moe_layer_freq=[0, 1, 1, 0, 1, 1, 1, 1])
+    layout = Layout(tp=2, pp=2, vpp=vpp, dp=4, ep=ep, etp=etp)
+    one = Layout(tp=2)
+    whole = stage_parameters(arch, one, 0)
+    parts = [stage_parameters(arch, layout, stage) for stage in range(2)]
+    assert sum(part.shared for part in parts) == whole.shared
+    assert sum(part.experts for part in parts) * ep * etp == whole.experts * 2
+    assert layout.expert_dp * ep * etp == 8
+    assert parts[0].of_optimizer(layout, sharded=True) == parts[0].shared // 4 + parts[0].experts // layout.expert_dp
+    gathered = sum(gathered_experts(arch, layout, stage) for stage in range(2))
+    assert gathered == whole.experts
+    assert gathered_experts(arch, one, 0) == 0
 
 
 @pytest.mark.parametrize("slots", [3, 8, 13])
@@ -84,7 +103,7 @@ def test_the_initial_policy_takes_its_weights_once_more_on_a_cpu() -> None:
 def test_generation_and_scoring_keep_neither_gradients_nor_optimizer() -> None:
     for slots in (0, 4):
         found = inference(ARCH, Layout(), Work(32, 16, slots=slots))
-        assert found.resident == stage_parameters(ARCH, Layout(), 0) * 2
+        assert found.resident == stage_parameters(ARCH, Layout(), 0).total * 2
         assert found.peak > found.resident
 
 

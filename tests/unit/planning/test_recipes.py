@@ -16,6 +16,7 @@ from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig
+from nemo_aligner.errors import ConfigError
 from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.planning.plan import make_plan
 from nemo_aligner.planning.tasks import TASKS, overrides, task_of
@@ -81,6 +82,14 @@ def test_the_overrides_of_a_plan_are_those_of_its_script(task: str) -> None:
     )
     _, same = make_plan(found, plan.arch)
     assert same == plan
+
+
+def test_a_run_whose_memory_is_not_counted_is_refused() -> None:
+    for key, value in (("context_parallel_size", 2), ("peft.peft_scheme", "lora")):
+        run = OmegaConf.create({"trainer": {"sft": {}}, "model": {}})
+        OmegaConf.update(run, f"model.{key}", value)
+        with pytest.raises(ConfigError, match=f"run: {value} in model.{key}, whose memory is not counted here"):
+            of_run(PlanConfig(model="m", gpu_memory_gb=80, run="r"), run, shape("llama3_8b"))
 
 
 @pytest.mark.processes
