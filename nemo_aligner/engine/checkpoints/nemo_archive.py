@@ -307,8 +307,8 @@ def save_archive(
 ) -> None:
     """Write the archive; collective. It appears whole or not at all: shards, tar, fsync, rename.
 
-    Of a model with adapters these alone where `arch.peft` says so, and all but these where it does not. `weights` are
-    whole Megatron tensors in the place of the model's own.
+    Of a model with adapters these alone where `arch.peft` says so, and where it does not, its weights with these added.
+    `weights` are whole Megatron tensors in the place of the model's own.
     """
     import yaml
 
@@ -328,7 +328,12 @@ def save_archive(
         else:
             state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
         if weights is None:
-            save_sharded(state, staging / WEIGHTS)
+            if model.adapters is not None and arch.peft is None:
+                from nemo_aligner.engine.checkpoints.merged import save_merged
+
+                save_merged(state, staging / WEIGHTS, model, PREFIX)
+            else:
+                save_sharded(state, staging / WEIGHTS)
         else:
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 

@@ -45,8 +45,7 @@ class Piece:
 def pieces(state: ShardedStateDict, prefix: str) -> Iterator[Piece]:
     """Of a model's sharded state, whose names begin with `prefix`."""
     for key, value in state.items():
-        parts = value.build() if isinstance(value, ShardedTensorFactory) else value
-        for shard in _shards(parts):
+        for shard in shards(value):
             front, offsets = (
                 shard.global_offset[: shard.prepend_axis_num],
                 shard.global_offset[shard.prepend_axis_num :],
@@ -79,12 +78,15 @@ def _name(key: str, saved: str, front: list[int]) -> str:
     return re.sub(r"\.layers\.\d+\.", f".layers.{front[0]}.", key)
 
 
-def _shards(value: Any) -> Iterator[ShardedTensor]:
+def shards(value: Any) -> Iterator[ShardedTensor]:
+    """What an entry of a sharded state is written as."""
+    if isinstance(value, ShardedTensorFactory):
+        value = value.build()
     if isinstance(value, ShardedTensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _shards(part)
+            yield from shards(part)
 
 
 class _Newest:

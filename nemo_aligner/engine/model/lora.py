@@ -186,23 +186,14 @@ class Adapters(nn.Module):
         finally:
             self._on = True
 
+    def has(self, weight: nn.Parameter) -> bool:
+        """Whether `weight` has an adapter."""
+        return id(weight) in self._of_weight
+
     def merged(self, weight: nn.Parameter) -> Tensor | None:
         """What `weight` is with its adapter; None for one that has none, and when they are off."""
         adapter = self._of_weight.get(id(weight)) if self._on else None
         return None if adapter is None else adapter.merged()
-
-    @contextmanager
-    def merged_in(self) -> Iterator[None]:
-        """Inside the block the weights themselves are the merged ones, and the adapters off."""
-        before = [(adapter.weight_of_base[0], adapter.weight_of_base[0].data) for adapter in self._each()]
-        for adapter in self._each():
-            adapter.weight_of_base[0].data = adapter.merged()
-        try:
-            with self.off():
-                yield
-        finally:
-            for weight, data in before:
-                weight.data = data
 
     def dissolve(self, model: Any) -> None:
         """Merge for good: `model`, to which they belong, has no adapters afterwards, and all of it may be trained."""

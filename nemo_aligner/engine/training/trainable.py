@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +155,7 @@ class MegatronTrainable:
         if adapters is not None and self._lora is not None and not self._merges_adapter:
             digest = self.archive_hash() if self.cluster.is_main else ""  # rank 0 writes it
             arch.peft = nemo_archive.adapter_entry(self._lora, self._source, digest)
-        with nullcontext() if adapters is None or arch.peft is not None else adapters.merged_in():
-            nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
+        nemo_archive.save_archive(path, self.module, arch, self.tokenizer, self.cluster)
         self._digest = resident.digest_of(path, self.cluster) if adapters is None else None
 
     def stay_in_memory(self) -> None:

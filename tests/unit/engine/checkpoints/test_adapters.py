@@ -28,6 +28,7 @@ from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.reward_model import load_reward_model, load_reward_model_for_training
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
+from tests.live_bytes import LiveBytes
 from tests.tiny import ARCHIVED, rows
 
 pytestmark = pytest.mark.processes
@@ -135,6 +136,17 @@ def test_adapter_merged_archive_and_both_exports_are_the_policy_that_was_trained
     import_adapter(tmp_path / "peft", base, tmp_path / "imported.nemo", precision="32")
     assert same(policy, logprobs(tmp_path / "imported.nemo"))
     assert read_architecture(tmp_path / "imported.nemo").peft["lora_tuning"]["variant"] == variant  # type: ignore[index]
+
+
+def test_merged_weights_are_written_without_a_second_copy_of_all(base: Path, tmp_path: Path) -> None:
+    with processes() as cluster, LiveBytes() as live:
+        policy = load_policy_for_training(asked(base, merge=True), TRAINER, cluster)
+        of_layers = [p for name, p in policy.module.named_parameters() if ".layers." in name]
+        live.restart()
+        before = live.now
+        policy.save_nemo(tmp_path / "merged.nemo")
+    # of one weight: the sum in float32, its cast and the copy of a part
+    assert live.peak - before < 4 * max(p.nbytes for p in of_layers) < sum(p.nbytes for p in of_layers)
 
 
 def test_an_adapter_beside_experts_is_merged_and_exported_as_it_was_trained(tmp_path: Path) -> None:

@@ -91,8 +91,6 @@ def test_the_forward_pass_is_that_of_the_merged_weights(shape: str, cluster: Meg
     plain.module.load_state_dict(dense(model, lora), strict=False)
     torch.testing.assert_close(logits(model.module), logits(plain.module), atol=1e-4, rtol=1e-4)
     assert (logits(plain.module) - base).abs().max() > 0.1
-    with model.module.adapters.merged_in():
-        torch.testing.assert_close(logits(model.module), logits(plain.module), atol=1e-5, rtol=1e-5)
     with model.module.adapters.off():
         assert torch.equal(logits(model.module), base)
 
