@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 
+from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.loading import load_for_inference
 from nemo_aligner.engine.processes.cluster import start_cluster
@@ -31,7 +33,21 @@ OFFLINE: dict[str, Any] = {
     "labeler": (labeler_config, reward_labeler.run),
     "evaluation": (evaluation_config, evaluation.run),
 }
-TRAINERS: dict[str, Any] = {"sft": (sft_config, sft.run), "reward model": (rm_config, reward_training.run)}
+
+
+def adapter_config(folder: Path, archives: Archives, *, merge: bool = False) -> Any:
+    cfg = sft_config(folder, archives)
+    lora = LoraTuning(adapter_dim=3, target_modules=["all"])
+    cfg.model.peft = PeftConfig("lora", merge=merge, lora_tuning=lora)
+    return cfg
+
+
+TRAINERS: dict[str, Any] = {
+    "sft": (sft_config, sft.run),
+    "sft of an adapter": (adapter_config, sft.run),
+    "sft of an adapter, merged": (functools.partial(adapter_config, merge=True), sft.run),
+    "reward model": (rm_config, reward_training.run),
+}
 
 
 def on(
