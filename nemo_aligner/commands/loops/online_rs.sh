@@ -85,7 +85,10 @@ tell() {
 }
 for name in TERM INT USR1 HUP; do trap "tell SIG$name" "$name"; done
 tied=()
-if [[ -z ${LAUNCH:-} ]] && setpriv --pdeathsig KILL true 2>/dev/null; then tied=(setpriv --pdeathsig KILL); fi
+if [[ -z ${LAUNCH:-} ]] && setpriv --pdeathsig KILL true 2>/dev/null; then
+  # or not even begin, where this script ended before the kernel was asked
+  tied=(setpriv --pdeathsig KILL sh -c '[ "$PPID" = "$1" ] && shift && exec "$@"' tied $$)
+fi
 
 # With ONE_PROCESS, the process that runs all commands, which it gets through $to; $from says that one is done.
 host="" to="" from=""
