@@ -158,6 +158,10 @@ def test_the_online_loop_killed_in_every_stage_ends_as_if_never_killed(workshop:
     assert {**line, "seconds": 0} == {**killed, "seconds": 0} | {k: v for k, v in line.items() if "seconds/" in k}
     assert len((tmp_path / "whole/iterations/0.jsonl").read_text().splitlines()) == 4
     assert list((tmp_path / "whole/tensorboard").glob("events.*"))
+    (tmp_path / "killed/iter_0/checkpoints").mkdir(parents=True)  # as a kill leaves it while it is removed
+    again = loop("killed")
+    assert (again.wait(), again.stdout.read() if again.stdout else "") == (0, "")
+    assert not (tmp_path / "killed/iter_0").exists()
 
 
 @pytest.mark.parametrize("method", [[], ["--reinforce"], ["--math"]])

@@ -148,6 +148,7 @@ attended() {
 
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
+if ((iter)); then rm -rf "$RESULT_PATH/iter_$((iter - 1))"; fi # what a kill while it was removed has left
 
 # Seconds of each stage, "<iteration> <stage> <seconds>": a line of 0 when it begins, in case a kill comes before the other
 run_stage() {
