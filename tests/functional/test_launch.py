@@ -34,6 +34,15 @@ def test_plain_python_ends_with_the_rank_that_failed_and_why(how: str, said: str
     assert not [line for line in lines if "gloo" in line], "rank 0 says nothing of what it waited for in vain"
 
 
+def test_plain_python_stops_early_with_a_rank_that_was_told_to_before_they_met() -> None:
+    done = run("python", SCRIPT, "stop", check=False)
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-2:] == [
+        "[rank 1] stopped early: SIGTERM; run the same command again to go on",
+        "stopped early with rank 1; run the same command again to go on",
+    ]
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [("kill", "Signal 9 (SIGKILL)"), ("raise", "rank 1 failed: ValueError: a layer too many")],

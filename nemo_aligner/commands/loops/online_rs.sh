@@ -139,9 +139,10 @@ attended() {
     child=""
     if [[ $answer != done ]]; then host=""; fi
   fi
+  if [[ -z $told ]] && ((status == 138)); then told=SIGUSR1; fi # Slurm's warning, to a stage that had no ear for it yet
   if [[ -n $told ]]; then
     echo "stopped early: $told; run the same command again to go on" >&2
-    ((status == 0 || status == 143)) && status=75
+    ((status == 0 || status == 143 || status == 138)) && status=75
   fi
   if ((status)); then exit "$status"; fi
 }

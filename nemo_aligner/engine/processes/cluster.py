@@ -14,6 +14,7 @@ import torch.distributed as dist
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.processes import standing
 from nemo_aligner.engine.processes.cuda_on_cpu import enable_cpu, hides_gpu, multiplies_bf16
+from nemo_aligner.engine.processes.launch import meeting
 from nemo_aligner.engine.processes.watch import watching
 from nemo_aligner.errors import ConfigError
 
@@ -158,7 +159,7 @@ def start_cluster(
         else:
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
         cluster = MegatronCluster(device)
-        with watching(cluster):
+        with meeting(), watching(cluster):
             yield cluster
     finally:
         parallel_state.destroy_model_parallel()

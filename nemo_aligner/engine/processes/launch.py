@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from nemo_aligner.children import dying_with_parent
 from nemo_aligner.config.schema import TrainerConfig
@@ -30,6 +31,7 @@ _FIRST_WORD_S = 10.0  # for rank 0 to say itself what ended another rank
 _UNTIL_REAPED_S = 2.0
 _OF_A_RUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _siblings: list[subprocess.Popen[bytes]] = []
+_met = threading.Event()  # the ranks have met, and not parted
 
 
 def signal_siblings(number: int) -> None:
@@ -181,7 +183,17 @@ def how_sibling_ended(rank: int) -> str | None:
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
-def end_process(said: str | None) -> None:
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Inside the block the ranks agree when to stop; outside it one that does so leaves the others waiting for it."""
+    _met.set()
+    try:
+        yield
+    finally:
+        _met.clear()
+
+
+def end_process(said: str | None, status: int = EXIT_FAILURE) -> None:
     """Leave at once, with all that this process started, whatever its other threads wait for."""
     import psutil
 
@@ -190,7 +202,7 @@ def end_process(said: str | None) -> None:
             child.kill()
     if said is not None:
         print(said, file=sys.stderr, flush=True)
-    os._exit(EXIT_FAILURE)
+    os._exit(status)
 
 
 def _watch() -> None:
@@ -198,10 +210,12 @@ def _watch() -> None:
     while True:
         statuses = [sibling.poll() for sibling in _siblings]
         for rank, status in enumerate(statuses, 1):
-            # who stopped early on purpose did so together with rank 0, which ends by itself
-            if status not in (None, 0, EXIT_STOPPED_EARLY):
-                time.sleep(_FIRST_WORD_S)
-                end_process(f"error: rank {rank} {how_sibling_ended(rank)}; what it said is above")
+            if status in (None, 0) or (status == EXIT_STOPPED_EARLY and _met.is_set()):
+                continue  # who stopped early on purpose did so together with rank 0, which ends by itself
+            time.sleep(_FIRST_WORD_S)
+            if status == EXIT_STOPPED_EARLY:
+                end_process(f"stopped early with rank {rank}; run the same command again to go on", status)
+            end_process(f"error: rank {rank} {how_sibling_ended(rank)}; what it said is above")
         if None not in statuses:
             return
         time.sleep(0.2)
