@@ -91,14 +91,22 @@ def output_in(folder: Path, key: str, value: str | None) -> list[str]:
 
 def _attended(command: Sequence[str]) -> int:
     """Exit status, as a shell has it, of a command that gets this process's signals, and dies with it."""
-    child = subprocess.Popen(command, preexec_fn=dying_with_parent())
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # what came while it was being started
 
     def tell(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGINT:  # which a terminal sends to both
+        if number == signal.SIGINT:  # which a terminal sends to both
+            return
+        if child is None:
+            early.append(number)
+        else:
             child.send_signal(number)
 
     old = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
+        child = subprocess.Popen(command, preexec_fn=dying_with_parent())
+        for number in early:
+            child.send_signal(number)
         status = child.wait()
         return status if status >= 0 else 128 - status
     finally:
