@@ -10,10 +10,11 @@ from typing import Any
 from nemo_aligner.config.fixed import LORA, check_fixed
 from nemo_aligner.errors import CheckpointError, ConfigError
 
+ATTENTION = ("linear_qkv", "linear_proj")
 _LINEARS = {
     "attention_qkv": ("linear_qkv",),
     "attention_dense": ("linear_proj",),
-    "attention": ("linear_qkv", "linear_proj"),
+    "attention": ATTENTION,
     "mlp_fc1": ("linear_fc1",),
     "mlp_fc2": ("linear_fc2",),
     "mlp": ("linear_fc1", "linear_fc2"),
@@ -51,7 +52,7 @@ class LoraTuning:
 
     @property
     def of_attention_alone(self) -> bool:
-        return not {*self.linears} - {*_LINEARS["attention"]}
+        return {*self.linears} <= {*ATTENTION}
 
     @property
     def scale(self) -> float:

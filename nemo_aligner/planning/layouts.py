@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.errors import LaunchError
+from nemo_aligner.config.experts import ExpertOverrides
+from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.memory import Memory, Work, inference, training
 from nemo_aligner.planning.parameters import Layout
 
@@ -128,13 +130,12 @@ def _expert_sizes(arch: Architecture, ranks: int, tp: int, wish: Wish) -> list[i
     """Over how many of the `ranks` of a pipeline stage the experts of a layer may be cut."""
     if arch.num_moe_experts is None or not wish.trains:
         return [1]
-    etp = wish.etp or tp
-    fits = arch.expert_ffn_hidden_size % etp == 0
-    return [
-        ep
-        for ep in ([wish.ep] if wish.ep else _divisors(arch.num_moe_experts))
-        if fits and arch.num_moe_experts % ep == 0 and ranks % (ep * etp) == 0 and (ep > 1 or etp == tp)
-    ]
+    found = []
+    for ep in [wish.ep] if wish.ep else _divisors(arch.num_moe_experts):
+        with contextlib.suppress(ConfigError):  # a run that is cut so would be refused
+            ExpertOverrides(ep, wish.etp).check_expert_sizes(arch, tensor=tp, ranks=ranks)
+            found.append(ep)
+    return found
 
 
 def _divisors(number: int) -> list[int]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from torch import Tensor, nn
 
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.sharded import save_sharded
 from nemo_aligner.engine.checkpoints.streamed import Streamed
-from nemo_aligner.engine.checkpoints.whole_weights import shards
+from nemo_aligner.engine.checkpoints.whole_weights import Newest, shards
 
 
 def save_merged(state: ShardedStateDict, folder: Path, model: Any, prefix: str) -> None:
@@ -19,35 +21,25 @@ def save_merged(state: ShardedStateDict, folder: Path, model: Any, prefix: str) 
 
     Raises OutputError when the disk says no.
     """
-    newest, makers = _Newest(model.adapters), {}
-    weights = dict(model.named_parameters())
-    for name, value in state.items():
-        weight = weights.get(name.removeprefix(prefix))
-        if weight is not None and model.adapters.has(weight):
-            for shard in shards(value):
-                makers[shard.key, tuple(shard.global_offset)] = _maker(shard, weight, newest)
+    adapters = model.adapters
+    weights = {f"{prefix}{name}": weight for name, weight in model.named_parameters() if adapters.has(weight)}
+    newest = Newest(
+        LazyTensors(
+            {name: LazyTensor(weight.to("meta"), partial(adapters.merged, weight)) for name, weight in weights.items()}
+        )
+    )
+    makers = {
+        (shard.key, tuple(shard.global_offset)): _maker(shard, name, weight, newest)
+        for name, weight in weights.items()
+        for shard in shards(state[name])
+    }
     save_sharded(state, folder, Streamed(makers))
 
 
-class _Newest:
-    """Adds the adapter to a weight once for all of its parts that follow one another."""
-
-    def __init__(self, adapters: Any) -> None:
-        self._adapters = adapters
-        self._of: nn.Parameter | None = None
-        self._merged: Tensor | None = None
-
-    def __call__(self, weight: nn.Parameter) -> Tensor:
-        if weight is not self._of or self._merged is None:
-            self._merged = None  # before the next one is there
-            self._of, self._merged = weight, self._adapters.merged(weight)
-        return self._merged
-
-
-def _maker(shard: ShardedTensor, weight: nn.Parameter, newest: _Newest) -> Callable[[], Tensor]:
+def _maker(shard: ShardedTensor, name: str, weight: nn.Parameter, newest: Newest) -> Callable[[], Tensor]:
     """`shard` is of `weight` or, as the halves of a gated layer, of a part of it."""
     part = shard.data
     assert part is not None
     size, strides, start = part.shape, part.stride(), part.storage_offset() - weight.storage_offset()
     shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
-    return lambda: newest(weight).as_strided(size, strides, start).reshape(shape)
+    return lambda: newest[name].as_strided(size, strides, start).reshape(shape)

@@ -327,18 +327,17 @@ def save_archive(
             state = without_frozen(state, model, PREFIX)
         else:
             state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
-        if weights is None:
-            if model.adapters is not None and arch.peft is None:
-                from nemo_aligner.engine.checkpoints.merged import save_merged
-
-                save_merged(state, staging / WEIGHTS, model, PREFIX)
-            else:
-                save_sharded(state, staging / WEIGHTS)
-        else:
+        if weights is not None:
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 
             with weights.counted("writing", show=cluster.is_main) as tensors:
                 save_whole(state, staging / WEIGHTS, tensors, PREFIX)
+        elif model.adapters is None or arch.peft is not None:
+            save_sharded(state, staging / WEIGHTS)
+        else:
+            from nemo_aligner.engine.checkpoints.merged import save_merged
+
+            save_merged(state, staging / WEIGHTS, model, PREFIX)
         with together(cluster), writing(path):
             if cluster.is_main:
                 (staging / CONFIG).write_text(yaml.safe_dump(arch.to_nemo(), sort_keys=False))

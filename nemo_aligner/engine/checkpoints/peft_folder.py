@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.config.peft import LoraTuning
+from nemo_aligner.config.peft import ATTENTION, LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import read_json
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
@@ -140,7 +140,7 @@ def from_peft(
 ) -> tuple[LoraTuning, dict[str, Tensor]]:
     """The inverse of `to_peft`; returns `lora` with the layers and the variant that the tensors have."""
     known: dict[tuple[int, str], dict[str, Tensor]] = {}
-    with_adapters = _PARTS if arch.num_moe_experts is None else ("linear_qkv", "linear_proj")
+    with_adapters = _PARTS if arch.num_moe_experts is None else ATTENTION
     places = {part for linear in with_adapters for part in _PARTS[linear]}
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)

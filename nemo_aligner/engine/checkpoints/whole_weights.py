@@ -89,7 +89,7 @@ def shards(value: Any) -> Iterator[ShardedTensor]:
             yield from shards(part)
 
 
-class _Newest:
+class Newest:
     """Makes a tensor once for all of its parts that follow one another."""
 
     def __init__(self, whole: Mapping[str, Tensor]) -> None:
@@ -105,7 +105,7 @@ class _Newest:
 @torch.no_grad()
 def fill(state: ShardedStateDict, whole: Mapping[str, Tensor], prefix: str) -> None:
     """Copy `whole` tensors into the parameters that `state` is of. Raises CheckpointError for shapes that differ."""
-    newest = _Newest(whole)
+    newest = Newest(whole)
     for piece in pieces(state, prefix):
         assert piece.shard.data is not None
         piece.shard.data.copy_(piece.of(newest[piece.name]).view(piece.shard.data.shape))
@@ -116,7 +116,7 @@ def save_whole(state: ShardedStateDict, folder: Path, whole: LazyTensors, prefix
 
     Raises CheckpointError for shapes that differ, OutputError when the disk says no.
     """
-    newest, makers = _Newest(whole), {}
+    newest, makers = Newest(whole), {}
     for piece in pieces(state, prefix):
         assert piece.shard.data is not None
         piece.of(whole.parts[piece.name].meta)
@@ -124,7 +124,7 @@ def save_whole(state: ShardedStateDict, folder: Path, whole: LazyTensors, prefix
     save_sharded(state, folder, Streamed(makers))
 
 
-def _maker(piece: Piece, newest: _Newest, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _maker(piece: Piece, newest: Newest, dtype: torch.dtype) -> Callable[[], Tensor]:
     shape = (1,) * piece.shard.prepend_axis_num + tuple(piece.shard.local_shape)
     return lambda: piece.of(newest[piece.name]).to(dtype).reshape(shape).contiguous()
 
