@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=reinforce --nodes=1 --ntasks-per-node=8 --time=4:00:00 --exclusive
+#SBATCH --requeue --open-mode=append
 #SBATCH hetjob
 #SBATCH --nodes=1 --ntasks-per-node=8 --exclusive
+#SBATCH --requeue --signal=USR1@180
 #
 # REINFORCE as one heterogeneous job: the reward server on the first component, the actor on the second.
 #
@@ -17,6 +19,10 @@
 #
 # The actor waits for the server as long as remote_critic_rm.init_timeout_s says. When either of them fails, the other is
 # stopped and the job fails with its status; when the actor is done, the server is stopped and the job is done.
+#
+# Three minutes before the time limit Slurm warns the actor; it saves, and the job queues itself again. A job that is
+# pre-empted, requeued (scontrol requeue) or killed outright goes on from the newest checkpoint; with
+# trainer.ppo.save_interval in ACTOR_ARGS a kill costs less.
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '/^#SBATCH/d;2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 
@@ -44,7 +50,7 @@ host_critic=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | head -
 # a cluster of several nodes on one machine has names that only Slurm knows
 getent hosts "$host_critic" >/dev/null || host_critic=$(scontrol show node "$host_critic" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 
-srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
+srun --het-group=0 --open-mode=append --kill-on-bad-exit=1 "${container[@]}" \
   -o "$CRITIC_LOG_DIR/critic_output_${SLURM_JOB_ID}_%t.log" -e "$CRITIC_LOG_DIR/critic_error_${SLURM_JOB_ID}_%t.err" \
   "$PYTHON" "$GPFS"/examples/nlp/gpt/serve_reward_model.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=inference_rm \
@@ -53,7 +59,7 @@ srun --het-group=0 --kill-on-bad-exit=1 "${container[@]}" \
 server=$!
 
 # ranks end one another when one fails; with 1, the first to leave with 75, all saved, would have the others killed
-srun --het-group=1 --kill-on-bad-exit=0 "${container[@]}" \
+srun --het-group=1 --open-mode=append --kill-on-bad-exit=0 "${container[@]}" \
   -o "$ACTOR_LOG_DIR/actor_output_${SLURM_JOB_ID}_%t.log" -e "$ACTOR_LOG_DIR/actor_error_${SLURM_JOB_ID}_%t.err" \
   "$PYTHON" "$GPFS"/examples/nlp/gpt/train_gpt_reinforce_actor.py \
   --config-path="$GPFS/examples/nlp/gpt/conf" --config-name=gpt_rs_actor \
@@ -87,17 +93,29 @@ cancelled() {
 }
 trap cancelled TERM
 
-status=0
+# 75, or who does not listen yet, or no longer, is killed: 138 by Slurm's warning of the time limit, 143 by what asks to leave
+on_purpose() { (($1 == 75 || $1 == 138 || $1 == 143)); }
+
+status=0 left=0
 wait -n -p first "$server" "$actor" || status=$?
 if [[ $first == "$actor" ]]; then
   ask_to_leave 0
   wait "$server" || true
-  if ((status != 0 && status != 75)); then first_error "$ACTOR_LOG_DIR"; fi
+  if ((status)) && ! on_purpose "$status"; then first_error "$ACTOR_LOG_DIR"; fi
 else
   ask_to_leave 1
-  wait "$actor" || true
-  echo "error: the reward server ended with status $status before the actor" >&2
-  if ((status == 0)); then status=1; fi
-  first_error "$CRITIC_LOG_DIR"
+  wait "$actor" || left=$?
+  if on_purpose "$left" && { ((status == 0)) || on_purpose "$status"; }; then
+    status=$left # both were told to leave, and the server was faster
+  else
+    echo "error: the reward server ended with status $status before the actor" >&2
+    if ((status == 0)); then status=1; fi
+    first_error "$CRITIC_LOG_DIR"
+  fi
+fi
+if on_purpose "$status"; then # with everything saved
+  trap '' TERM                # which is of the requeue, and no scancel
+  scontrol requeue "$SLURM_JOB_ID"
+  status=75
 fi
 exit "$status"

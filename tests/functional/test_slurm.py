@@ -157,6 +157,38 @@ def test_a_loop_that_is_requeued_pre_empted_and_warned_goes_on_and_ends_with_the
     ]
 
 
+def test_a_hetjob_that_is_warned_and_pre_empted_goes_on_with_every_step_once(
+    cluster: dict[str, str], workshop: Workshop, tmp_path: Path
+) -> None:
+    endless = ("trainer.ppo.max_epochs=1000", "trainer.ppo.save_interval=1")
+    command, settings = hetjob(workshop, tmp_path, "trainer.ppo.max_steps=1000", *endless)
+    job = start(cluster, *command, **settings)
+    metrics, log = tmp_path / "actor_results/metrics.jsonl", tmp_path / "job.log"
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true")
+    done = 0
+    for restarts, blow in enumerate((("scancel", "--signal=USR1", job), ("sbatch", *urgent)), 1):
+        wait_for(lambda: len(steps(metrics)) > done)  # noqa: B023
+        run(*blow, **cluster)
+        wait_for(lambda: f"Restarts={restarts} " in run("scontrol", "show", "job", job, **cluster).stdout)  # noqa: B023
+        # Slurm looks for a place for a hetjob when something else has changed, which on a cluster is always
+        run("sbatch", "--begin=now+12", "--output=/dev/null", "--wrap=true", **cluster)
+        done = len(steps(metrics))
+    wait_for(lambda: len(steps(metrics)) > done)
+    run("scancel", job, **cluster)
+    assert "JobState=CANCELLED" in wait_for_end(cluster, job)
+    assert "Traceback" not in log.read_text()
+    found = steps(metrics)
+    assert found == list(range(1, len(found) + 1))
+    assert len(found) >= 3
+
+
+def steps(metrics: Path) -> list[int]:
+    """The optimizer steps in a metrics.jsonl, in its order."""
+    whole, _, _ = metrics.read_text().rpartition("\n") if metrics.exists() else ("", "", "")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return [row["step"] for row in rows if any(name.startswith("train_optim") for name in row)]
+
+
 def written(result: Path) -> int:
     """Bytes of what the loop has drawn and judged, which grow while it works."""
     return sum(path.stat().st_size for path in result.glob("*_temp/rank_*.json"))
