@@ -44,6 +44,12 @@ if [[ $KEEP_BEST != [01] ]]; then
   echo "error: KEEP_BEST=$KEEP_BEST is not 0 or 1" >&2
   exit 1
 fi
+for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED KEEP_SAMPLES; do
+  if [[ ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
+    echo "error: $name=${!name} is not a whole number" >&2
+    exit 1
+  fi
+done
 if ((KEEP_BEST)) && [[ $PROCESSOR != rs ]]; then
   echo "error: KEEP_BEST=1: there is a best sample of a prompt for rejection sampling alone, not with PROCESSOR=$PROCESSOR" >&2
   exit 1
@@ -61,6 +67,14 @@ fi
 : "${LABELED_SAMPLES_PATH:=$RESULT_PATH/filtered_samples.jsonl}"
 : "${ITER_LOG_PATH:=$RESULT_PATH/iter.log}"
 eval "sampler_args=(${SAMPLER_ARGS:-})" "later_args=(${LATER_SAMPLER_ARGS:-})" "labeler_args=(${LABELER_ARGS:-})" "sft_args=(${SFT_ARGS:-})"
+
+# A path as the grammar of the stages' command lines has it
+quoted() {
+  local quote="'"
+  if [[ $1 =~ ^[A-Za-z0-9_./-]+$ ]]; then echo "$1"; else echo "'${1//$quote/\\$quote}'"; fi
+}
+prompts=$PROMPTS_PATH # a file, or several with commas between them
+if [[ -f $PROMPTS_PATH ]]; then prompts=$(quoted "$PROMPTS_PATH"); fi
 
 MODEL_OUTPUT_PATH=$RESULT_PATH/checkpoints/megatron_gpt_sft.nemo
 best=$RESULT_PATH/best_so_far.jsonl
@@ -149,6 +163,10 @@ attended() {
 
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
+if [[ ! $iter =~ ^(0|[1-9][0-9]*)$ ]]; then
+  echo "error: $ITER_LOG_PATH: the number of finished iterations is needed, not '$iter'" >&2
+  exit 1
+fi
 if ((iter)); then rm -rf "$RESULT_PATH/iter_$((iter - 1))"; fi # what a kill while it was removed has left
 
 # Seconds of each stage, "<iteration> <stage> <seconds>": a line of 0 when it begins, in case a kill comes before the other
@@ -177,23 +195,23 @@ improve() {
     echo "$step" >"$LABELED_SAMPLES_PATH.step"
   fi
   if ((KEEP_BEST)); then keep=(export_reward=True); fi
-  if ((KEEP_BEST)) && [[ -f $best ]]; then keep+=(best_so_far_file="$best"); fi
+  if ((KEEP_BEST)) && [[ -f $best ]]; then keep+=(best_so_far_file="$(quoted "$best")"); fi
   if ! is_whole "$LABELED_SAMPLES_PATH"; then
     run_stage label -m nemo_aligner label \
-      ${REWARD_MODEL_PATH:+gpt_model_file="$REWARD_MODEL_PATH"} \
-      data.file_names="[$GENERATE_SAMPLES_PATH]" \
+      ${REWARD_MODEL_PATH:+gpt_model_file="$(quoted "$REWARD_MODEL_PATH")"} \
+      data.file_names="[$(quoted "$GENERATE_SAMPLES_PATH")]" \
       data.concat_sampling_probabilities=[1] \
       processor="$PROCESSOR" \
-      output_file="$LABELED_SAMPLES_PATH" \
+      output_file="$(quoted "$LABELED_SAMPLES_PATH")" \
       "${threshold[@]}" "${labeler_args[@]}" "${keep[@]}"
   fi
   run_stage train -m nemo_aligner sft \
-    model.restore_from_path="$POLICY_MODEL_PATH" \
-    model.data.train_ds.file_path="$LABELED_SAMPLES_PATH" \
+    model.restore_from_path="$(quoted "$POLICY_MODEL_PATH")" \
+    model.data.train_ds.file_path="$(quoted "$LABELED_SAMPLES_PATH")" \
     ++trainer.sft.skip_validation=True \
     model.answer_only_loss=True \
     model.seed="$((SEED + iter))" \
-    exp_manager.explicit_log_dir="$folder" \
+    exp_manager.explicit_log_dir="$(quoted "$folder")" \
     exp_manager.checkpoint_callback_params.monitor=global_step \
     exp_manager.checkpoint_callback_params.mode=max \
     ++exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True \
@@ -211,13 +229,13 @@ while ((iter < TRAINING_ITERS)); do
     if [[ ! -f $folder/$archive ]]; then
       if ! is_whole "$GENERATE_SAMPLES_PATH"; then
         run_stage sample -m nemo_aligner sample \
-          gpt_model_file="$POLICY_MODEL_PATH" \
-          data.file_names="[$PROMPTS_PATH]" \
+          gpt_model_file="$(quoted "$POLICY_MODEL_PATH")" \
+          data.file_names="[$prompts]" \
           data.concat_sampling_probabilities=[1] \
           data.sample_split_size="$ROLLOUT_BATCH_SIZE" \
           data.sample_split_iter="$iter" \
           seed="$((SEED + iter))" \
-          output_file="$GENERATE_SAMPLES_PATH" \
+          output_file="$(quoted "$GENERATE_SAMPLES_PATH")" \
           "${sampler_args[@]}" "${later[@]}"
       fi
       improve "$step" "$folder"

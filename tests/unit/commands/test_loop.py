@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nemo_aligner.commands.loop import LOOPS, environment_of, script_of, settings_of, usage
 from nemo_aligner.errors import ConfigError
@@ -31,16 +32,20 @@ if [[ $2 == nemo_aligner.stages.one_process ]]; then
 fi
 [[ -n $DIES_AT && "$*" == *"$DIES_AT"* ]] && exit 9
 printf '%s\\n' "${*:2}" >>"$NOTES"
+[[ $2 == nemo_aligner ]] && printf '%s\\n' "${@:4}" >>"$NOTES.words"
+quote="'"
 for word in "$@"; do
+  path=${word#*=}
+  if [[ $path == "$quote"* ]]; then path=${path:1:-1} path=${path//\\\\$quote/$quote}; fi
   case $word in
     output_file=*)
-      echo "$*" >"${word#*=}"
+      echo "$*" >"$path"
       if [[ -n $DIES_IN && $2 == nemo_aligner && $3 == "$DIES_IN" ]]; then exit 9; fi
-      echo "$*" >"${word#*=}.meta.json"
+      echo "$*" >"$path.meta.json"
       ;;
     exp_manager.explicit_log_dir=*)
-      mkdir -p "${word#*=}/checkpoints"
-      touch "${word#*=}/checkpoints/megatron_gpt_sft.nemo"
+      mkdir -p "$path/checkpoints"
+      touch "$path/checkpoints/megatron_gpt_sft.nemo"
       ;;
   esac
 done
@@ -102,6 +107,10 @@ class Played:
         """How many processes ran all stages of a loop."""
         path = Path(f"{self._notes}.hosts")
         return len(path.read_text().split()) if path.exists() else 0
+
+    def words(self) -> list[str]:
+        """All overrides of all stages."""
+        return Path(f"{self._notes}.words").read_text().splitlines()
 
     def told(self, stage: str) -> list[str]:
         return [line for line in self._notes.read_text().splitlines() if line.startswith(f"nemo_aligner {stage} ")]
@@ -194,6 +203,47 @@ def test_keeping_the_best_is_for_rejection_sampling(loop: str, value: str, line:
     done = play(loop, f"KEEP_BEST={value}")
     assert (done.returncode, done.stderr) == (1, f"error: {line}\n")
     assert not play.result.exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["TRAINING_ITERS", "ROLLOUT_BATCH_SIZE", "SEED", "KEEP_SAMPLES"])
+@pytest.mark.parametrize("value", ["08", "1e1", "-1", "many"])
+def test_a_number_that_is_none_ends_the_loop_before_it_begins(name: str, value: str, play: Played) -> None:
+    done = play("rs", f"{name}={value}")
+    assert (done.returncode, done.stderr) == (1, f"error: {name}={value} is not a whole number\n")
+    assert not play.result.exists()
+
+
+@pytest.mark.processes
+def test_a_count_of_iterations_that_is_none_is_named_and_left_as_it_is(play: Played) -> None:
+    play.result.mkdir()
+    count = play.result / "iter.log"
+    count.write_text("two\n")
+    done = play("rs")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {count}: the number of finished iterations is needed, not 'two'\n",
+    )
+    assert count.read_text() == "two\n"
+
+
+@pytest.mark.processes
+def test_a_path_may_hold_what_the_grammar_of_overrides_gives_a_meaning(play: Played) -> None:
+    play.result = play.result.parent / "a=b (é), it's [#1] ~&"
+    prompts = play.result.parent / "x,y=z.jsonl"
+    prompts.touch()
+    done = play("rs", "TRAINING_ITERS=1", f"PROMPTS_PATH={prompts}", f"POLICY_MODEL_PATH={play.result}/old=1.nemo")
+    assert done.returncode == 0, done.stderr
+    parsed: dict[str, object] = {}
+    for override in OverridesParser.create().parse_overrides(play.words()):
+        parsed.setdefault(override.key_or_group, override.value())
+    assert parsed["data.file_names"] == [str(prompts)]
+    assert parsed["gpt_model_file"] == f"{play.result}/old=1.nemo"
+    assert parsed["output_file"] == f"{play.result}/generated_samples.jsonl"
+    assert parsed["model.restore_from_path"] == f"{play.result}/old=1.nemo"
+    assert parsed["model.data.train_ds.file_path"] == f"{play.result}/filtered_samples.jsonl"
+    assert parsed["exp_manager.explicit_log_dir"] == f"{play.result}/iter_0"
+    assert (play.result / "checkpoints/megatron_gpt_sft.nemo").exists()
 
 
 @pytest.mark.processes
