@@ -37,11 +37,15 @@ SERVING: Aliases = {
 }
 
 
+_NEMOS_BLOCKS = r"trainer\.ppo\.(trt_llm|batch_iterator)\."
+"""Below blocks that NeMo-Aligner's YAMLs have, and that are null here."""
+
+
 def let_through(arguments: Sequence[str], aliases: Aliases) -> list[str]:
     """Overrides of older names with `++`, so that Hydra takes keys which the YAML does not have."""
     if not aliases:
         return list(arguments)
-    old = re.compile(rf"({'|'.join(map(re.escape, aliases))})[.=]")
+    old = re.compile(rf"({'|'.join(map(re.escape, aliases))})[.=]|{_NEMOS_BLOCKS}")
     return [f"++{argument}" if old.match(argument) else argument for argument in arguments]
 
 

@@ -33,12 +33,10 @@ def usage(arguments: Sequence[str], about: str | None, config_dir: Path, config_
     name = str(found.config_name).removesuffix(".yaml")
     if not found.help or found.elsewhere is not None or not (config_dir / f"{name}.yaml").is_file():
         return None
-    groups = {
-        group.name: ", ".join(sorted(option.stem for option in group.glob("*.yaml"))) for group in shared.iterdir()
-    }
-    how = _HOW.format(groups="\n".join(f"  {name}: {options}" for name, options in sorted(groups.items())))
+    keys_here = [*keys_of(config_dir, name)]
+    how = _HOW.format(groups="\n".join(_groups(shared, {key.name for key in keys_here})))
     width = max(80, shutil.get_terminal_size((120, 24)).columns)
-    keys = "\n".join(explained(keys_of(config_dir, name), width))
+    keys = "\n".join(explained(keys_here, width))
     return "\n\n".join([(about or "").strip(), *_heads(config_dir, name), how, keys])
 
 
@@ -55,6 +53,14 @@ def explained(keys: Iterable[Key], width: int) -> Iterator[str]:
             yield term
             rest = [first, *rest]
         yield from (f"{'':{_COLUMN}}{line}" for line in rest if line)
+
+
+def _groups(shared: Path, keys: set[str]) -> Iterator[str]:
+    """Lines `  trainer: cpu, gpu` of the groups whose keys are among `keys`, and where they belong."""
+    for group, block in (("trainer", "trainer"), ("optim", "model.optim")):
+        if block in keys:
+            options = ", ".join(sorted(option.stem for option in (shared / group).glob("*.yaml")))
+            yield f"  {group if group == block else f'{group}@{block}'}: {options}"
 
 
 def _heads(config_dir: Path, name: str) -> Iterator[str]:

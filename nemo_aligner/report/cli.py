@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     own.add_argument(
         "--watch", type=float, nargs="?", const=_INTERVAL_S, metavar="SECONDS",
-        help="look for news every so many seconds (default 10) until nobody writes there any more, or until Ctrl-C; an "
-        "open page loads itself again",
+        help="look for news every so many seconds (default 10) until the run that it has seen at work ends, or until "
+        "Ctrl-C; an open page loads itself again",
     )  # fmt: skip
     own.add_argument(
         "--samples", type=int, default=ROWS, metavar="N",

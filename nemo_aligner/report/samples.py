@@ -166,5 +166,6 @@ def _thinned(columns: Columns, limit: int) -> Columns:
 
 
 def file_name(path: Path, folder: Path) -> str:
-    """`path` as it is below `folder`."""
-    return path.relative_to(folder).as_posix()
+    """`path` as it is below `folder`; whole, where it is somewhere else."""
+    path = path.absolute()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)

@@ -250,7 +250,7 @@ class _Reader:
             return
         is_told = any(reward is not None for reward in columns.reward) or bool(columns.functions)
         if len(columns) and (is_told or not is_whole or path.with_name(f"{path.name}{META}").is_file()):
-            source = file_name(path, self.root) if path.is_relative_to(self.root) else str(path)
+            source = file_name(path, self.root)
             self.found.sets.append(SampleSet(*place, source, columns, of, is_whole))
 
     def _fault(self, path: Path, fault: Exception) -> None:

@@ -81,7 +81,6 @@ def test_every_key_that_the_guide_for_other_programs_names_is_one() -> None:
     guide = (migration.KEYS.parents[2] / "docs/migration.md").read_text(encoding="utf-8")
     entries = [importlib.import_module(COMMANDS[command]).main for command in CONFIGURED]
     known = {key.name for entry in entries for key in keys_of(entry.config_dir, entry.config_name)}
-    known |= {"model.optim.sched.warmup_ratio"}  # of the schedule, which takes it in place of warmup_steps
     rows = [line.split(" | ") for line in guide[guide.index("## From TRL") :].splitlines() if line.startswith("| ")]
     named = [re.match(r"`([a-z_]+\.[\w.]+)(=\w+)?`$", word) for row in rows for word in re.findall("`[^`]+`", row[1])]
     keys = {found[1] for found in named if found}

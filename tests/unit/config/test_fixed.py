@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_aligner.config.aliases import REINFORCE, let_through
 from nemo_aligner.config.load import load_config
 from nemo_aligner.errors import ConfigError
 from tests.unit.config.test_load import ACTOR, SAMPLER, SHIPPED, composed
@@ -132,6 +133,14 @@ def test_what_nemos_yamls_set_is_accepted() -> None:
         "+trainer.ppo.batch_iterator.use_flask=False", "+trainer.ppo.batch_iterator.port=5557",
     ]  # fmt: skip
     load_config(composed("conf/gpt_rs_actor", [*ACTOR, *actor]), SHIPPED["conf/gpt_rs_actor"])
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.ppo.trt_llm.enable=False", "trainer.reinforce.batch_iterator.use_flask=False"]
+)
+def test_keys_of_nemos_blocks_are_given_as_there(override: str) -> None:
+    given = let_through([override], REINFORCE)
+    load_config(composed("conf/gpt_rs_actor", [*ACTOR, *given]), SHIPPED["conf/gpt_rs_actor"], REINFORCE)
 
 
 @pytest.mark.parametrize("block", ["trt_llm={}", "trt_llm={enabled: False}", "batch_iterator={use_flask: True}"])

@@ -105,12 +105,13 @@ def test_help_is_about_the_yaml_that_is_chosen(name: str, answer: Answers) -> No
 def conf(tmp_path: Path) -> Path:
     """A folder of YAMLs, each but the first beginning from another; beside it one of groups."""
     for name, text in {
-        "conf/own": "a: 1 # first\n\n",
+        "conf/own": "a: 1 # first\nmodel:\n  optim:\n    lr: 2\n\n",
         "conf/other": "defaults:\n  - own\n  - _self_\n  - group: b\nb: é\n",
         "conf/third": "defaults: [other]\n",
         "shared/optim/cosine": "",
         "shared/optim/constant": "",
         "shared/model/tiny": "",
+        "shared/trainer/cpu": "",
     }.items():
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +120,10 @@ def conf(tmp_path: Path) -> Path:
 
 
 OWN, OTHER, THIRD = (f"# {name}.yaml" for name in ("own", "other", "third"))
-A, B = f"{'a=1':44}first", "b=é"
+A, B = f"{'a=1':44}first\nmodel.optim.lr=2", "b=é"
 HOW = """\
 Override a key with key=value (key=[1,2], key=null), drop one with ~key, take a group of conf/ with +trainer=cpu:
-  model: tiny
-  optim: constant, cosine
+  optim@model.optim: constant, cosine
 -m key=4,8 runs it with each value, one after another, and puts what each writes into a folder of multirun/; --cfg job
 prints the configuration as it would be used; --hydra-help, what else the command line takes. Keys (???: required):"""
 

@@ -82,6 +82,18 @@ def test_samples_whose_labeler_has_ended_say_which_were_kept(tmp_path: Path) -> 
     assert {"title": "filtered.jsonl", "values": {"counts.kept": 2}} in run.provenance
 
 
+def test_samples_that_lie_elsewhere_are_named_by_their_whole_path(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "run", tmp_path / "outside.jsonl"
+    rows = offline(folder)
+    (folder / "generated.jsonl").rename(outside)
+    (folder / "generated.jsonl.meta.json").unlink()
+    write_rows(folder / "filtered.jsonl", [rows[1]])
+    config = {"processor": "rs", "data": {"file_names": [str(outside)]}}
+    write_json(folder / "filtered.jsonl.meta.json", {"config": config, "counts": {"kept": 1}})
+    [found] = read(folder).sets
+    assert (found.source, found.columns.kept) == (str(outside), [False, True, False, False])
+
+
 def test_a_sampler_at_work_shows_the_rows_of_its_journal_up_to_a_torn_line(tmp_path: Path) -> None:
     journal = tmp_path / "out.jsonl_temp" / "rank_0.json"
     write_rows(journal, [{"index": i, "row": row} for i, row in reversed(list(enumerate(samples(2, 1))))])
