@@ -38,7 +38,7 @@ def load_config(cfg: DictConfig, schema: type[T], aliases: Aliases | None = None
     return result
 
 
-_TEXTS = {"prompt_template", "reward_template", "end_strings"}
+_TEXTS = {"prompt_template", "reward_prompt_template", "reward_template", "end_strings"}
 """Keys whose values are pieces of what a model reads or writes."""
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}

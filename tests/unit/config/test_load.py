@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from nemo_aligner.config.aliases import TRAINING as OPTIMIZER
 from nemo_aligner.config.entry import SharedConf
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.generation import GenerationConfig
-from nemo_aligner.config.load import load_config
+from nemo_aligner.config.load import _unescape_texts, load_config
 from nemo_aligner.config.offline import LabelerConfig, SamplerConfig
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.resolvers import register_resolvers
@@ -243,6 +245,26 @@ def test_a_fault_of_the_actors_config_is_one_line_with_the_full_key(override: st
     with pytest.raises(ConfigError) as caught:
         load_actor(override)
     assert str(caught.value).startswith(message)
+
+
+def templates_in(block: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Full key, block and name of every template of a config; Jinja's have escapes of their own."""
+    for own in dataclasses.fields(block):
+        value = getattr(block, own.name)
+        if dataclasses.is_dataclass(value):
+            yield from templates_in(value, f"{prefix}{own.name}.")
+        elif own.name.endswith("_template") and own.name != "chat_template":
+            yield f"{prefix}{own.name}", block, own.name
+
+
+@pytest.mark.parametrize("schema", [SamplerConfig, LabelerConfig, EvaluationConfig, SFTConfig, RMConfig])
+def test_every_template_of_a_config_has_its_escapes_read(schema: Any) -> None:
+    cfg = schema()
+    for _, block, name in templates_in(cfg):
+        setattr(block, name, r"A\nB")
+    _unescape_texts(cfg)
+    read = {key: getattr(block, name) for key, block, name in templates_in(cfg)}
+    assert set(read.values()) == {"A\nB"}, read
 
 
 @pytest.mark.parametrize(
