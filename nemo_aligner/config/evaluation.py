@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 
 from nemo_aligner.config.fixed import EVALUATION, EVALUATION_ROWS, check_fixed
@@ -9,6 +10,11 @@ from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig, Sample
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import MISSING
 from nemo_aligner.errors import ConfigError
+
+
+def policy_name(path: str) -> str:
+    """What the samples of a policy are called: as its archive or folder, without .nemo."""
+    return os.path.basename(os.path.abspath(path)).removesuffix(".nemo")
 
 
 @dataclass
@@ -37,10 +43,13 @@ class EvaluationConfig(RewardSources, SamplerConfig):
     initial_policy_file: str | None = None  # KL is measured against it; null = no KL
     pass_threshold: float | None = None  # a sample with a higher reward passes, for pass_at; null = no pass_at
 
+    def samples_file(self, policy_file: str) -> str:
+        """Where the samples of one of `policy_files` are written."""
+        return f"{self.output_file}.{policy_name(policy_file)}.jsonl"
+
     def validate(self) -> None:
         super().validate()
         self.reward_plan.check_model(self.reward_model_file, "reward_model_file")
         check_fixed(self, EVALUATION)
-        stems = [path.rpartition("/")[2] for path in self.policy_files]
-        if not stems or len(set(stems)) < len(stems):
+        if not self.policy_files or len({*map(policy_name, self.policy_files)}) < len(self.policy_files):
             raise ConfigError(f"{self.policy_files}: give one file or more, no two of the same name", "policy_files")

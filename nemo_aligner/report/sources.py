@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_aligner.config.evaluation import policy_name
 from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.data.provenance import META
 from nemo_aligner.errors import AlignerError
@@ -135,7 +136,7 @@ class _Reader:
     def _evaluated(self, figures: Path, policy: str) -> Place:
         """Its place is that among the policies that were evaluated."""
         try:
-            order = [Path(own["policy"]).stem for own in read_json(figures)]
+            order = [policy_name(own["policy"]) for own in read_json(figures)]
         except (OSError, ValueError, KeyError, TypeError):
             order = []
         series = file_name(figures, self.root).removesuffix(".json")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.config.evaluation import policy_name
 from nemo_aligner.data.jsonl import load_rows
 from nemo_aligner.errors import DataError
 from nemo_aligner.files import write_atomically
@@ -58,7 +59,7 @@ def offline_result(folder: Path) -> Result:
         for i, found in enumerate(evaluations)
     ]
     first, last = (
-        folder / f"evaluation.json.{Path(e['policy']).stem}.jsonl" for e in (evaluations[0], evaluations[-1])
+        folder / f"evaluation.json.{policy_name(e['policy'])}.jsonl" for e in (evaluations[0], evaluations[-1])
     )
     return Result("iteration", rows, first, last)
 

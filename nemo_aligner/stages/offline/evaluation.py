@@ -231,7 +231,7 @@ def report(
     )
     figures, answers = figures_of(cfg, policy_file, samples)
     if cluster.is_main:
-        write_jsonl(f"{cfg.output_file}.{Path(policy_file).stem}.jsonl", samples)
+        write_jsonl(cfg.samples_file(policy_file), samples)
         told = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
         log.info("%s: %s", policy_file, ", ".join(told))
         tell_empty(sum(not sample[cfg.data.output_key] for sample in samples), len(samples))

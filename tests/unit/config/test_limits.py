@@ -50,6 +50,7 @@ def loaded(name: str) -> Any:
         (LABELER, "data.micro_batch_size", [1], [0]),
         (LABELER, "trainer.devices", [1], [0]),
         (EVALUATION, "policy_files", [["a/m.nemo"], ["a/m.nemo", "a/n.nemo"]], [[], ["a/m.nemo", "b/m.nemo"]]),
+        (EVALUATION, "policy_files", [["m/a/", "m/b/"], ["m/L-3.1", "m/L-3.2"]], [["a/m.nemo", "b/m"], ["m/", "m"]]),
         (EVALUATION, "data.n", [1], [0]),
         (EVALUATION, "data.sample_split_size", [None], [8]),
         (EVALUATION, "data.sample_split_iter", [0], [1]),

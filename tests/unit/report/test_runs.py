@@ -13,7 +13,7 @@ from nemo_aligner.errors import DataError
 from nemo_aligner.records import Keys
 from nemo_aligner.report.runs import Run, read_run
 from nemo_aligner.report.samples import SampleSet, columns_of
-from tests.results import make_loop, make_reinforce, samples, write_json, write_rows
+from tests.results import evaluated, make_loop, make_reinforce, samples, write_json, write_rows
 
 
 def read(folder: Path) -> Run:
@@ -39,6 +39,14 @@ def test_a_loop_has_its_iterations_and_its_evaluated_policies_in_order(tmp_path:
     assert run.scalars["loop/iterations/3"].curves["train/loss"].values == [2.0, 1.0]
     assert {"title": "loop/iterations/2/sample", "values": {"seed": 2, "data.n": 4}} in run.configs
     assert not run.faults
+
+
+def test_evaluated_policies_are_in_their_order_whatever_dots_their_names_have(tmp_path: Path) -> None:
+    policies = ["m/v-3.2/", "m/v-3.1", "p.nemo"]
+    for name in ("v-3.2", "v-3.1", "p"):
+        write_rows(tmp_path / f"e.json.{name}.jsonl", samples(2, 2))
+    write_json(tmp_path / "e.json", [evaluated(i, own) for i, own in enumerate(policies)])
+    assert [own.name for own in read(tmp_path).sets] == ["v-3.2", "v-3.1", "p"]
 
 
 def test_an_actor_has_its_validations_rollouts_functions_and_phases_and_keeps_its_secrets(tmp_path: Path) -> None:

@@ -93,6 +93,14 @@ def test_figures_are_over_all_samples_and_each_sample_has_its_own_prompt_reward_
     ]  # fmt: skip
 
 
+def test_samples_of_policies_go_to_files_of_their_own_names(tmp_path: Path) -> None:
+    names = {"m/L-3.1": "L-3.1", "m/L-3.2/": "L-3.2", "a/p.nemo": "p", "a/p.nemo.2": "p.nemo.2", ".": Path.cwd().name}
+    cfg = EvaluationConfig(policy_files=list(names), reward_model_file="r", output_file="e.json")
+    cfg.data.file_names = ["p.jsonl"]
+    cfg.validate()
+    assert [cfg.samples_file(path) for path in names] == [f"e.json.{name}.jsonl" for name in names.values()]
+
+
 def test_loggers_get_every_number_under_a_name_of_its_own() -> None:
     given = {"policy": "p", "kl": None, "samples": 4, "best_of": {"1": 0.5, "4": 0.75}, "win_rate_interval": [0.2, 0.9]}
     assert numbers(given) == {
