@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all, and stay after a power cut."""
+"""Files that appear whole or not at all, stay after a power cut, and are not written over what they are made from."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nemo_aligner.errors import OutputError
@@ -37,6 +37,29 @@ def write_atomically(path: str | Path, pieces: Iterable[str | bytes]) -> None:
         finally:
             with contextlib.suppress(OSError):  # a folder that cannot be written has nothing to remove either
                 partial.unlink()
+
+
+Inputs = Mapping[str, Iterable[str | Path | None]]
+"""Paths of what is read, by their key."""
+
+
+def refuse_overwriting(output: str | Path, said: str, inputs: Inputs) -> None:
+    """Raises OutputError where `output` is one of `inputs`, however its path is spelled.
+
+    `said` is what the message calls it, such as output_file=rows.jsonl.
+    """
+    for key, paths in inputs.items():
+        for path in paths:
+            if path is not None and _is_same(output, path):
+                raise OutputError(f"{said} is also an input, {path} ({key}); give it another name")
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, through links too; of what is not there, whether they would."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def fsync(path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from nemo_aligner.config.entry import one_line_errors
+from nemo_aligner.files import refuse_overwriting
 from nemo_aligner.owner import lock_of, sole_owner
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
+    refuse_overwriting(args.output, f"--output {args.output}", {"--input": [args.input]})
     with sole_owner(lock_of(args.output)):
         from nemo_aligner.engine.conversion import export_adapter, export_hf
 

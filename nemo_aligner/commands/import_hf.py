@@ -22,6 +22,7 @@ from nemo_aligner.config.entry import one_line_errors
 from nemo_aligner.config.folders import model_shapes, shape_file
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.errors import CheckpointError
+from nemo_aligner.files import refuse_overwriting
 from nemo_aligner.stages.run_owner import owning
 
 
@@ -56,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
+    refuse_overwriting(args.output, f"--output {args.output}", {"--input": [args.input], "--base": [args.base]})
     with owning(args.output, TrainerConfig(devices=args.tensor_parallel)):
         convert(args)
 

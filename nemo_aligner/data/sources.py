@@ -33,6 +33,12 @@ def is_source(path: str | Path) -> bool:
     return str(path).startswith(PREFIX) or Path(path).suffix == ".parquet" or Path(path).is_dir()
 
 
+def files_read(path: str | Path) -> list[Path]:
+    """The files here that rows of `path` come from: it alone, or those of a folder. Raises DataError."""
+    own = Path(_parts(str(path))[0] if str(path).startswith(PREFIX) else path)
+    return [own, *(file for pattern in _FILES for file in own.rglob(pattern))] if own.is_dir() else [own]
+
+
 def source_rows(path: str | Path, cache_dir: str | None, inspect: Inspect) -> Rows:
     """The rows of a source, looked at one by one. Raises DataError, with the number of the row where one is wrong."""
     table, name = _opened(str(path), cache_dir), Path(path)

@@ -20,7 +20,8 @@ from typing import Any
 from nemo_aligner.config.offline import LabelerConfig
 from nemo_aligner.data.jsonl import Row, load_rows
 from nemo_aligner.data.provenance import META
-from nemo_aligner.errors import ConfigError, DataError, OutputError
+from nemo_aligner.errors import ConfigError, DataError
+from nemo_aligner.files import refuse_overwriting
 from nemo_aligner.records import Keys, Sample, ScoredSample
 from nemo_aligner.stages.offline.data import RowCheck
 
@@ -39,8 +40,7 @@ def check_best_so_far(cfg: LabelerConfig) -> None:
             "leave it out",
             "reward_standardization.enable",
         )
-    if cfg.best_so_far_file == cfg.output_file:
-        raise OutputError(f"output_file={cfg.output_file} is also {KEY}")
+    refuse_overwriting(cfg.output_file, f"output_file={cfg.output_file}", {KEY: [cfg.best_so_far_file]})
 
 
 class EarlierSample(ScoredSample):

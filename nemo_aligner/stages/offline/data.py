@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.config.offline import OfflineConfig, OfflineDataConfig
+from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, OfflineDataConfig, SamplerConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.chat import check_template, template_text
 from nemo_aligner.data.conversations import check_turns
 from nemo_aligner.data.jsonl import Row, check_texts, load_rows
-from nemo_aligner.data.sources import source_sum
+from nemo_aligner.data.sources import files_read, source_sum
 from nemo_aligner.engine.checks import parallel_sizes
-from nemo_aligner.errors import ConfigError, OutputError
+from nemo_aligner.errors import ConfigError
+from nemo_aligner.files import Inputs, refuse_overwriting
 from nemo_aligner.records import Turns
 
 if TYPE_CHECKING:
@@ -110,10 +111,18 @@ def check_prompt_template(template: str | None, data: OfflineDataConfig, key: st
         raise ConfigError(f"{template!r} lacks {{{data.input_key}}}", key)
 
 
-def check_output(cfg: OfflineConfig) -> None:
-    """The output must not overwrite an input. Raises OutputError."""
-    if cfg.output_file in cfg.data.file_names:  # type: ignore[attr-defined]
-        raise OutputError(f"output_file={cfg.output_file} is also one of data.file_names")
+def check_output(
+    cfg: SamplerConfig | LabelerConfig, beside: Iterable[str] = (), **archives: Sequence[str | None]
+) -> None:
+    """What is written must not overwrite what is read: rows, and archives by their key. Raises OutputError.
+
+    `beside`: the files that are written beside `output_file`.
+    """
+    rows = [file for name in cfg.data.file_names for file in files_read(name)]
+    inputs: Inputs = {"data.file_names": rows, "gpt_model_file": [cfg.gpt_model_file], **archives}
+    refuse_overwriting(cfg.output_file, f"output_file={cfg.output_file}", inputs)
+    for path in beside:
+        refuse_overwriting(path, f"{path}, beside output_file,", inputs)
 
 
 def data_fingerprint(data: OfflineDataConfig) -> dict[str, Any]:

@@ -73,7 +73,13 @@ class Report:
 
 def run(cfg: EvaluationConfig) -> None:
     """Write reward_mean, reward_std, kl, ... of every policy to `cfg.output_file`, the samples beside it."""
-    check_output(cfg)
+    check_output(
+        cfg,
+        beside=map(cfg.samples_file, cfg.policy_files),
+        policy_files=cfg.policy_files,
+        initial_policy_file=[cfg.initial_policy_file],
+        reward_model_file=[cfg.reward_model_file],
+    )
     check_templates(cfg.data)
     check_prompt_template(cfg.data.reward_prompt_template, cfg.data, "data.reward_prompt_template")
     for path in cfg.policy_files:

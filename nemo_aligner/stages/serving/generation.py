@@ -15,10 +15,12 @@ from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
 from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.data.row_texts import RowTexts
+from nemo_aligner.data.sources import files_read
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.extras import require_extra
+from nemo_aligner.files import Inputs, refuse_overwriting
 from nemo_aligner.stages.offline.random_sampler import sampling_params
 from nemo_aligner.stages.run_control import StopSignal
 from nemo_aligner.stages.run_owner import owning
@@ -38,6 +40,10 @@ def run(cfg: GenerationConfig) -> None:
     prompts = [Prompt({INPUT: text}) for text in cfg.prompts or []]
     if cfg.prompts_jsonl:
         prompts += read_prompts(Path(cfg.prompts_jsonl))
+    if cfg.output_file:
+        read = files_read(cfg.prompts_jsonl) if cfg.prompts_jsonl else []
+        inputs: Inputs = {"prompts_jsonl": read, _ARCHIVE: [cfg.gpt_model_file]}
+        refuse_overwriting(cfg.output_file, f"output_file={cfg.output_file}", inputs)
     sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
     check_template(cfg, _TEMPLATE)
     tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)

@@ -108,7 +108,11 @@ def test_nobody_knows_whose_rewards_lie_there_without_a_word_beside_them(tmp_pat
     [
         ("processor", "rest", "best_so_far_file: it is for processor=rs, not rest"),
         ("processor", None, "best_so_far_file: it is for processor=rs, not null"),
-        ("output_file", "before.jsonl", "output_file=before.jsonl is also best_so_far_file"),
+        (
+            "output_file",
+            "./before.jsonl",
+            r"output_file=\./before\.jsonl is also an input, before\.jsonl \(best_so_far_file\)",
+        ),
         ("standardization", True, "reward_standardization.enable: rewards of several iterations are compared as"),
     ],
 )

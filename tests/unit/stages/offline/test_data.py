@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.offline import OfflineDataConfig, SamplerConfig
 from nemo_aligner.errors import ConfigError, DataError, OutputError
+from nemo_aligner.stages.offline import evaluation
 from nemo_aligner.stages.offline.data import check_output, check_templates, open_rows
 
 
@@ -21,8 +23,32 @@ def config(folder: Path, *files: str) -> SamplerConfig:
 
 def test_the_output_is_none_of_the_inputs(tmp_path: Path) -> None:
     check_output(config(tmp_path, "a", "b"))
-    with pytest.raises(OutputError, match=r"is also one of data\.file_names"):
+    with pytest.raises(OutputError, match=r"is also an input, .*out\.jsonl \(data\.file_names\)"):
         check_output(config(tmp_path, "a", "out.jsonl"))
+    cfg = config(tmp_path, "a")
+    cfg.gpt_model_file = f"{tmp_path}/./out.jsonl"
+    with pytest.raises(OutputError, match=r"is also an input, .*out\.jsonl \(gpt_model_file\)"):
+        check_output(cfg)
+    for name in (str(tmp_path), f"hf:{tmp_path}:test"):
+        cfg = config(tmp_path, "a")
+        cfg.data.file_names = [name]
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        check_output(cfg)
+        (tmp_path / "out.jsonl").touch()
+        with pytest.raises(OutputError, match=r"is also an input, .*out\.jsonl \(data\.file_names\)"):
+            check_output(cfg)
+
+
+def test_the_samples_of_an_evaluation_are_not_written_over_what_it_samples_from(tmp_path: Path) -> None:
+    cfg = EvaluationConfig(policy_files=["m/p.nemo"], gpt_model_file="m/p.nemo", output_file=str(tmp_path / "e.json"))
+    cfg.data.file_names = [f"{tmp_path}/../{tmp_path.name}/e.json.p.jsonl"]
+    with pytest.raises(
+        OutputError, match=r"^.*e\.json\.p\.jsonl, beside output_file, is also an input, .*e\.json\.p\.jsonl"
+    ):
+        evaluation.run(cfg)
+    cfg.data.file_names, cfg.reward_model_file = [], f"{tmp_path}/./e.json"
+    with pytest.raises(OutputError, match=r"^output_file=.*e\.json is also an input, .*e\.json \(reward_model_file\)"):
+        evaluation.run(cfg)
 
 
 def test_a_template_says_where_the_prompt_goes() -> None:

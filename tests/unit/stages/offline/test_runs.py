@@ -180,7 +180,7 @@ def test_without_an_initial_policy_an_evaluation_has_no_kl(archives: Archives, t
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("data.file_names", ["OUT"], "output_file=OUT is also one of data.file_names"),
+        ("data.file_names", ["OUT"], "output_file=OUT is also an input, OUT (data.file_names)"),
         ("data.prompt_template", "Q:", "data.prompt_template: 'Q:' lacks {input}"),
         ("tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
         ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
