@@ -25,6 +25,11 @@ class Keys:
     output: str = "output"
     reward: str = "reward"
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Keys:
+        """Those of a block `data` of a config, as provenance has it."""
+        return cls(*(data.get(f"{name}_key", name) for name in ("input", "output", "reward")))
+
 
 def part_fields(parts: Mapping[str, float | None], reward_key: str = "reward") -> dict[str, float | None]:
     """The rewards of several sources as fields of a row; see `part_name`."""

@@ -44,6 +44,17 @@ def folders_below(root: Path) -> Iterator[Path]:
             yield from folders_below(entry)
 
 
+def _keys_of(path: Path) -> Keys:
+    """The fields of an iteration's samples, or of an evaluation's, as the provenance of its stage says."""
+    evaluation = path.with_name(path.name.partition(".json.")[0] + f".json{META}")
+    for meta in (path.with_suffix("") / f"label{META}", evaluation):
+        try:
+            return Keys.of(read_json(meta)["config"]["data"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return Keys()
+
+
 @dataclass
 class Found:
     """The sample sets of a results folder; `faults` say what could not be read, one line each."""
@@ -92,8 +103,7 @@ class _Output:
 
     @property
     def keys(self) -> Keys:
-        data = self.config.get("data", {})
-        return Keys(*(data.get(f"{name}_key", name) for name in ("input", "output", "reward")))
+        return Keys.of(self.config.get("data", {}))
 
     @property
     def is_labeler(self) -> bool:
@@ -117,7 +127,7 @@ class _Reader:
         self._offline(folder, outputs)
         for path in sorted(folder.iterdir()):
             if path.name.endswith(ROWS) and path.name not in _FIGURES and path not in taken and path.is_file():
-                self._add(path, self._place_of(path), partial(load_rows, path, required={}), Keys())
+                self._add(path, self._place_of(path), partial(load_rows, path, required={}), _keys_of(path))
 
     def _place_of(self, path: Path) -> Place:
         """Of a file that a stage names after what it holds."""
@@ -180,7 +190,7 @@ class _Reader:
                     file_name(source.path, self.root), labeler.path.name.split(".jsonl")[0], 0
                 )
                 self._add(
-                    source.path, place, partial(self._judged, rows, labeler), source.keys,
+                    source.path, place, partial(self._judged, rows, labeler), labeler.keys,
                     is_whole=labeler.path.is_file(),
                 )  # fmt: skip
             elif labeler.path.is_file():
@@ -235,7 +245,7 @@ class _Reader:
             kept = {(row.get(keys.input), row.get(keys.output)) for row in load_rows(labeler.path, required={})}
         for place, row in enumerate(rows):
             judgement = labeler.entries.get(place, {"reward": None})
-            own = {**row, "reward": judgement["reward"], **part_fields(judgement.get("parts", {}))}
+            own = {**row, keys.reward: judgement["reward"], **part_fields(judgement.get("parts", {}), keys.reward)}
             if kept is not None:
                 own["kept"] = (row.get(keys.input), row.get(keys.output)) in kept
             yield own

@@ -45,52 +45,49 @@ def rewards_of(labeled: Path) -> dict[int, float]:
     return found
 
 
-def drawn_and_trained_on(generated: Path, labeled: Path) -> tuple[Rows, Rows]:
+def drawn_and_trained_on(generated: Path, labeled: Path, keys: Keys) -> tuple[Rows, Rows]:
     """What the sampler and what the labeler wrote."""
-    required = {"input": "data.input_key", "output": "data.output_key"}
-    check = RowCheck(OfflineDataConfig(), required)
+    required = {keys.input: "data.input_key", keys.output: "data.output_key"}
+    check = RowCheck(OfflineDataConfig(input_key=keys.input, output_key=keys.output), required)
     samples, trained_on = (load_rows(path, required={}, check=check) for path in (generated, labeled))
     return samples, trained_on
 
 
-def marked(samples: Rows, trained_on: Rows, rewards: dict[int, float], processor: str | None) -> list[Row]:
-    """The samples in their order, with `reward` and `kept`."""
-    kept = {_pair(row) for row in trained_on}
+def marked(samples: Rows, trained_on: Rows, rewards: dict[int, float], processor: str | None, keys: Keys) -> list[Row]:
+    """The samples in their order, with their reward and `kept`."""
+    kept = {_pair(row, keys) for row in trained_on}
     # also of dt, which writes other prompts; of rs there may be as many of earlier iterations
     every = len(trained_on) == len(samples) and processor != "rs"
     return [
-        {**row, "reward": rewards.get(index), "kept": every or _pair(row) in kept} for index, row in enumerate(samples)
+        {**row, keys.reward: rewards.get(index), "kept": every or _pair(row, keys) in kept}
+        for index, row in enumerate(samples)
     ]
 
 
-def prompt_of(row: Row) -> str:
-    """The same for samples of the same prompt alone."""
-    return Sample.of(row, Keys()).prompt_id
+def _pair(row: Row, keys: Keys) -> tuple[str, str]:
+    """The prompt, the same for samples of the same prompt alone, and the response."""
+    sample = Sample.of(row, keys)
+    return sample.prompt_id, sample.output
 
 
-def _pair(row: Row) -> tuple[str, str]:
-    return prompt_of(row), row["output"]
-
-
-def processor_of(labeled: Path) -> str | None:
-    """The labeler's `processor`; None too where a kill kept it from saying."""
+def config_of(labeled: Path) -> dict[str, Any]:
+    """The labeler's config; empty where a kill kept it from saying."""
     meta = Path(f"{labeled}{META}")
-    if not meta.is_file():
-        return None
-    processor: str | None = json.loads(meta.read_text(encoding="utf-8"))["config"]["processor"]
-    return processor
+    config: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["config"] if meta.is_file() else {}
+    return config
 
 
-def from_before(samples: list[Row], trained_on: Rows, processor: str | None) -> int:
+def from_before(samples: list[Row], trained_on: Rows, processor: str | None, keys: Keys) -> int:
     """How many of the rows that were trained on are samples of earlier iterations, which rs alone has."""
-    own = {_pair(row) for row in samples}
-    return sum(_pair(row) not in own for row in trained_on) if processor == "rs" else 0
+    own = {_pair(row, keys) for row in samples}
+    return sum(_pair(row, keys) not in own for row in trained_on) if processor == "rs" else 0
 
 
-def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, float]:
+def summary(samples: list[Row], trained_on: int, before: int, keys: Keys) -> dict[str, float]:
     """Figures of one iteration; `trained_on` rows came out of the labeler, `before` of them from earlier iterations."""
-    rewards = [sample["reward"] for sample in samples]
-    of_prompt = known_by_prompt(rewards, [prompt_of(sample) for sample in samples])
+    rewards = [sample[keys.reward] for sample in samples]
+    prompts, responses = zip(*(_pair(sample, keys) for sample in samples), strict=True)
+    of_prompt = known_by_prompt(rewards, prompts)
     mean, std = mean_and_std(rewards)
     best, _ = mean_and_std([max(rewards[i] for i in places) for places in of_prompt.values()])
     return {
@@ -101,8 +98,8 @@ def summary(samples: list[Row], trained_on: int, before: int = 0) -> dict[str, f
         "best_of_n_mean": best,
         "kept": (trained_on - before) / len(samples),
         "kept_from_before": before,
-        "response_characters": sum(len(sample["output"]) for sample in samples) / len(samples),
-        "empty": sum(not sample["output"] for sample in samples) / len(samples),
+        "response_characters": sum(map(len, responses)) / len(samples),
+        "empty": responses.count("") / len(samples),
     }
 
 
@@ -118,16 +115,17 @@ def seconds_of(path: Path, iteration: int) -> dict[str, float]:
 
 def record(result: Path, iteration: int, generated: Path, labeled: Path, keep: int) -> None:
     """Record one iteration whose samples are still there."""
-    drawn, trained_on = drawn_and_trained_on(generated, labeled)
-    processor = processor_of(labeled)
-    samples = marked(drawn, trained_on, rewards_of(labeled), processor)
+    config = config_of(labeled)
+    processor, keys = config.get("processor"), Keys.of(config.get("data", {}))
+    drawn, trained_on = drawn_and_trained_on(generated, labeled, keys)
+    samples = marked(drawn, trained_on, rewards_of(labeled), processor, keys)
     forget_after(result / "iterations", iteration)
     if keep:
         write_jsonl(result / "iterations" / f"{iteration}.jsonl", samples[:keep])
     keep_records(result, iteration, generated, labeled)
     lines = result / "iterations.jsonl"
     before = load_rows(lines, required={}) if lines.exists() else []
-    figures = summary(samples, len(trained_on), from_before(samples, trained_on, processor))
+    figures = summary(samples, len(trained_on), from_before(samples, trained_on, processor, keys), keys)
     row = {"iteration": iteration, **figures, **seconds_of(result / "seconds.log", iteration)}
     rows = [*(earlier for earlier in before if earlier["iteration"] < iteration), row]
     write_jsonl(lines, rows)

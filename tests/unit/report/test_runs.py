@@ -49,6 +49,17 @@ def test_evaluated_policies_are_in_their_order_whatever_dots_their_names_have(tm
     assert [own.name for own in read(tmp_path).sets] == ["v-3.2", "v-3.1", "p"]
 
 
+def test_samples_of_an_evaluation_are_found_under_the_fields_that_it_was_given(tmp_path: Path) -> None:
+    names = {"input": "text", "output": "answer", "reward": "score"}
+    write_rows(tmp_path / "e.json.p.jsonl", [{names[k]: v for k, v in row.items()} for row in samples(2, 2)])
+    write_json(tmp_path / "e.json", [evaluated(0, "p.nemo")])
+    data = {f"{name}_key": own for name, own in names.items()}
+    write_json(tmp_path / "e.json.meta.json", {"config": {"policy_files": ["p.nemo"], "data": data}})
+    [found] = read(tmp_path).sets
+    expected, _ = columns_of(samples(2, 2), Keys())
+    assert found.columns == expected
+
+
 def test_an_actor_has_its_validations_rollouts_functions_and_phases_and_keeps_its_secrets(tmp_path: Path) -> None:
     run = read(make_reinforce(tmp_path))
     found = named(run)

@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_aligner.errors import DataError
+from nemo_aligner.report.sources import find_sets
 from nemo_aligner.stages.offline.loop_record import main, record
 
 SAMPLES = [
@@ -21,15 +22,21 @@ SAMPLES = [
 REWARDS = [1.0, 4.0, -2.0, None]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def iteration(folder: Path, number: int, keep: int = 256, rewards: Sequence[float | None] = REWARDS) -> None:
-    generated = write(folder / "g.jsonl", SAMPLES)
-    labeled = write(folder / "l.jsonl", [SAMPLES[1], SAMPLES[2]])
+def iteration(
+    folder: Path,
+    number: int,
+    keep: int = 256,
+    rewards: Sequence[float | None] = REWARDS,
+    samples: Sequence[dict[str, Any]] = SAMPLES,
+) -> None:
+    generated = write(folder / "g.jsonl", samples)
+    labeled = write(folder / "l.jsonl", samples[1:3])
     entries = [{"index": i, "row": {"reward": reward}} for i, reward in enumerate(rewards)]
     write(folder / "l.jsonl_temp" / "rank_0.json", entries[::2])
     write(folder / "l.jsonl_temp" / "rank_1.json", entries[1::2])
@@ -53,6 +60,20 @@ def test_the_figures_are_those_of_the_samples(tmp_path: Path) -> None:
     assert [(row["reward"], row["kept"], row["id"]) for row in kept] == [
         (1.0, False, 1), (4.0, True, 1), (-2.0, True, 2), (None, False, 2),
     ]  # fmt: skip
+
+
+def test_a_loop_whose_rows_have_other_fields_is_recorded_as_one_with_ours(tmp_path: Path) -> None:
+    names = {"input": "text", "output": "answer", "reward": "score"}
+    config = {"processor": "rest", "data": {f"{name}_key": own for name, own in names.items()}}
+    for folder, renamed, said in ((tmp_path / "ours", {}, {"processor": "rest"}), (tmp_path / "own", names, config)):
+        write(folder / "l.jsonl.meta.json", [{"config": said}])
+        iteration(folder, 0, samples=[{renamed.get(name, name): v for name, v in row.items()} for row in SAMPLES])
+    ours, own = (lines(tmp_path / name / "iterations" / "0.jsonl") for name in ("ours", "own"))
+    assert own == [{names.get(name, name): value for name, value in row.items()} for row in ours]
+    assert lines(tmp_path / "ours/iterations.jsonl") == lines(tmp_path / "own/iterations.jsonl")
+    drawn, shown = (find_sets(tmp_path / name, 100).sets for name in ("ours", "own"))
+    assert [set.columns for set in drawn] == [set.columns for set in shown]
+    assert any(set.series == "iterations" for set in shown)
 
 
 def test_samples_of_earlier_iterations_are_counted_apart(tmp_path: Path) -> None:
