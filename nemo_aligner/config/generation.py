@@ -24,7 +24,7 @@ class EvalInferenceConfig(InferenceConfig):
 class GenerationConfig(ChatKeys, ParallelConfig):
     gpt_model_file: str = MISSING  # .nemo file, extracted or Hugging Face folder
     prompts: list[str] | None = None
-    prompts_jsonl: str | None = None  # JSONL: a text, {"input"}, {"text"} or a conversation in each line
+    prompts_jsonl: str | None = None  # JSONL: a text, {"text"}, {"input"} or a conversation in each line
     output_file: str | None = None  # JSONL of the responses; null = standard output
     inference: EvalInferenceConfig = field(default_factory=EvalInferenceConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

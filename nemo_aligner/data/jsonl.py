@@ -33,10 +33,13 @@ _ARROW_BATCH = 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_line(line: Line, path: Path, number: int) -> Row:
-    """One line as an object that can be written again. Raises DataError with file and line."""
+def parse_line(line: Line, path: str | Path, number: int | None, text_field: str | None = None) -> Row:
+    """One line as an object that can be written again; a text alone is that of `text_field`, where there is one.
+
+    Raises DataError with file and line, of what is no line of a file (`number` None) with `path` alone.
+    """
     row = _row_without_faults(line)
-    return _named_faults(line, path, number) if row is None else row
+    return _named_faults(line, path, number, text_field) if row is None else row
 
 
 @functools.cache
@@ -57,7 +60,7 @@ def _row_without_faults(line: Line) -> Row | None:
     return row if isinstance(row, dict) and brackets <= _DEPTH else None
 
 
-def _named_faults(line: Line, path: Path, number: int) -> Row:
+def _named_faults(line: Line, path: str | Path, number: int | None, text_field: str | None) -> Row:
     """The row of any line. Raises DataError for what is wrong with it."""
     text = line.removeprefix("\ufeff") if isinstance(line, str) else _decoded(line.rstrip(b"\r\n"), path, number)
     try:
@@ -68,6 +71,8 @@ def _named_faults(line: Line, path: Path, number: int) -> Row:
         raise DataError("a number has more digits than Python reads (4300)", path, number) from None
     except RecursionError:
         raise DataError(f"lists or objects are nested over {_DEPTH} deep", path, number) from None
+    if text_field is not None and isinstance(row, str):
+        row = {text_field: row}
     if not isinstance(row, dict):
         raise DataError(f'a {type(row).__name__} where an object such as {{"input": ...}} is needed', path, number)
     if text.count("[") + text.count("{") > _DEPTH and _is_deep(row, _DEPTH):
@@ -83,7 +88,7 @@ def _is_deep(value: Any, depth: int) -> bool:
     return inner is not None and (depth == 0 or any(_is_deep(item, depth - 1) for item in inner))
 
 
-def _check_whole_characters(row: Row, path: Path, number: int) -> None:
+def _check_whole_characters(row: Row, path: str | Path, number: int | None) -> None:
     """Raises DataError for one half of a pair of \\u escapes, which JSON allows and no text file can hold."""
     for name, value in row.items():
         try:
@@ -112,6 +117,8 @@ class Rows(Sequence[Row]):
 
     unit = "rows"
 
+    text_field: str | None = None  # see `parse_line`
+
     def __init__(self, path: Path, numbers: Sequence[int], line: Callable[[int], Line]) -> None:
         self.path, self.numbers, self._line = path, numbers, line
 
@@ -121,7 +128,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return parse_line(self._line(index), self.path, self.numbers[index])
+        return parse_line(self._line(index), self.path, self.numbers[index], self.text_field)
 
 
 Inspect = Callable[[Line, int], None]
@@ -135,19 +142,20 @@ def load_rows(
     hf_dataset: bool = False,
     cache_dir: str | None = None,
     check: Callable[[Row, Path, int], object] | None = None,
+    text_field: str | None = None,
 ) -> Rows:
     """Open a JSONL file, plain or compressed (.gz, .zst), or a source of data/sources.py, after checking every line of
     it, in one pass.
 
     Lines end in LF, CR LF or CR. `hf_dataset` reads through Hugging Face datasets (memory-mapped Arrow, cached in
     `cache_dir`); otherwise lines are found by byte offset. Both give the same rows, with every field as it stands in
-    the file. Raises DataError: missing or empty file, broken line, missing field, value that is not a string, and
-    what `check` raises of a row, its file and line.
+    the file; a line that is a text alone is a row of `text_field`, where given. Raises DataError: missing or empty
+    file, broken line, missing field, value that is not a string, and what `check` raises of a row, its file and line.
     """
     path = Path(path)
 
     def inspect(line: Line, number: int) -> None:
-        row = parse_line(line, path, number)
+        row = parse_line(line, path, number, text_field)
         check_texts(row, required, path, number)
         if check is not None:
             check(row, path, number)
@@ -160,6 +168,7 @@ def load_rows(
         rows = _arrow_rows(path, cache_dir, inspect) if hf_dataset else _offset_rows(path, inspect)
     if not rows:
         raise DataError("the file holds no rows", path)
+    rows.text_field = text_field
     return rows
 
 
@@ -241,7 +250,7 @@ def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
         raise EOFError("Compressed file ended before the end of its last frame")
 
 
-def _decoded(raw: bytes, path: Path, number: int) -> str:
+def _decoded(raw: bytes, path: str | Path, number: int | None) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:

@@ -95,7 +95,7 @@ def test_the_server_answers_like_the_command_line_and_ends_on_sigterm(workshop: 
         (("prompts=[x]", "checkpoint_dir=/ckpt"), "checkpoint_dir: not offered; give the .nemo archive"),
         (("prompts=[x]", "inference.tokens_to_generate=0"), "inference.tokens_to_generate: 0 is below 1"),
         (("prompts=['']",), "prompts: prompt 1 has 0 tokens"),
-        (("prompts_jsonl=nowhere.jsonl",), "nowhere.jsonl: cannot be read"),
+        (("prompts_jsonl=nowhere.jsonl",), "nowhere.jsonl: no such file"),
     ],
 )
 def test_bad_input_is_one_line(workshop: Workshop, overrides: tuple[str, ...], says: str) -> None:

@@ -18,7 +18,7 @@ from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.data.sources import files_read
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
 from nemo_aligner.engine.interfaces import Cluster, GenerationRequest, Policy
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.extras import require_extra
 from nemo_aligner.files import Inputs, refuse_overwriting
 from nemo_aligner.stages.offline.random_sampler import sampling_params
@@ -73,18 +73,20 @@ def run(cfg: GenerationConfig) -> None:
 
 
 def encoded(cfg: GenerationConfig, prompts: Sequence[Prompt], policy: Policy) -> list[tuple[int, ...]]:
-    """Raises ConfigError for a prompt that is empty or leaves the model no room, DataError without a chat template."""
+    """Raises ConfigError for a prompt that is empty or leaves the model no room, DataError for one of a file, and for a
+    conversation without a chat template."""
     tokenizer, found = policy.tokenizer, []
     texts = RowTexts(None, INPUT, ChatTemplate.of(tokenizer, cfg, _TEMPLATE), _TEMPLATE)
-    bos = tokenizer.bos_id if cfg.inference.add_BOS else None
+    bos, limit = tokenizer.bos_id if cfg.inference.add_BOS else None, policy.max_sequence_length - 1
     for number, prompt in enumerate(prompts, 1):
         text = texts.prompt(prompt.row, prompt.path, prompt.line)
         tokens = tuple(with_bos(tokenizer.encode(text), bos))
-        if not 0 < len(tokens) < policy.max_sequence_length:
-            raise ConfigError(
-                f"prompt {number} has {len(tokens)} tokens; the model takes 1 to {policy.max_sequence_length - 1}",
-                "prompts",
-            )
+        if not 0 < len(tokens) <= limit:
+            if prompt.line is not None:
+                raise DataError(
+                    f"the prompt has {len(tokens)} tokens; the model takes 1 to {limit}", prompt.path, prompt.line
+                )
+            raise ConfigError(f"prompt {number} has {len(tokens)} tokens; the model takes 1 to {limit}", "prompts")
         found.append(tokens)
     return found
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nemo_aligner.data.conversations import check_turns
 from nemo_aligner.data.jsonl import Row, load_rows
-from nemo_aligner.data.sources import is_source
-from nemo_aligner.errors import DataError
-from nemo_aligner.records import TEMPLATE_FIELDS, Turns
+from nemo_aligner.data.prompts import check_prompt, prompt_field, turns_of
+from nemo_aligner.records import TEMPLATE_FIELDS
 
 INPUT = "input"
-_TEXTS = (INPUT, "text")
 
 
 @dataclass(frozen=True)
@@ -28,40 +22,14 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """A prompt of each line: a JSON string, an object with one in "input" or "text", or a conversation.
-
-    Compressed files and the sources of data/sources.py have objects alone. Raises DataError.
-    """
-    return [Prompt(_prompt_in(value, path, line), path, line) for value, line in _values(path)]
+    """A prompt of each line: a JSON string, or what REINFORCE has for one. Raises DataError."""
+    rows = load_rows(path, required={}, check=check_prompt, text_field=INPUT)
+    return [Prompt(_prompt_in(row), path, line) for row, line in zip(rows, rows.numbers, strict=True)]
 
 
-def _values(path: Path) -> Iterator[tuple[Any, int]]:
-    if path.suffix in (".gz", ".zst") or is_source(path):
-        rows = load_rows(path, required={})
-        yield from zip(rows, rows.numbers, strict=True)
-        return
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise DataError(f"cannot be read: {fault}", path) from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line), number
-        except json.JSONDecodeError as fault:
-            raise DataError(f"not valid JSON ({fault.msg} at column {fault.colno})", path, number) from None
-
-
-def _prompt_in(value: Any, path: Path, line: int) -> Row:
-    row = value if isinstance(value, dict) else {INPUT: value}
-    text = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), None)
-    if text is not None:
-        return {INPUT: text}
-    turns = Turns.of(row, None)
+def _prompt_in(row: Row) -> Row:
+    """Of a row its prompt alone, with what a chat template reads."""
+    turns = turns_of(row)
     if turns is None:
-        raise DataError(
-            'neither a text nor an object with one in "input" or "text", or with turns in "messages"', path, line
-        )
-    check_turns(row, turns, output_key=None, path=path, line=line)
+        return {INPUT: row[prompt_field(row) or INPUT]}
     return {name: row[name] for name in (turns.field, *TEMPLATE_FIELDS) if name in row}

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.generation import GenerationConfig
+from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.prompts import encode_prompts, open_prompts
+from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.engine import loading
 from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.stages.serving import generation
@@ -22,7 +26,7 @@ from tests.unit.stages.plain import Plain, opened, read_rows
 from tests.unit.stages.refusals import check_refused
 
 TEXTS = ["A film", "It was", "x"]
-NEITHER = 'neither a text nor an object with one in "input" or "text", or with turns in "messages"'
+NEITHER = 'no text in field "text" or "input"; the row has '
 ANSWERED = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
@@ -125,7 +129,7 @@ def test_as_many_are_drawn_at_once_as_is_said(archives: Archives) -> None:
 def test_a_file_of_prompts_has_texts_or_objects_with_one_and_empty_lines_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('\ufeff"plain"\n\n{"input": "in", "text": "t"}\n  \n{"text": "é", "id": 3}\n', encoding="utf-8")
-    assert [prompt.row for prompt in read_prompts(path)] == [{"input": "plain"}, {"input": "in"}, {"input": "é"}]
+    assert [prompt.row for prompt in read_prompts(path)] == [{"input": "plain"}, {"input": "t"}, {"input": "é"}]
     assert [prompt.line for prompt in read_prompts(path)] == [1, 3, 5]
 
 
@@ -133,10 +137,14 @@ def test_a_file_of_prompts_has_texts_or_objects_with_one_and_empty_lines_do_not_
     ("line", "says"),
     [
         ("{", r"p\.jsonl:2: not valid JSON \(Expecting property name enclosed in double quotes at column 2\)"),
-        ("3", rf"p\.jsonl:2: {NEITHER}$"),
-        ('{"prompt": "a"}', rf"p\.jsonl:2: {NEITHER}$"),
-        ('{"input": 3}', rf"p\.jsonl:2: {NEITHER}$"),
-        ('{"messages": "a"}', rf"p\.jsonl:2: {NEITHER}$"),
+        ("3", r'p\.jsonl:2: a int where an object such as {"input": ...} is needed$'),
+        ('{"prompt": "a"}', rf"p\.jsonl:2: {NEITHER}'prompt'$"),
+        ('{"input": 3}', rf"p\.jsonl:2: {NEITHER}'input'$"),
+        ('{"messages": "a"}', rf"p\.jsonl:2: {NEITHER}'messages'$"),
+        (r'"hi \ud83d"', r"p\.jsonl:2: field 'input' holds \\ud83d, one half of a character$"),
+        (r'{"text": "hi \ud83d"}', r"p\.jsonl:2: field 'text' holds \\ud83d, one half of a character$"),
+        ("1" * 5000, r"p\.jsonl:2: a number has more digits than Python reads \(4300\)$"),
+        ("[" * 100_000, r"p\.jsonl:2: lists or objects are nested over 100 deep$"),
         ('{"messages": []}', r"p\.jsonl:2: messages is empty, there is nothing to go on from$"),
         (ANSWERED, r"p\.jsonl:2: the conversation ends with the assistant's turn: there is nothing to answer$"),
         ('{"messages": [{"role": "user"}]}', r"p\.jsonl:2: the turn .* lacks a role or a text$"),
@@ -148,11 +156,28 @@ def test_a_line_without_a_prompt_is_named(tmp_path: Path, line: str, says: str) 
         read_prompts(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize("row", [{"text": "t", "input": "i"}, {"input": "i"}, {"text": "t"}, {"messages": [user("m")]}])
+def test_a_row_is_the_prompt_that_it_is_to_reinforce(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = Path(chats.jsonl(tmp_path / "p.jsonl", row))
+    [own], rows = read_prompts(path), open_prompts({"train": [str(path)]}, "train", "k")
+    assert rows is not None
+    template = ChatTemplate.of(chats.ours(SMOLLM2), ChatKeys(), "k")
+    [theirs] = encode_prompts(rows, str.encode, bos_id=None, limit=999, key="k", chat=template)
+    assert RowTexts(None, "input", template, "k").prompt(own.row, path, 1).encode() == bytes(theirs.tokens)
+
+
+def test_a_prompt_of_a_file_that_does_not_fit_is_named_by_its_line(archives: Archives, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('"a"\n\n""\n')
+    prompts = [*prompts_of("x"), *read_prompts(tmp_path / "p.jsonl")]
+    with pytest.raises(DataError, match=r"p\.jsonl:3: the prompt has 0 tokens; the model takes 1 to 63$"):
+        generation.encoded(config(archives), prompts, EchoPolicy())  # type: ignore[arg-type]
+
+
 def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=r"p\.jsonl: no such file"):
         read_prompts(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_bytes(b'"\xff"')
-    with pytest.raises(DataError, match=r"p\.jsonl: cannot be read: .*utf-8"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: not valid UTF-8 at byte 1"):
         read_prompts(tmp_path / "p.jsonl")
 
 
@@ -201,7 +226,7 @@ def test_conversations_of_a_file_are_asked_as_transformers_renders_them_and_come
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("prompts_jsonl", "/no.jsonl", "/no.jsonl: cannot be read"),
+        ("prompts_jsonl", "/no.jsonl", "/no.jsonl: no such file"),
         ("chat_template", "{% if", "chat_template: not a valid Jinja template"),
         ("tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
         ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
