@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from nemo_aligner.data.conversations import check_turns, plain_form
-from nemo_aligner.data.jsonl import dump_row
+from nemo_aligner.data.jsonl import dump_row, parse_line
 from nemo_aligner.data.judged_text import ended
 from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.engine.interfaces import Tokenizer
@@ -230,13 +230,11 @@ def _bytes(text: str) -> bytes:
 
 
 def _object(raw: bytes, name: str, index: int) -> dict[str, Any]:
+    """Raises RequestError for what is none, or could not be written again."""
     try:
-        value = json.loads(raw) if raw else {}
-    except (ValueError, RecursionError) as fault:
-        raise RequestError(f"{name}: row {index} is not valid JSON ({fault})") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{name}: row {index} is no JSON object")
-    return value
+        return parse_line(raw, f"{name}: row {index}", None) if raw else {}
+    except DataError as fault:
+        raise RequestError(str(fault)) from None
 
 
 def conversation_of(candidate: Candidate) -> bytes:

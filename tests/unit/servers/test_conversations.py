@@ -113,7 +113,21 @@ def test_a_conversation_that_cannot_be_read_has_no_reward_and_says_why(given: An
     assert (found.errors[1] == "") == (given != GOOD)
 
 
-@pytest.mark.parametrize(("raw", "line"), [(b"{", "row 0 is not valid JSON"), (b"[]", "row 0 is no JSON object")])
+HALVES = (
+    rb'{"messages": [{"role": "user", "content": "hi \ud83d"}], "response": "x"}',
+    rb'{"messages": [{"role": "user", "content": "hi"}], "response": "\udc4d"}',
+    rb'{"messages": [{"role": "user", "content": "hi"}], "response": "x", "tools": [{"\ud83d": 1}]}',
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (b"{", "row 0: not valid JSON"),
+        (b"[]", "row 0: a list where an object such as"),
+        *((half, r"row 0: field '\w+' holds .*, one half of a character$") for half in HALVES),
+    ],
+)
 def test_what_is_no_json_is_refused(raw: bytes, line: str) -> None:
     with pytest.raises(RequestError, match=f"^conversations: {line}"):
         reader().read(asked(raw, GOOD))

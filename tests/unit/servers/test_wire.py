@@ -136,8 +136,16 @@ def test_prompt_response_and_fields_are_a_candidate_and_one_text() -> None:
         (apart(responses=[b"a"]), "prompts: needed with responses"),
         ({**apart(responses=[b"a"], prompts=[b"a"]), **sentences(b"a")}, "sentences: give either sentences, or"),
         (apart(responses=[b"a"], prompts=[b"a", b"b"]), "prompts: 2 for 1 responses"),
-        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"{"]), "fields: row 0 is not valid JSON"),
-        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"[1]"]), "fields: row 0 is no JSON object"),
+        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"{"]), "fields: row 0: not valid JSON"),
+        (apart(responses=[b"a"], prompts=[b"a"], fields=[b"[1]"]), "fields: row 0: a list where an object such as"),
+        (
+            apart(responses=[b"a"], prompts=[b"a"], fields=[rb'{"x": ["\ud83d"]}']),
+            r"fields: row 0: field 'x' holds \ud83d, one half of a character",
+        ),
+        (
+            apart(responses=[b"a"], prompts=[b"a"], fields=[b'{"x": ' + b"[" * 200 + b"]" * 200 + b"}"]),
+            "fields: row 0: lists or objects are nested over 100 deep",
+        ),
         (apart(responses=[b"a", b"\xff"], prompts=[b"a"] * 2), "responses: row 1 is not valid UTF-8"),
         (tokens([[1]], [[1]]), "tokens: reward functions read texts; give prompts and responses"),
     ],
