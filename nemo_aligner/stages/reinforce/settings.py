@@ -10,13 +10,15 @@ from nemo_aligner.stages.run_identity import adapter_settings, optimizer_setting
 
 
 def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
-    """What decides a step besides policy and prompts."""
+    """What decides a step besides policy and prompts; None is what checkpoints of versions without a key say of it."""
     model, loop, ppo = cfg.model, cfg.trainer.ppo, cfg.model.ppo
-    names = ("initial_policy_kl_penalty", "kl_estimator", "kl_reduction", "baseline", "unfinished")
+    names = ("initial_policy_kl_penalty", "kl_reduction", "baseline", "unfinished", "rollout_batch_seq_length")
     return {
         "model.global_batch_size": model.global_batch_size,
         **{f"trainer.ppo.{name}": value for name, value in _aids(loop).items()},
         **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
+        "trainer.ppo.kl_estimator": loop.estimator,
+        **{f"model.{name}": getattr(model, name) for name in ("hidden_dropout", "attention_dropout")},
         **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
         **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
         **optimizer_settings(model.optim, loop.gradient_clip_val),

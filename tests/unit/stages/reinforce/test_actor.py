@@ -393,6 +393,9 @@ def test_sampling_settings_reach_the_engine_each_under_its_name(tmp_path: Path) 
         "trainer.ppo.kl_reduction",
         "trainer.ppo.baseline",
         "trainer.ppo.unfinished",
+        "trainer.ppo.rollout_batch_seq_length",
+        "model.hidden_dropout",
+        "model.attention_dropout",
         "model.ppo.sampling_params.temperature",
         "model.ppo.sampling_params.top_k",
         "model.ppo.sampling_params.top_p",
@@ -425,6 +428,14 @@ def test_what_decides_the_result_may_not_change_when_a_run_goes_on(tmp_path: Pat
     setattr(block, name, new)
     with pytest.raises(CheckpointError, match=f"was made with {key}".replace(".", r"\.")):
         run(other)
+
+
+def test_the_older_switch_of_the_kl_counts_as_the_estimator_that_it_is(tmp_path: Path) -> None:
+    run(config(tmp_path, max_steps=1, save_interval=1, kl_estimator="k1"))
+    other = config(tmp_path, max_steps=2, save_interval=1, use_absolute_kl=True)
+    with pytest.raises(CheckpointError, match=r"was made with trainer\.ppo\.kl_estimator = k1, this run has abs"):
+        run(other)
+    run(config(tmp_path, max_steps=2, save_interval=1, use_absolute_kl=False, kl_estimator="k3"))
 
 
 def test_another_archive_or_other_prompts_do_not_go_on(tmp_path: Path) -> None:
