@@ -62,6 +62,12 @@ def reinforce_objective(logprobs: Any, microbatch: Microbatch) -> Any:
 class Actor:
     """One REINFORCE run."""
 
+    # of `train`, from its begin on
+    served: ServedModel | None
+    worker: RolloutWorker
+    checkpoints: Checkpoints
+    control: RunControl
+
     def __init__(
         self,
         cfg: ReinforceConfig,
@@ -99,13 +105,13 @@ class Actor:
         `served`: the reward model that a server has, which stays the same over restarts.
         """
         exp, cluster, loop = self.cfg.exp_manager, self.cluster, self.loop
-        checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
+        self.checkpoints = checkpoints = Checkpoints(exp, cluster, metrics=MONITORS, validates=bool(self.validation))
         self.made_with = self.fingerprint()
         self.served = served
-        step, logged = self.resume(checkpoints)
+        step, logged = self.resume()
         self.announce()
         kl = KL(loop.estimator, loop.kl_reduction) if loop.measures_kl else None
-        worker = RolloutWorker(
+        self.worker = RolloutWorker(
             self.policy,
             cluster,
             rewards,
@@ -116,76 +122,74 @@ class Actor:
         with run_logger(exp, cluster, asdict(self.cfg), logged, exp.log_samples) as self.logger:
             with RunControl(
                 exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run", on_signal=rewards.hurry
-            ) as control:
-                self.steps_from(step, worker, checkpoints, control)
+            ) as self.control:
+                self.steps_from(step)
             if exp.checkpoint_callback_params.save_nemo_on_train_end:
                 checkpoints.restore_best(self.policy)
                 self.policy.save_nemo(checkpoints.archive)
                 if self.logger is not None:
                     self.logger.archived(checkpoints.archive, archive_hash(checkpoints.archive))
 
-    def steps_from(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+    def steps_from(self, step: int) -> None:
         """The rollout steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
         with (
             Progress("REINFORCE", self.steps, show=self.cluster.is_main, done=step, unit="step") as progress,
-            checkpoints,
+            self.checkpoints,
         ):
             if step == 0:
-                self.validate_or_stop(0, worker, checkpoints, control)
+                self.validate_or_stop(0)
             elif self.validation_owed:
-                self.conclude(step, worker, checkpoints, control)
+                self.conclude(step)
             while step < self.steps and not self.kl_control.spent:
-                scored = self.step_or_stop(step, worker, checkpoints, control)
+                scored = self.step_or_stop(step)
                 step += 1
-                checkpoints.settle(wait=False)
+                self.checkpoints.settle(wait=False)
                 progress.advance(1, token_count(scored.rollouts), reward=self.values["rewards"])
-                self.conclude(step, worker, checkpoints, control)
+                self.conclude(step)
 
-    def conclude(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+    def conclude(self, step: int) -> None:
         """What comes after `step` steps: validation, a stop, a checkpoint."""
         exp, loop = self.cfg.exp_manager, self.loop
         at_end = step == self.steps or self.kl_control.spent
         if at_end or step % loop.val_check_interval == 0:
-            self.validate_or_stop(step, worker, checkpoints, control)
+            self.validate_or_stop(step)
         self.log_timers(step)
-        reason = None if at_end else control.stop_reason()
+        reason = None if at_end else self.control.stop_reason()
         if reason:
-            self.stop(reason, step, checkpoints)
+            self.stop(reason, step)
         if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
-            checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+            self.checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
 
-    def step_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> Scored:
+    def step_or_stop(self, step: int) -> Scored:
         """`step`; where the run is told to stop as those who reward it are, the step begun is given up. Collective."""
         try:
-            return self.step(step, worker)
+            return self.step(step)
         except _NO_REWARDS as fault:  # on every rank, before anything is learned or logged
-            self.give_up(f"step {step + 1}", fault, step, checkpoints, control)
+            self.give_up(f"step {step + 1}", fault, step)
 
-    def validate_or_stop(self, step: int, worker: RolloutWorker, checkpoints: Checkpoints, control: RunControl) -> None:
+    def validate_or_stop(self, step: int) -> None:
         """Validate after `step` steps; told to stop meanwhile, the run that goes on from here owes it. Collective."""
         try:
-            self.validate(step, worker)
+            self.validate(step)
         except _NO_REWARDS as fault:
             self.validation_owed = True
-            self.give_up(f"the validation after step {step}", fault, step, checkpoints, control)
+            self.give_up(f"the validation after step {step}", fault, step)
         self.validation_owed = False
 
-    def give_up(
-        self, what: str, fault: AlignerError, step: int, checkpoints: Checkpoints, control: RunControl
-    ) -> NoReturn:
+    def give_up(self, what: str, fault: AlignerError, step: int) -> NoReturn:
         """`what` has no rewards: raises StoppedEarly where the run was told to stop, else `fault`. Collective."""
-        reason = control.stop_reason()
+        reason = self.control.stop_reason()
         if reason is None:
             raise fault
         log.info("%s is given up: %s", what, fault)
-        self.stop(reason, step, checkpoints)
+        self.stop(reason, step)
 
-    def stop(self, reason: str, step: int, checkpoints: Checkpoints) -> NoReturn:
+    def stop(self, reason: str, step: int) -> NoReturn:
         """Save the run as it is after `step` steps, and raise StoppedEarly. Collective."""
         kept = "no checkpoint"
         if self.cfg.exp_manager.create_checkpoint_callback and step > 0:
-            checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
-            kept = f"checkpoint in {checkpoints.root}"
+            self.checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+            kept = f"checkpoint in {self.checkpoints.root}"
         raise StoppedEarly(f"{reason} at step {step} of {self.steps}; {kept}")
 
     def announce(self) -> None:
@@ -204,7 +208,7 @@ class Actor:
             )
         tell_what_changes_the_draw(sampling_params(self.cfg, self.policy))
 
-    def step(self, step: int, worker: RolloutWorker) -> Scored:
+    def step(self, step: int) -> Scored:
         """One rollout step: rollouts, advantages, and as many optimizer steps as the responses fill."""
         n = self.settings.num_rollout_per_prompt
         # the number of a prompt in the run: no two steps share noise
@@ -213,11 +217,11 @@ class Actor:
         slots = self.settings.rollout_micro_batch_size * n
         longest = self.settings.length_params.max_length
         with self.timers.phase("rollout_time"):
-            rollouts = worker.run(prompts, n, sampling_params(self.cfg, self.policy), slots)
+            rollouts = self.worker.run(prompts, n, sampling_params(self.cfg, self.policy), slots)
             check_finite(rollouts)
             greedy = None
             if self.loop.baseline == "ReMax":
-                best = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
+                best = self.worker.run(prompts, 1, sampling_params(self.cfg, self.policy, greedy=True), slots)
                 check_finite(best)
                 of_group = dict(zip((r.group for r in best), shaped(best, self.loop, longest).tolist(), strict=True))
                 greedy = torch.tensor([of_group[rollout.group] for rollout in rollouts], dtype=torch.float64)
@@ -255,7 +259,7 @@ class Actor:
                 found = {**metrics.terms, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "lr": metrics.lr}
                 self.logger.log(self.updates, "train_optim", found)
 
-    def validate(self, step: int, worker: RolloutWorker) -> None:
+    def validate(self, step: int) -> None:
         """One response to each validation prompt, always drawn with the same noise; no update.
 
         The responses are written to `<log dir>/validation/step_<step>.jsonl`.
@@ -265,7 +269,7 @@ class Actor:
         with self.timers.phase("validation_time"):
             prompts = list(enumerate(self.validation))
             slots = self.settings.val_rollout_micro_batch_size
-            rollouts = worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
+            rollouts = self.worker.run(prompts, 1, sampling_params(self.cfg, self.policy, seed_offset=1), slots)
         scored = score(rollouts, self.loop, None, kl_penalty=self.kl_control.penalty, validation=True)
         rows = rollout_rows(scored)
         self.log_rollouts(step, "val_rollouts", scored, rows)
@@ -323,17 +327,17 @@ class Actor:
             **self.settings_of_rewards,
         }
 
-    def resume(self, checkpoints: Checkpoints) -> tuple[int, int | None]:
+    def resume(self) -> tuple[int, int | None]:
         """Steps already done and metrics already logged, from the newest checkpoint.
 
         Raises CheckpointError where it belongs to another run.
         """
-        newest = checkpoints.newest()
+        newest = self.checkpoints.newest()
         if newest is None:
-            return 0, checkpoints.logged_before_any
+            return 0, self.checkpoints.logged_before_any
         state = self.policy.load_training_state(newest)
         check_same_run(newest, state["fingerprint"], self.made_with)
-        checkpoints.drop_others(newest)
+        self.checkpoints.drop_others(newest)
         self.updates, self.values = state["updates"], state["values"]
         self.validation_owed = bool(state.get("validation_owed"))
         if self.served is not None:

@@ -238,8 +238,8 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
     first = actor(cluster, config(parts, peft, max_epochs=2, save_interval=2, **aids))
     original = first.step
 
-    def dies_in_step_3(step: int, worker: Any) -> Any:
-        scored = original(step, worker)  # it is logged, but no checkpoint has it
+    def dies_in_step_3(step: int) -> Any:
+        scored = original(step)  # it is logged, but no checkpoint has it
         if step == 2:
             raise KeyboardInterrupt
         return scored
