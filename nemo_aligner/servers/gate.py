@@ -47,7 +47,11 @@ class Gate:
         try:
             # each request has its connection: Triton closes those that idle, and one may be the next to be used
             async with (
-                aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None)) as session,
+                aiohttp.ClientSession(
+                    auto_decompress=False,
+                    skip_auto_headers=["Accept-Encoding"],  # Triton compresses for who says that it reads that
+                    timeout=aiohttp.ClientTimeout(total=None),
+                ) as session,
                 session.request(
                     request.method, url, data=body, headers={**headers, _ACCESS: self._access}, allow_redirects=False
                 ) as answer,
