@@ -13,6 +13,7 @@ from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import (
     MISSING,
     ExpManagerConfig,
+    LoopLimits,
     ModelOverrides,
     OptimConfig,
     SamplingConfig,
@@ -38,15 +39,12 @@ def one_of(allowed: tuple[str, ...], value: str, key: str) -> None:
 
 
 @dataclass
-class ReinforceLoopConfig:
-    """`trainer.ppo`: the loop of rollouts, and the objective."""
+class ReinforceLoopConfig(LoopLimits):
+    """`trainer.ppo`: the loop of rollouts, whose steps are rollout steps, and the objective."""
 
-    max_epochs: int = 1
-    max_steps: int = -1  # rollout steps; -1 = max_epochs passes over the prompts
-    val_check_interval: int = 10  # rollout steps
-    save_interval: int = 10  # rollout steps between checkpoints, and one at the end; 0 = none, the .nemo alone
+    val_check_interval: int = 10
+    save_interval: int = 10
     keep_rollouts: int = 64  # of each step, written to <log dir>/rollouts/step_<n>.jsonl; 0 = none
-    gradient_clip_val: float = 1.0  # 0 = no clipping
     initial_policy_kl_penalty: float = 0.01  # β; 0 = no initial policy is kept
     kl_estimator: str = "k1"  # k1, abs, k2 or k3
     kl_reduction: str = "sum"  # over the tokens of a response: sum or mean
@@ -66,8 +64,9 @@ class ReinforceLoopConfig:
 
     def validate(self) -> None:
         key = "trainer.ppo"
-        at_least(1, trainer__ppo__max_epochs=self.max_epochs, trainer__ppo__val_check_interval=self.val_check_interval)
-        at_least(0, trainer__ppo__save_interval=self.save_interval, trainer__ppo__keep_rollouts=self.keep_rollouts)
+        self.check_limits(key)
+        at_least(1, trainer__ppo__val_check_interval=self.val_check_interval)
+        at_least(0, trainer__ppo__keep_rollouts=self.keep_rollouts)
         one_of(BASELINES, self.baseline, f"{key}.baseline")
         one_of(KL_ESTIMATORS, self.kl_estimator, f"{key}.kl_estimator")
         one_of(KL_REDUCTIONS, self.kl_reduction, f"{key}.kl_reduction")

@@ -66,6 +66,25 @@ class TrainerConfig:
 
 
 @dataclass
+class LoopLimits:
+    """How long any training loop is, and what bounds a step."""
+
+    max_epochs: int = 1  # passes over the data
+    max_steps: int = -1  # -1 = max_epochs passes
+    save_interval: int = 100  # steps between checkpoints, and one at the end; 0 = none, the .nemo alone
+    gradient_clip_val: float = 1.0  # 0 = no clipping
+
+    def check_limits(self, block: str) -> None:
+        """Raises ConfigError, naming the key under `block`."""
+        at_least(1, **{f"{block}.max_epochs": self.max_epochs})
+        at_least(0, **{f"{block}.save_interval": self.save_interval})
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigError(f"{self.max_steps} is not 1 or more; -1 = max_epochs passes", f"{block}.max_steps")
+        if not self.gradient_clip_val >= 0:
+            raise ConfigError(f"{self.gradient_clip_val} is not a number from 0 on", f"{block}.gradient_clip_val")
+
+
+@dataclass
 class SamplingConfig:
     """How the next token is drawn; becomes algorithms.sampling.SamplingParams."""
 

@@ -7,21 +7,54 @@ from typing import Any
 
 from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import SFT_ROWS, WORKERS, check_fixed
-from nemo_aligner.config.schema import MISSING, ExpManagerConfig, ModelOverrides, TrainerConfig, at_least
+from nemo_aligner.config.schema import (
+    MISSING,
+    ExpManagerConfig,
+    LoopLimits,
+    ModelOverrides,
+    TrainerConfig,
+    at_least,
+)
+from nemo_aligner.errors import ConfigError
 
 
 @dataclass
-class LoopConfig:
+class LoopConfig(LoopLimits):
     """`trainer.sft` or `trainer.rm`: the training loop."""
 
-    max_epochs: int = 1
-    max_steps: int = -1  # -1 = max_epochs passes over the data
-    val_check_interval: Any = 100  # steps; a float up to 1.0 is a fraction of an epoch
-    save_interval: int = 100  # steps between checkpoints, and one at the end; 0 = none, the .nemo alone
-    limit_train_batches: Any = 1.0  # float = fraction, int = number of global batches
-    limit_val_batches: Any = 1.0
-    gradient_clip_val: float = 1.0  # 0 = no clipping
+    val_check_interval: Any = 100  # steps; a float up to 1.0 is a fraction of an epoch; 0 = no validation
+    limit_train_batches: Any = 1.0  # of each epoch: float = fraction, int = number of global batches; null = all
+    limit_val_batches: Any = 1.0  # of each validation, likewise; 0 = no validation
     skip_validation: bool = False
+
+    def validate(self, block: str) -> None:
+        """Raises ConfigError, naming the key under `block`."""
+        self.check_limits(block)
+        check_amount(self.val_check_interval, 0, "steps", f"{block}.val_check_interval")
+        if self.limit_train_batches is not None:
+            check_amount(self.limit_train_batches, 1, "batches", f"{block}.limit_train_batches")
+        if self.limit_val_batches is not None:
+            check_amount(self.limit_val_batches, 0, "batches", f"{block}.limit_val_batches")
+
+    @property
+    def train_limit(self) -> int | float | None:
+        """`limit_train_batches`; None where it leaves out nothing."""
+        everything = isinstance(self.limit_train_batches, float) and self.limit_train_batches == 1
+        return None if everything else self.limit_train_batches
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation during training, where there is something to validate on."""
+        return not self.skip_validation and self.val_check_interval != 0 and self.limit_val_batches != 0
+
+
+def check_amount(value: Any, least: int, unit: str, key: str) -> None:
+    """A whole number from `least` on, or as a float the share of an epoch. Raises ConfigError."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    share = isinstance(value, float) and (0 < value <= 1 or value == least)
+    if not (whole or share):
+        said = f"{value!r} is not a number of {unit}, {least} or more, nor a share of them, above 0.0 and up to 1.0"
+        raise ConfigError(said, key)
 
 
 @dataclass
@@ -81,6 +114,7 @@ class SFTConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.trainer.sft.validate("trainer.sft")
         self.exp_manager.validate()
         self.model.check_model(self.exp_manager)
         check_fixed(self.model.data, WORKERS, "model.data")
@@ -89,8 +123,6 @@ class SFTConfig:
                 check_fixed(rows, SFT_ROWS, f"model.data.{part}")
                 names = ("micro_batch_size", "global_batch_size", "max_seq_length")
                 at_least(1, **{f"model__data__{part}__{name}": getattr(rows, name) for name in names})
-        at_least(1, trainer__sft__max_epochs=self.trainer.sft.max_epochs)
-        at_least(0, trainer__sft__save_interval=self.trainer.sft.save_interval)
 
 
 @dataclass
@@ -129,6 +161,7 @@ class RMConfig:
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.trainer.rm.validate("trainer.rm")
         self.exp_manager.validate()
         self.model.check_model(self.exp_manager)
         check_fixed(self.model.data, WORKERS, "model.data")
@@ -137,6 +170,4 @@ class RMConfig:
             model__micro_batch_size=self.model.micro_batch_size,
             model__global_batch_size=self.model.global_batch_size,
             model__data__seq_length=self.model.data.seq_length,
-            trainer__rm__max_epochs=self.trainer.rm.max_epochs,
         )
-        at_least(0, trainer__rm__save_interval=self.trainer.rm.save_interval)

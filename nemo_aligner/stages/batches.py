@@ -18,19 +18,31 @@ from nemo_aligner.engine.interfaces import Microbatch
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Global batches over `count` examples; the last of an epoch may be smaller, and is trained unless `drop_last`."""
+    """Global batches over `count` examples; the last of an epoch may be smaller, and is trained unless `drop_last`.
+
+    With a `limit`, an epoch is the first so many of its batches, or such a share of them.
+    """
 
     count: int
     global_batch_size: int
     seed: int
     shuffle: bool
     drop_last: bool = False
+    limit: int | float | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
+    def _batches(self) -> int:
+        """Of an epoch without limit."""
         whole = self.count / self.global_batch_size
         # fewer examples than one batch are still a batch
         return max(1, math.floor(whole)) if self.drop_last else math.ceil(whole)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.limit is None:
+            return self._batches
+        most = self.limit if isinstance(self.limit, int) else max(1, math.ceil(self._batches * self.limit))
+        return min(self._batches, most)
 
     def indices(self, step: int) -> list[int]:
         """Examples of the global batch of optimizer step `step`, counted from 0 over all epochs."""
@@ -42,9 +54,11 @@ class BatchPlan:
         return order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
 
     def consumed(self, step: int) -> int:
-        """Examples used in the first `step` steps, over all epochs."""
+        """Examples used in the first `step` steps, over all epochs; those that `drop_last` leaves out count too."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return epoch * self.count + min(self.count, within * self.global_batch_size)
+        limited = self.steps_per_epoch < self._batches
+        whole = self.steps_per_epoch * self.global_batch_size if limited else self.count
+        return epoch * whole + min(whole, within * self.global_batch_size)
 
 
 def microbatches(

@@ -45,9 +45,17 @@ def _short(archive: str) -> str:
     return archive[:16]
 
 
-def batch_settings(global_batch_size: int, seed: int, shuffle: bool, drop_last: bool = False) -> dict[str, Any]:
-    """What decides which examples a step is made of."""
-    return {"global_batch_size": global_batch_size, "model.seed": seed, "shuffle": shuffle, "drop_last": drop_last}
+def batch_settings(
+    global_batch_size: int, seed: int, shuffle: bool, drop_last: bool = False, limit: int | float | None = None
+) -> dict[str, Any]:
+    """What decides which examples a step is made of; no limit is None, as for checkpoints made before it counted."""
+    return {
+        "global_batch_size": global_batch_size,
+        "model.seed": seed,
+        "shuffle": shuffle,
+        "drop_last": drop_last,
+        "limit_train_batches": limit,
+    }
 
 
 def optimizer_settings(optim: OptimConfig, clip: float) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Task:
     plan: BatchPlan
     micro_batch_size: int
     loop: LoopConfig
+    block: str  # where `loop` is in the config
     micro_batch_tokens: int | None = None
     validation_plan: BatchPlan | None = None  # null: in their order, in batches as large as those of training
     validation_micro_batch_size: int | None = None  # null: that of training
@@ -68,18 +69,12 @@ class Task:
 
     @property
     def validates(self) -> bool:
-        return bool(self.validation) and not self.loop.skip_validation
+        return bool(self.validation) and self.loop.validates
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = self.plan.steps_per_epoch
-        limit = self.loop.limit_train_batches
-        if isinstance(limit, int) and not isinstance(limit, bool):
-            per_epoch = min(per_epoch, limit)
-        else:
-            per_epoch = max(1, math.ceil(per_epoch * float(limit)))
-        total = per_epoch * self.loop.max_epochs
+        total = self.plan.steps_per_epoch * self.loop.max_epochs
         return total if self.loop.max_steps < 0 else min(total, self.loop.max_steps)
 
     @property
@@ -121,7 +116,7 @@ def optimize(
     values: dict[str, float] = {}
     if not task.validates:
         log.info("no validation during training")
-    tell_end_of_data(task.steps, task.loop.max_steps, "trainer")
+    tell_end_of_data(task.steps, task.loop.max_steps, task.block)
     with (
         RunControl(exp.max_time_per_run, cluster, key="exp_manager.max_time_per_run") as control,
         Progress("training", task.steps, show=cluster.is_main, done=step, unit="step") as progress,
@@ -162,7 +157,7 @@ def identity(task: Task, model: TrainableModel) -> dict[str, Any]:
     return {
         "the archive to start from": archive_of(model),
         "training examples": tokens_hash(rows),
-        **batch_settings(plan.global_batch_size, plan.seed, plan.shuffle, plan.drop_last),
+        **batch_settings(plan.global_batch_size, plan.seed, plan.shuffle, plan.drop_last, plan.limit),
         **task.settings,
     }
 
@@ -211,9 +206,9 @@ def validated(task: Task) -> list[int]:
     plan = task.validation_plan or BatchPlan(len(task.validation), size, task.plan.seed, shuffle=False)
     order = [i for step in range(plan.steps_per_epoch) for i in plan.indices(step)]
     limit = task.loop.limit_val_batches
-    if isinstance(limit, int) and not isinstance(limit, bool):
-        return order[: limit * plan.global_batch_size]
-    return order[: max(1, int(len(order) * float(limit)))]
+    if limit is None:
+        return order
+    return order[: limit * plan.global_batch_size if isinstance(limit, int) else max(1, int(len(order) * limit))]
 
 
 def notes(task: Task, model: TrainableModel) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def check_templates(cfg: RMConfig) -> None:
 
 def settings(cfg: RMConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
-    batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle)
+    limit = cfg.trainer.rm.train_limit
+    batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle, limit=limit)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
     return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
@@ -116,10 +117,17 @@ def make_task(cfg: RMConfig, model: TrainableModel, pairs: dict[str, _Pairs]) ->
         train=splits["train"],
         validation=splits["validation"],
         objective=ranking_objective,
-        plan=BatchPlan(len(splits["train"]), cfg.model.global_batch_size, cfg.model.seed, data.shuffle),
+        plan=BatchPlan(
+            len(splits["train"]),
+            cfg.model.global_batch_size,
+            cfg.model.seed,
+            data.shuffle,
+            limit=cfg.trainer.rm.train_limit,
+        ),
         micro_batch_size=cfg.model.micro_batch_size,
         micro_batch_tokens=cfg.model.micro_batch_tokens,
         loop=cfg.trainer.rm,
+        block="trainer.rm",
         settings=settings(cfg),
         metric_names=RANKING_METRICS,
         archive_notes=ranking_task_notes(data.append_eod, cfg.model.reward_model_type),

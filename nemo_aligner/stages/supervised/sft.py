@@ -68,8 +68,8 @@ def run(cfg: SFTConfig) -> None:
 
 def settings(cfg: SFTConfig) -> dict[str, Any]:
     """What decides a step besides the examples."""
-    data = cfg.model.data.train_ds
-    batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
+    data, limit = cfg.model.data.train_ds, cfg.trainer.sft.train_limit
+    batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last, limit)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
     return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
 
@@ -116,19 +116,20 @@ def make_task(cfg: SFTConfig, policy: TrainableModel, rows: Rows, held_out: Rows
         train=examples,
         validation=validation,
         objective=sft_objective,
-        plan=batch_plan(cfg, train_ds, len(examples)),
+        plan=batch_plan(cfg, train_ds, len(examples), cfg.trainer.sft.train_limit),
         micro_batch_size=train_ds.micro_batch_size,
         micro_batch_tokens=cfg.model.micro_batch_tokens,
         loop=cfg.trainer.sft,
+        block="trainer.sft",
         settings=settings(cfg),
         **more,
     )
 
 
-def batch_plan(cfg: SFTConfig, data: SFTDatasetConfig, count: int) -> BatchPlan:
+def batch_plan(cfg: SFTConfig, data: SFTDatasetConfig, count: int, limit: int | float | None = None) -> BatchPlan:
     from nemo_aligner.stages.batches import BatchPlan
 
-    return BatchPlan(count, data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last)
+    return BatchPlan(count, data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last, limit)
 
 
 def make_examples(

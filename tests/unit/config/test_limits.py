@@ -66,10 +66,8 @@ def loaded(name: str) -> Any:
         (SFT, "model.data.validation_ds.micro_batch_size", [1], [0]),
         (SFT, "model.data.validation_ds.global_batch_size", [1], [0]),
         (SFT, "model.data.validation_ds.max_seq_length", [1], [0]),
-        (SFT, "trainer.sft.save_interval", [0], [-1]),
         (SFT, "model.optim.lr", [0.0], [-1e-9]),
-        (RM, "trainer.rm.save_interval", [0], [-1]),
-        (ACTOR, "trainer.ppo.save_interval", [0], [-1]),
+        (ACTOR, "trainer.ppo.val_check_interval", [1], [0]),
         (ACTOR, "trainer.ppo.keep_rollouts", [0], [-1]),
         (ACTOR, "trainer.ppo.initial_policy_kl_penalty", [0.0], [-0.1]),
         (ACTOR, "trainer.ppo.max_kl", [None, 1e-6], [0.0, -1.0, float("nan"), float("inf")]),
@@ -127,6 +125,33 @@ def test_the_limits_of_a_key_belong_to_it(name: str, key: str, fine: list[Any], 
         named, _, said = str(caught.value).partition(": ")
         assert named == key
         assert len(said.split()) > 2, "and it says why"
+
+
+LOOPS = [
+    (SFT, "trainer.sft", ["all", "supervised"]),
+    (RM, "trainer.rm", ["all", "supervised"]),
+    (ACTOR, "trainer.ppo", ["all"]),
+]
+
+
+@pytest.mark.parametrize(("name", "block", "of"), LOOPS)
+@pytest.mark.parametrize(
+    ("loops", "key", "fine", "wrong"),
+    [
+        ("all", "max_epochs", [1], [0, -1]),
+        ("all", "max_steps", [-1, 1], [0, -2]),
+        ("all", "save_interval", [0, 1], [-1]),
+        ("all", "gradient_clip_val", [0.0, 1.0], [-1.0, float("nan")]),
+        ("supervised", "val_check_interval", [0, 1, 100, 0.1, 1.0], [None, -5, 1.5, -0.1, True, "abc", float("nan")]),
+        ("supervised", "limit_train_batches", [None, 1, 9, 0.1, 1.0], [0, 0.0, -1, 1.5, True, "abc", float("nan")]),
+        ("supervised", "limit_val_batches", [None, 0, 0.0, 1, 0.1, 1.0], [-1, -0.5, 1.5, False, "abc", [1]]),
+    ],
+)
+def test_the_limits_of_a_loop_are_those_of_every_training(
+    name: str, block: str, of: list[str], loops: str, key: str, fine: list[Any], wrong: list[Any]
+) -> None:
+    if loops in of:
+        test_the_limits_of_a_key_belong_to_it(name, f"{block}.{key}", fine, wrong)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,21 @@ def test_examples_are_consumed_as_they_are_used_and_a_dropped_rest_counts_as_pas
     assert [BatchPlan(11, 4, 1, True, drop_last=True).consumed(step) for step in range(5)] == [0, 4, 11, 15, 22]
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(("limit", "per_epoch"), [(1, 1), (2, 2), (9, 3), (1.0, 3), (0.34, 2), (0.01, 1)])
+def test_a_limited_epoch_is_the_beginning_of_the_whole_one(
+    limit: float, per_epoch: int, drop_last: bool, shuffle: bool
+) -> None:
+    whole = BatchPlan(12, 4, seed=1, shuffle=shuffle, drop_last=drop_last)
+    plan = BatchPlan(12, 4, seed=1, shuffle=shuffle, drop_last=drop_last, limit=limit)
+    assert plan.steps_per_epoch == per_epoch
+    steps = [(epoch, within) for epoch in range(3) for within in range(per_epoch)]
+    assert [plan.indices(i) for i in range(len(steps))] == [whole.indices(3 * epoch + i) for epoch, i in steps]
+    assert [plan.consumed(step) for step in range(7)] == [4 * step for step in range(7)]
+    assert [BatchPlan(11, 4, 1, shuffle, limit=2).consumed(step) for step in range(5)] == [0, 4, 8, 12, 16]
+
+
 def test_order_depends_on_seed_and_epoch_and_only_when_it_is_shuffled() -> None:
     plan = BatchPlan(40, 40, seed=1, shuffle=True)
     assert plan.indices(0) == BatchPlan(40, 40, seed=1, shuffle=True).indices(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ class Recorder:
 
 
 def task(**loop: Any) -> Task:
-    plan = BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=True)
-    return Task(EXAMPLES, EXAMPLES[:2], sft_objective, plan, 2, LoopConfig(**{"skip_validation": True, **loop}))
+    config = LoopConfig(**{"skip_validation": True, **loop})
+    plan = BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=True, limit=config.train_limit)
+    return Task(EXAMPLES, EXAMPLES[:2], sft_objective, plan, 2, config, "trainer.sft")
 
 
 def experiment(folder: Path, **more: Any) -> ExpManagerConfig:
@@ -82,10 +84,31 @@ def test_each_epoch_trains_every_example_once_the_last_small_batch_too(tmp_path:
     assert (tmp_path / "checkpoints" / "m.nemo").exists()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
-def test_a_resumed_run_sees_the_batches_it_had_not_seen(tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize("limit", [1, 2, 0.34])
+def test_a_limit_of_training_batches_cuts_each_epoch_which_has_an_order_of_its_own(
+    tmp_path: Path, limit: float
+) -> None:
+    limited, whole, per_epoch = Recorder(), Recorder(), 1 if limit == 1 else 2
+    train(task(max_epochs=3, limit_train_batches=limit), limited, experiment(tmp_path / "limited"))
+    train(task(max_epochs=3), whole, experiment(tmp_path / "whole"))
+    assert limited.seen == [whole.seen[3 * epoch + step] for epoch in range(3) for step in range(per_epoch)]
+
+
+def test_a_run_that_ends_before_max_steps_names_the_key_that_was_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        train(changed(loop=LoopConfig(max_steps=99), block="trainer.rm"), Recorder(), experiment(tmp_path))
+    assert "trainer.rm.max_steps=99: the data ends after 3 steps" in caplog.text
+
+
+@pytest.mark.parametrize(("stop", "limit", "per_epoch"), [(1, 1.0, 3), (2, 1.0, 3), (4, 1.0, 3), (1, 2, 2), (3, 2, 2)])
+def test_a_resumed_run_sees_the_batches_it_had_not_seen(
+    tmp_path: Path, stop: int, limit: float, per_epoch: int
+) -> None:
     whole, first, second = Recorder(), Recorder(), Recorder()
-    train(task(max_epochs=2), whole, experiment(tmp_path / "whole"))
+    loop = {"max_epochs": 2, "limit_train_batches": limit}
+    train(task(**loop), whole, experiment(tmp_path / "whole"))
 
     def stopping(*args: Any) -> StepMetrics:
         metrics = Recorder.train_step(first, *args)
@@ -93,9 +116,9 @@ def test_a_resumed_run_sees_the_batches_it_had_not_seen(tmp_path: Path, stop: in
         return metrics
 
     first.train_step = stopping  # type: ignore[method-assign]
-    with pytest.raises(StoppedEarly, match=f"step {stop} of 6"):
-        train(task(max_epochs=2), first, experiment(tmp_path / "parts"))
-    train(task(max_epochs=2), second, experiment(tmp_path / "parts"))
+    with pytest.raises(StoppedEarly, match=f"step {stop} of {2 * per_epoch}"):
+        train(task(**loop), first, experiment(tmp_path / "parts"))
+    train(task(**loop), second, experiment(tmp_path / "parts"))
     assert first.seen + second.seen == whole.seen
 
 
@@ -214,6 +237,7 @@ def changed(**more: Any) -> Task:
         (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=4, shuffle=True)), "model.seed = 3, this run has 4"),
         (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=False)), "shuffle = True, this run has False"),
         (changed(plan=BatchPlan(len(EXAMPLES), 4, seed=3, shuffle=True, drop_last=True)), "drop_last = False"),
+        (task(limit_train_batches=2), "limit_train_batches = None, this run has 2"),
         (changed(settings={"model.optim.lr": 2.0}), "model.optim.lr = None, this run has 2.0"),
     ],
 )

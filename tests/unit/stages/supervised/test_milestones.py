@@ -38,9 +38,11 @@ def test_validation_runs_at_its_interval_and_at_the_end_over_the_validation_exam
     assert [(row["step"], row["val/loss"]) for row in rows_of(tmp_path, "val")] == [(s, -s) for s in steps]
 
 
-@pytest.mark.parametrize(("limit", "used"), [(1.0, 11), (0.5, 5), (0.01, 1), (1, 4), (2, 8), (3, 11), (99, 11)])
+@pytest.mark.parametrize(
+    ("limit", "used"), [(1.0, 11), (None, 11), (0.5, 5), (0.01, 1), (1, 4), (2, 8), (3, 11), (99, 11)]
+)
 def test_a_limit_of_validation_batches_is_a_share_or_a_number_of_global_batches(
-    tmp_path: Path, limit: float, used: int
+    tmp_path: Path, limit: float | None, used: int
 ) -> None:
     model = Recorder()
     short = changed(validation=EXAMPLES, loop=LoopConfig(limit_val_batches=limit, max_steps=1))
@@ -59,11 +61,16 @@ def test_validation_has_batches_of_its_own_always_the_same(tmp_path: Path, limit
     assert model.validated_together == 1
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_no_validation_where_it_is_skipped_or_there_is_nothing_to_validate_on(tmp_path: Path, skip: bool) -> None:
+@pytest.mark.parametrize(
+    "switch",
+    [{}, {"skip_validation": True}, {"limit_val_batches": 0}, {"limit_val_batches": 0.0}, {"val_check_interval": 0}],
+)
+def test_no_validation_where_it_is_switched_off_or_there_is_nothing_to_validate_on(
+    tmp_path: Path, switch: dict[str, Any]
+) -> None:
     model = Recorder()
-    loop = LoopConfig(skip_validation=skip, val_check_interval=1)
-    train(changed(validation=EXAMPLES if skip else [], loop=loop), model, experiment(tmp_path))
+    loop = LoopConfig(**{"val_check_interval": 1, **switch})
+    train(changed(validation=EXAMPLES if switch else [], loop=loop), model, experiment(tmp_path))
     assert model.validated == []
     assert rows_of(tmp_path, "val") == []
 
@@ -128,7 +135,7 @@ def test_what_may_be_monitored_has_a_value(tmp_path: Path, monitor: str) -> None
 def test_training_batches_are_limited_by_share_or_number_in_each_epoch(
     batches: int, limit: float, per_epoch: int
 ) -> None:
-    assert task(max_epochs=2, limit_train_batches=limit).plan.steps_per_epoch == batches
+    assert task(max_epochs=2).plan.steps_per_epoch == batches
     assert task(max_epochs=2, limit_train_batches=limit).steps == 2 * per_epoch
 
 
