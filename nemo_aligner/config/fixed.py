@@ -53,6 +53,12 @@ SFT_ROWS = {
     "memmap_workers": Fixed((None, 0, 2), _NO_WORKERS),
     "add_sep": Fixed((False,), "no tokenizer here has a separator; write it into prompt_template"),
 }
+_CHAT_IS_CUT = "a conversation is cut at its end; leave it out"
+CHAT_ROWS = {
+    "prompt_template": Fixed(("{input} {output}",), "with model.data.chat the chat template is used; leave it out"),
+    "truncation_field": Fixed(("input",), _CHAT_IS_CUT),
+    "truncation_method": Fixed(("right",), _CHAT_IS_CUT),
+}
 EVALUATION = {
     "checkpoint_interval": Fixed((None,), _NO_RESUMING),
     "max_time_per_run": Fixed((None,), _NO_RESUMING),

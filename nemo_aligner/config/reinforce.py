@@ -19,6 +19,7 @@ from nemo_aligner.config.schema import (
     SamplingConfig,
     TrainerConfig,
     at_least,
+    one_of,
 )
 from nemo_aligner.config.supervised import PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
@@ -31,11 +32,6 @@ OVERLONG_PENALTY = 1.0
 _POSITION = ("global_step", "step", "consumed_samples", "epoch", "reinforce_optimization_step")
 MONITORS = ("val_rewards", "rewards", "rewards_with_kl", "init_policy_kl", *_POSITION)
 """What `monitor` and `filename` of exp_manager.checkpoint_callback_params may name."""
-
-
-def one_of(allowed: tuple[str, ...], value: str, key: str) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{value!r} is not one of {', '.join(allowed)}", key)
 
 
 @dataclass

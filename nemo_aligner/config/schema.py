@@ -7,6 +7,7 @@ has `None` as its default, or the merge with this schema would bring it back.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,12 @@ def at_least(low: int, **values: int | None) -> None:
             raise ConfigError(f"{value} is below {low}", name.replace("__", "."))
 
 
+def one_of(allowed: Sequence[str], value: str, key: str) -> None:
+    """Raises ConfigError for a value that is not allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{value!r} is not one of {', '.join(allowed)}", key)
+
+
 @dataclass
 class ParallelConfig:
     """How one model is cut over processes; -1 = as stored in the archive, cut down to what the world size allows."""
@@ -58,10 +65,8 @@ class TrainerConfig:
 
     def validate(self) -> None:
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__devices=self.devices)
-        if self.accelerator not in ACCELERATORS:
-            raise ConfigError(f"{self.accelerator!r} is not one of {', '.join(ACCELERATORS)}", "trainer.accelerator")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"{self.precision!r} is not one of {', '.join(PRECISIONS)}", "trainer.precision")
+        one_of(ACCELERATORS, self.accelerator, "trainer.accelerator")
+        one_of(PRECISIONS, self.precision, "trainer.precision")
         check_fixed(self, TRAINER, "trainer")
 
 
@@ -173,8 +178,7 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises ConfigError for an unknown optimizer, and for numbers that none takes."""
-        if self.name not in OPTIMIZERS:
-            raise ConfigError(f"{self.name!r} is not one of {', '.join(OPTIMIZERS)}", "model.optim.name")
+        one_of(OPTIMIZERS, self.name, "model.optim.name")
         for name in ("lr", "weight_decay", "eps"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.config.fixed import SFT_ROWS, WORKERS, check_fixed
+from nemo_aligner.config.fixed import CHAT_ROWS, SFT_ROWS, WORKERS, check_fixed
 from nemo_aligner.config.schema import (
     MISSING,
     ExpManagerConfig,
@@ -14,6 +14,7 @@ from nemo_aligner.config.schema import (
     ModelOverrides,
     TrainerConfig,
     at_least,
+    one_of,
 )
 from nemo_aligner.errors import ConfigError
 
@@ -77,7 +78,7 @@ class SFTDatasetConfig:
     shuffle: bool = True
     max_seq_length: int = 2048
     min_seq_length: int = 1  # rows of fewer tokens are left out, and counted
-    add_eos: bool = True
+    add_eos: bool = True  # of rows that are no conversations: the chat template ends those
     add_bos: bool = False
     add_sep: bool = False
     drop_last: bool = False
@@ -86,7 +87,7 @@ class SFTDatasetConfig:
     label_key: str = "output"
     prompt_template: str = "{input} {output}"
     truncation_field: str = "input"
-    truncation_method: str = "right"  # right keeps the head
+    truncation_method: str = "right"  # right keeps the head, left the tail
     num_workers: int = 0
     memmap_workers: int | None = None
 
@@ -120,7 +121,8 @@ class SFTConfig:
         check_fixed(self.model.data, WORKERS, "model.data")
         for part in ("train_ds", "validation_ds"):
             if (rows := getattr(self.model.data, part)) is not None:
-                check_fixed(rows, SFT_ROWS, f"model.data.{part}")
+                check_fixed(rows, SFT_ROWS | (CHAT_ROWS if self.model.data.chat else {}), f"model.data.{part}")
+                one_of(("right", "left"), rows.truncation_method, f"model.data.{part}.truncation_method")
                 names = ("micro_batch_size", "global_batch_size", "max_seq_length")
                 at_least(1, **{f"model__data__{part}__{name}": getattr(rows, name) for name in names})
 

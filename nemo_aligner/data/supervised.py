@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from nemo_aligner.config.schema import one_of
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Row, Rows
@@ -69,6 +70,18 @@ class PromptTemplate:
         self._label_lead = lead[len(kept) :]
         self._literals[-2] = kept
 
+    @classmethod
+    def of(cls, config: SFTDatasetConfig, key: str) -> PromptTemplate:
+        """The template of a data set, whose fields `truncation_field` names. Raises ConfigError, naming keys of `key`.
+
+        A template of the label alone has nothing else to cut, whatever is named.
+        """
+        template = cls(config.prompt_template, config.label_key, key)
+        context = [name for name in template.fields if name != config.label_key]
+        for name in truncation_fields(config) if context else ():
+            one_of(context, name, f"{key}.truncation_field")
+        return template
+
     def pieces(self, row: Row, tokenizer: TextTokenizer) -> tuple[list[_Piece], list[int]]:
         """Context pieces and label token ids."""
         values = {name: row[name].strip(" ") if self._strip else row[name] for name in self._names}
@@ -95,7 +108,7 @@ def sft_examples(
 
     Rows whose answer is empty or cut away, and those of fewer than `min_seq_length` tokens, are left out and counted.
     """
-    template = PromptTemplate(config.prompt_template, config.label_key, key)
+    template = PromptTemplate.of(config, key)
     limit = min(config.max_seq_length, max_length)
     examples, dropped, cut = [], 0, 0
     for row in rows:
@@ -125,11 +138,15 @@ def long_enough(examples: list[Example], least: int, source: str) -> list[Exampl
     return kept
 
 
+def truncation_fields(config: SFTDatasetConfig) -> list[str]:
+    return [name.strip() for name in config.truncation_field.split(",") if name.strip()]
+
+
 def truncated(
     context: list[_Piece], label: list[int], excess: int, config: SFTDatasetConfig
 ) -> tuple[list[_Piece], list[int]]:
     """Take `excess` tokens out of the fields named by `truncation_field`, in equal parts, then off the label's end."""
-    names = [name.strip() for name in config.truncation_field.split(",") if name.strip()]
+    names = truncation_fields(config)
     fields = [i for i, piece in enumerate(context) if piece.field in names]
     result = list(context)
     for left, i in zip(range(len(fields), 0, -1), fields, strict=True):
@@ -153,21 +170,22 @@ def chat_examples(
     """Conversations through a chat template.
 
     The assistant's turns are the targets; of a row that holds its answer under `label_key`, as samplers write it, the
-    answer alone, and what the template puts behind it.
+    answer alone, and what the template puts behind it. What is longer than the limit is cut at its end, and counted.
     """
-    examples, dropped, limit = [], 0, min(config.max_seq_length, max_length)
+    examples, dropped, cut, limit = [], 0, 0, min(config.max_seq_length, max_length)
     for index, row in enumerate(rows):
         tokens: list[int] = []
         mask: list[int] = []
         for ids, is_target in _chat_pieces(row, template, tokenizer, config, str(rows.path), rows.numbers[index]):
             tokens += ids
             mask += [int(is_target or not answer_only)] * len(ids)
+        cut += len(tokens) > limit
         tokens, mask = tokens[:limit], mask[:limit]
         if not any(mask):
             dropped += 1
             continue
         examples.append(Example((tokens,), (mask,)))
-    _report(rows, dropped, 0, limit)
+    _report(rows, dropped, cut, limit)
     return examples
 
 

@@ -9,5 +9,8 @@ export LABELER_ARGS="reward_standardization.enable=True ${LABELER_ARGS:-}"
 LC_ALL=C printf -v target %.1f "${TARGET_REWARD:-1}"
 asks="{input} <rm_score>: $target " # the labeler's reward_template
 export LATER_SAMPLER_ARGS="'data.prompt_template=\"$asks\"' ${LATER_SAMPLER_ARGS:-}"
-export SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' ${SFT_ARGS:-}" # the template ends with a space
+if [[ ${SFT_ARGS:-} != *model.data.chat=[Tt]rue* ]]; then # a conversation has the chat template
+  # reward_template ends with a space
+  export SFT_ARGS="'model.data.train_ds.prompt_template=\"{input}{output}\"' ${SFT_ARGS:-}"
+fi
 exec bash "$(dirname "${BASH_SOURCE[0]}")/online_rs.sh"

@@ -80,7 +80,7 @@ def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:
         raise ConfigError("required, but not given", f"{key}.file_path")
     required: Mapping[str, str] = {}
     if not cfg.model.data.chat:
-        required = required_texts(PromptTemplate(config.prompt_template, config.label_key, key), key)
+        required = required_texts(PromptTemplate.of(config, key), key)
     try:
         return load_rows(
             config.file_path,

@@ -134,6 +134,15 @@ def test_a_decision_transformer_asks_for_its_target_once_it_has_been_trained(pla
     assert [whole in line for line in trainings] == [True] * 2
 
 
+@pytest.mark.processes
+def test_a_decision_transformer_of_conversations_is_trained_with_the_chat_template(play: Played) -> None:
+    done = play("dt", "TRAINING_ITERS=1", "SFT_ARGS=model.data.chat=True")
+    assert done.returncode == 0, done.stderr
+    [training] = play.told("sft")
+    assert "model.data.chat=True" in training
+    assert "prompt_template" not in training
+
+
 def words_of(lines: list[str], key: str) -> list[str]:
     return [word.partition("=")[2] for line in lines for word in line.split() if word.startswith(f"{key}=")]
 

@@ -122,6 +122,25 @@ def test_another_value_of_a_fixed_key_is_one_line_that_says_what_to_do(name: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["train_ds", "validation_ds"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("prompt_template={output}", "'{output}' is not offered; with model.data.chat the chat template is used"),
+        ("truncation_field=x", "'x' is not offered; a conversation is cut at its end"),
+        ("truncation_method=left", "'left' is not offered; a conversation is cut at its end"),
+    ],
+)
+def test_what_is_for_plain_rows_is_refused_of_conversations(part: str, given: str, message: str) -> None:
+    name, value = "conf/gpt_sft", given.partition("=")[2]
+    key = f"model.data.{part}.{given.partition('=')[0]}"
+    load_config(composed(name, [*REQUIRED[name], f"{key}='{value}'"]), SHIPPED[name])
+    load_config(composed(name, [*REQUIRED[name], "model.data.chat=True"]), SHIPPED[name])
+    with pytest.raises(ConfigError) as caught:
+        load_config(composed(name, [*REQUIRED[name], "model.data.chat=True", f"{key}='{value}'"]), SHIPPED[name])
+    assert str(caught.value).startswith(f"{key}: {message}")
+
+
 def test_what_nemos_yamls_set_is_accepted() -> None:
     sizes = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]
     for name in ("conf/gpt_sft", "conf/training_rm", "conf/gpt_rs_actor"):

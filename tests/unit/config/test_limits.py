@@ -66,6 +66,8 @@ def loaded(name: str) -> Any:
         (SFT, "model.data.validation_ds.micro_batch_size", [1], [0]),
         (SFT, "model.data.validation_ds.global_batch_size", [1], [0]),
         (SFT, "model.data.validation_ds.max_seq_length", [1], [0]),
+        (SFT, "model.data.train_ds.truncation_method", ["right", "left"], ["middle", "", "Right"]),
+        (SFT, "model.data.validation_ds.truncation_method", ["right", "left"], ["middle"]),
         (SFT, "model.optim.lr", [0.0], [-1e-9]),
         (ACTOR, "trainer.ppo.val_check_interval", [1], [0]),
         (ACTOR, "trainer.ppo.keep_rollouts", [0], [-1]),

@@ -84,7 +84,9 @@ def test_they_are_read_wherever_a_jsonl_is() -> None:
     rm = RMConfig()
     rm.model.data.data_prefix = {"train": [f"hf:{name}"]}
     assert [chosen.row["answer"] for chosen, _ in reward_training.open_pairs(rm, "train")] == ["a0", "a1", "a2"]
-    ds = SFTDatasetConfig(file_path=name, prompt_template="{prompt}{chosen}", label_key="chosen")
+    ds = SFTDatasetConfig(
+        file_path=name, prompt_template="{prompt}{chosen}", label_key="chosen", truncation_field="prompt"
+    )
     assert list(sft.open_rows(SFTConfig(), ds, "k")) == PAIRS
     prompts = open_prompts({"train": [f"hf:{name}:train"]}, "train", "k")
     assert prompts is not None

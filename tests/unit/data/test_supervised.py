@@ -11,7 +11,7 @@ import pytest
 from nemo_aligner.config.supervised import SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import Rows, load_rows
-from nemo_aligner.data.supervised import Pairs, chat_examples, preference_examples, sft_examples
+from nemo_aligner.data.supervised import Pairs, PromptTemplate, chat_examples, preference_examples, sft_examples
 from nemo_aligner.errors import ConfigError, DataError
 from tests.fakes import EOS, ByteTokenizer
 
@@ -209,6 +209,18 @@ def test_what_is_too_long_is_taken_in_equal_parts_from_the_fields_named_and_then
     assert told == ([text] if "x" in text else []), "without an answer there is nothing to learn"
 
 
+@pytest.mark.parametrize("fields", ["prompt", "a,input", "output", "a,output"])
+def test_a_field_to_cut_is_one_of_the_templates_before_the_label(tmp_path: Path, fields: str) -> None:
+    config = SFTDatasetConfig(prompt_template="{a}{b}{output}", truncation_field=fields)
+    said = rf"^k\.truncation_field: '{fields.rpartition(',')[2]}' is not one of a, b$"
+    with pytest.raises(ConfigError, match=said):
+        PromptTemplate.of(config, "k")
+
+
+def test_of_an_answer_alone_the_end_is_cut_whatever_field_is_named(tmp_path: Path) -> None:
+    assert example(tmp_path, ROW, prompt_template="{output}", max_seq_length=4) == (" c $", " c $")
+
+
 def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,8 +237,10 @@ def test_a_chat_is_cut_at_the_limit_and_left_out_where_no_answer_is_left(
     begins = whole.index(b"abc")
     for limit in (begins + 1, len(whole), 99):
         mask = [0] * begins + [1] * (len(whole) - begins)
+        caplog.clear()
         assert made(limit) == [(list(whole[:limit]), mask[:limit])]
-    assert "left out" not in caplog.text
+        assert (f"1 rows were cut to {limit} tokens" in caplog.text) == (limit < len(whole))
+        assert "left out" not in caplog.text
     assert made(begins) == []
     assert "1 of 1 rows left out: nothing of the answer is left to train on" in caplog.text
     assert made(begins, answer_only=False) == [(list(whole[:begins]), [1] * begins)]
