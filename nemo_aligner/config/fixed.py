@@ -48,6 +48,7 @@ LORA = {
     "position_embedding_strategy": Fixed((None,), "layers share no adapter; leave it out"),
 }
 WORKERS = {"num_workers": Fixed((0, 2), _NO_WORKERS)}
+BLENDED = {**WORKERS, "data_impl": Fixed(("jsonl", "json"), "files are JSONL; leave it at jsonl")}
 SFT_ROWS = {
     **WORKERS,
     "memmap_workers": Fixed((None, 0, 2), _NO_WORKERS),

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.config.fixed import SAMPLING, WORKERS, check_fixed, check_switched_off
+from nemo_aligner.config.fixed import SAMPLING, check_fixed, check_switched_off
 from nemo_aligner.config.loggers import SampleLoggersConfig
 from nemo_aligner.config.rewards import RewardSources
 from nemo_aligner.config.schema import (
-    MISSING,
     ExpManagerConfig,
     LoopLimits,
     ModelOverrides,
@@ -21,7 +19,7 @@ from nemo_aligner.config.schema import (
     at_least,
     one_of,
 )
-from nemo_aligner.config.supervised import PretrainedCheckpoint
+from nemo_aligner.config.supervised import BlendedDataConfig, PretrainedCheckpoint
 from nemo_aligner.errors import ConfigError
 
 BASELINES = ("RLOO", "ReMax", "none")
@@ -161,14 +159,10 @@ class RolloutConfig:
 
 
 @dataclass
-class PromptDataConfig(ChatKeys):
-    """`model.data`."""
+class PromptDataConfig(BlendedDataConfig):
+    """`model.data`: lines of {"text": ...}, {"input": ...} or {"messages": ...}."""
 
-    data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"  # lines of {"text": ...}, {"input": ...} or {"messages": ...}
     seq_length: int | None = None  # prompt tokens at most; null = half of the model's context
-    shuffle: bool = True
-    num_workers: int = 0
 
 
 @dataclass
@@ -239,7 +233,7 @@ class ReinforceConfig(RewardSources):
         loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
         loop.validate()
         self.model.check_model(self.exp_manager)
-        check_fixed(self.model.data, WORKERS, "model.data")
+        self.model.data.validate()
         check_fixed(rollout.sampling_params, SAMPLING, "model.ppo.sampling_params")
         self.remote_critic_rm.validate()
         if self.remote_critic_rm.pad_to_length not in (None, self.model.encoder_seq_length):

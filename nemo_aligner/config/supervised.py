@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.config.fixed import CHAT_ROWS, SFT_ROWS, WORKERS, check_fixed
+from nemo_aligner.config.fixed import BLENDED, CHAT_ROWS, SFT_ROWS, WORKERS, check_fixed
 from nemo_aligner.config.schema import (
     MISSING,
     ExpManagerConfig,
@@ -128,15 +128,34 @@ class SFTConfig:
 
 
 @dataclass
-class RMDataConfig(ChatKeys):
+class BlendedDataConfig(ChatKeys):
+    """`model.data` of what trains on files by `data_prefix`."""
+
     data_prefix: Any = MISSING  # {train: [f], validation: [f], test: [f]}; longer lists blend: [w1, f1, w2, f2]
-    data_impl: str = "jsonl"  # lines of {"text": ...} by twos, or of {"chosen": ..., "rejected": ...}
+    data_impl: str = "jsonl"
+    shuffle: bool = True
+    num_workers: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError for files of another form, and for those of a split that nothing would read."""
+        check_fixed(self, BLENDED, "model.data")
+        key = "model.data.data_prefix"
+        splits = self.data_prefix if isinstance(self.data_prefix, dict) else {"train": self.data_prefix}
+        for name, files in splits.items():
+            if name not in ("train", "validation", "test"):
+                raise ConfigError("no such key; one of train, validation, test", f"{key}.{name}")
+            if not isinstance(files, str | list | None):
+                raise ConfigError(f"{files} is neither [file] nor [weight, file, weight, file, ...]", f"{key}.{name}")
+
+
+@dataclass
+class RMDataConfig(BlendedDataConfig):
+    """Lines of {"text": ...} by twos, or of {"chosen": ..., "rejected": ...}."""
+
     chat: bool = False  # prompt, chosen and rejected that are texts are turns
     prompt_template: str | None = None  # around a prompt, as in the labeler; must contain "{prompt}"
     seq_length: int = 512  # texts longer than this are skipped, pair by pair, and counted
     append_eod: bool = False  # the archive remembers it, and the labeler does the same
-    shuffle: bool = True
-    num_workers: int = 0
 
 
 @dataclass
@@ -166,7 +185,7 @@ class RMConfig:
         self.trainer.rm.validate("trainer.rm")
         self.exp_manager.validate()
         self.model.check_model(self.exp_manager)
-        check_fixed(self.model.data, WORKERS, "model.data")
+        self.model.data.validate()
         at_least(
             1,
             model__micro_batch_size=self.model.micro_batch_size,

@@ -80,8 +80,6 @@ def open_rows(cfg: ReinforceConfig) -> tuple[Blend, Blend | None]:
     """Prompts to train on and to validate on, checked. Raises ConfigError without a file, DataError for bad rows."""
     data = cfg.model.data
     check_template(data, TEMPLATE)
-    if data.data_impl not in ("json", "jsonl"):
-        raise ConfigError(f"{data.data_impl!r} is not jsonl", "model.data.data_impl")
     key = "model.data.data_prefix"
     train, validation = (open_prompts(data.data_prefix, split, f"{key}.{split}") for split in ("train", "validation"))
     if train is None:

@@ -129,6 +129,25 @@ def test_the_limits_of_a_key_belong_to_it(name: str, key: str, fine: list[Any], 
         assert len(said.split()) > 2, "and it says why"
 
 
+@pytest.mark.parametrize("name", [RM, ACTOR])
+def test_files_are_those_of_a_split_that_is_read_in_a_form_that_is_read(name: str) -> None:
+    key, files = "model.data.data_prefix", ["p", ["p"], [1, "p", 0.5, "q"], [], None]
+    test_the_limits_of_a_key_belong_to_it(name, "model.data.data_impl", ["jsonl", "json"], ["mmap"])
+    test_the_limits_of_a_key_belong_to_it(name, key, [*files, *({"train": f, "test": f} for f in files)], [])
+    for given, named, said in (
+        ({"train": ["p"], "val": ["p"]}, f"{key}.val", "no such key; one of train, validation, test"),
+        ({"train": ["p"], "valid": None}, f"{key}.valid", "no such key"),
+        (5, f"{key}.train", "5 is neither [file] nor [weight, file"),
+        ({"train": 5}, f"{key}.train", "5 is neither"),
+        ({"train": ["p"], "validation": {"p": 1}}, f"{key}.validation", "{'p': 1} is neither"),
+    ):
+        cfg = copy.deepcopy(loaded(name))
+        cfg.model.data.data_prefix = given
+        with pytest.raises(ConfigError) as caught:
+            cfg.validate()
+        assert str(caught.value).startswith(f"{named}: {said}")
+
+
 LOOPS = [
     (SFT, "trainer.sft", ["all", "supervised"]),
     (RM, "trainer.rm", ["all", "supervised"]),

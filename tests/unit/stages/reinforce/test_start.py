@@ -164,7 +164,6 @@ def test_a_client_is_closed_also_where_no_server_comes(
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("model.data.data_impl", "mmap", "model.data.data_impl: 'mmap' is not jsonl"),
         ("model.data.data_prefix.train", [], "model.data.data_prefix.train: required, but not given"),
         ("model.data.data_prefix.train", ["a", "b"], "model.data.data_prefix.train: ['a', 'b'] is neither [file] nor"),
         ("model.data.data_prefix.validation", ["a", "b"], "model.data.data_prefix.validation: ['a', 'b'] is neither"),
@@ -184,14 +183,11 @@ def test_what_is_wrong_is_said_before_a_run_starts(
     check_refused(start.run, cfg, key, value, says, JUDGE=str(archives.judge))
 
 
-def test_rows_of_either_name_of_the_format_are_read(tmp_path: Path, archives: Archives) -> None:
-    cfg = config(tmp_path, archives)
-    for name in ("json", "jsonl"):
-        cfg.model.data.data_impl = name
-        train, validation = start.open_rows(cfg)
-        assert [row["text"] for row in train] == [row["text"] for row in PROMPTS]
-        assert validation is not None
-        assert [row["input"] for row in validation] == [row["input"] for row in HELD_OUT]
+def test_the_rows_of_both_splits_are_read(tmp_path: Path, archives: Archives) -> None:
+    train, validation = start.open_rows(config(tmp_path, archives))
+    assert [row["text"] for row in train] == [row["text"] for row in PROMPTS]
+    assert validation is not None
+    assert [row["input"] for row in validation] == [row["input"] for row in HELD_OUT]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
