@@ -38,6 +38,8 @@ class OfflineDataConfig(ChatKeys):
         at_least(1, data__micro_batch_size=self.micro_batch_size, data__max_seq_length=self.max_seq_length)
         at_least(1, data__num_samples=self.num_samples, data__sample_split_size=self.sample_split_size)
         at_least(0, data__sample_split_iter=self.sample_split_iter)
+        if self.sample_split_iter and self.sample_split_size is None:
+            raise ConfigError("nothing is done with it without data.sample_split_size", "data.sample_split_iter")
 
 
 @dataclass
@@ -100,6 +102,9 @@ class LabelerConfig(RewardSources, OfflineConfig):
             check_fixed(self, NO_MODEL)
             check_fixed(self.data, NO_TEMPLATE, "data")
         at_least(1, checkpoint_interval=self.checkpoint_interval)
+        if self.threshold != 0 and self.processor != "rest":
+            raise ConfigError(f"it is for processor=rest, not {self.processor or 'null'}", "threshold")
+        self.reward_standardization.validate("reward_standardization")
         self.data.validate()
         self.trainer.validate()
         self.exp_manager.validate()

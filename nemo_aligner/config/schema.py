@@ -146,7 +146,12 @@ class RewardStandardization:
     std: float | None = None
 
     def validate(self, block: str) -> None:
-        """Both of mean and std, or neither. Raises ConfigError, naming the key under `block`."""
+        """Both of mean and std, or neither, and none where nothing is standardised. Raises ConfigError, naming the key
+        under `block`.
+        """
+        for name in ("mean", "std") if not self.enable else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"nothing is done with it without {block}.enable=True", f"{block}.{name}")
         if self.enable and (self.mean is None) != (self.std is None):
             raise ConfigError("give it too, or leave out both", f"{block}.{'mean' if self.mean is None else 'std'}")
         if self.enable and self.std is not None and not self.std > 0:

@@ -61,7 +61,6 @@ def run(cfg: LabelerConfig) -> None:
     check_processor(cfg.processor, cfg.reward_template, keys)
     check_best_so_far(cfg)
     Earlier(cfg, keys)  # what is wrong with it is said before anything is scored
-    cfg.reward_standardization.validate("reward_standardization")
     check_templates(cfg.data)
     check_duration(cfg.max_time_per_run, "max_time_per_run")
     path = cfg.gpt_model_file

@@ -212,7 +212,7 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -
         ({"mean": 1.0, "std": -1.0}, "std: -1.0 is not above 0"),
     ],
 )
-def test_mean_and_std_of_rewards_come_together_and_std_is_above_0(
+def test_mean_and_std_of_rewards_come_together_with_the_switch_and_std_is_above_0(
     block: str, given: dict[str, float], fault: str | None
 ) -> None:
     standardization = RewardStandardization(enable=True, **given)
@@ -222,16 +222,45 @@ def test_mean_and_std_of_rewards_come_together_and_std_is_above_0(
         with pytest.raises(ConfigError) as caught:
             standardization.validate(block)
         assert str(caught.value) == f"{block}.{fault}"
-    RewardStandardization(**given).validate(block)  # not switched on, it is nobody's business
+    off = RewardStandardization(**given)
+    if given:
+        with pytest.raises(
+            ConfigError, match=rf"^{block}\.{min(given)}: nothing is done with it without {block}\.enable"
+        ):
+            off.validate(block)
+    else:
+        off.validate(block)
     assert standardization.known((5.0, 6.0)) == ((1.0, given["std"]) if len(given) == 2 else (5.0, 6.0))
 
 
-def test_the_reward_server_checks_its_standardisation() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.reward_standardization\.std: give it too"):
-        load_config(
-            composed(SERVER, ["rm_model_file=m", "model.reward_standardization={enable: True, mean: 1.0, std: null}"]),
-            SHIPPED[SERVER],
-        )
+@pytest.mark.parametrize(("name", "block"), [(SERVER, "model."), (LABELER, "")])
+def test_labeler_and_reward_server_check_their_standardisation(name: str, block: str) -> None:
+    key = f"{block}reward_standardization"
+    given = [*REQUIRED[name], "rm_model_file=m" if name == SERVER else "gpt_model_file=m"]
+    load_config(composed(name, [*given, f"{key}={{enable: True, mean: 1.0, std: 2.0}}"]), SHIPPED[name])
+    with pytest.raises(ConfigError, match=rf"^{key}\.std: give it too"):
+        load_config(composed(name, [*given, f"{key}={{enable: True, mean: 1.0, std: null}}"]), SHIPPED[name])
+
+
+@pytest.mark.parametrize("processor", ["null", "rs", "dt", "rest"])
+def test_a_threshold_is_for_the_processor_that_has_one(processor: str) -> None:
+    given = [*REQUIRED[LABELER], f"processor={processor}"]
+    load_config(composed(LABELER, [*given, "threshold=0"]), SHIPPED[LABELER])
+    if processor == "rest":
+        load_config(composed(LABELER, [*given, "threshold=5"]), SHIPPED[LABELER])
+        return
+    with pytest.raises(ConfigError, match=f"^threshold: it is for processor=rest, not {processor}$"):
+        load_config(composed(LABELER, [*given, "threshold=5"]), SHIPPED[LABELER])
+
+
+@pytest.mark.parametrize("name", [SAMPLER, LABELER])
+def test_a_split_has_a_size(name: str) -> None:
+    given = [*REQUIRED[name], "data.sample_split_iter=3"]
+    load_config(composed(name, [*given, "data.sample_split_size=2"]), SHIPPED[name])
+    with pytest.raises(
+        ConfigError, match=r"^data\.sample_split_iter: nothing is done with it without data\.sample_spl"
+    ):
+        load_config(composed(name, given), SHIPPED[name])
 
 
 def test_validation_has_batches_as_training_has_unless_it_says_otherwise() -> None:

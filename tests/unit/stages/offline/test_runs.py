@@ -254,7 +254,6 @@ def test_an_archive_that_was_replaced_meanwhile_is_refused_by_its_key_too(
     [
         ("processor", "best", "processor: 'best' is not one of rs, rest, dt, null"),
         ("data.reward_key", "score", "reward_template: '{input} <rm_score>: {reward} ' lacks {score}"),
-        ("reward_standardization.mean", 1.0, "reward_standardization.std: give it too"),
         ("data.output_key", "response", "ROWS:1: no field 'response' (data.output_key)"),
     ],
 )
@@ -262,7 +261,6 @@ def test_what_is_wrong_with_the_labelers_own_keys_is_said_before_it_starts(
     archives: Archives, tmp_path: Path, never_starts: None, key: str, value: Any, says: str
 ) -> None:
     cfg = labeler_config(tmp_path, archives)
-    cfg.reward_standardization.enable = key.startswith("reward_standardization")
     if key == "data.reward_key":
         cfg.processor = "dt"
     check_refused(reward_labeler.run, cfg, key, value, says, ROWS=str(tmp_path / "rows.jsonl"))
