@@ -73,7 +73,13 @@ class ReinforceLoopConfig(LoopLimits):
         check_switched_off(self.batch_iterator, "use_flask", f"{key}.batch_iterator")
 
     def _check_kl(self, key: str) -> None:
-        """The keys of budget and target. Raises ConfigError."""
+        """The keys of estimator, budget and target. Raises ConfigError."""
+        if self.kl_estimator not in (KL_ESTIMATORS[0], self.estimator):  # the first is the default, nobody's wish maybe
+            raise ConfigError(
+                f"{self.kl_estimator} is not what {key}.use_absolute_kl={self.use_absolute_kl} asks for, "
+                f"{self.estimator}; give one of the two",
+                f"{key}.kl_estimator",
+            )
         for name in ("max_kl", "kl_target"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -141,6 +147,13 @@ class ResponseLengthConfig:
 
     max_length: int | None = None  # null = half of the model's context
     min_length: int = 1
+
+    def validate(self, block: str) -> None:
+        """Raises ConfigError, naming the key under `block`."""
+        at_least(1, **{f"{block}.max_length": self.max_length})
+        at_least(0, **{f"{block}.min_length": self.min_length})
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ConfigError(f"{self.min_length} is above {block}.max_length={self.max_length}", f"{block}.min_length")
 
 
 @dataclass
@@ -230,7 +243,7 @@ class ReinforceConfig(RewardSources):
         self.trainer.validate()
         self.exp_manager.validate()
         _ = self.reward_plan
-        loop, rollout, lengths = self.trainer.ppo, self.model.ppo, self.model.ppo.length_params
+        loop, rollout = self.trainer.ppo, self.model.ppo
         loop.validate()
         self.model.check_model(self.exp_manager)
         self.model.data.validate()
@@ -248,9 +261,8 @@ class ReinforceConfig(RewardSources):
             model__ppo__forward_micro_batch_size=rollout.forward_micro_batch_size,
             model__ppo__val_rollout_micro_batch_size=rollout.val_rollout_micro_batch_size,
             model__ppo__num_val_samples=rollout.num_val_samples,
-            model__ppo__length_params__max_length=lengths.max_length,
         )
-        at_least(0, model__ppo__length_params__min_length=lengths.min_length)
+        rollout.length_params.validate("model.ppo.length_params")
         rollout.sampling_params.check_sampling("model.ppo.sampling_params")
         if loop.baseline == "RLOO" and rollout.num_rollout_per_prompt == 1:
             raise ConfigError(

@@ -54,8 +54,9 @@ def check_amount(value: Any, least: int, unit: str, key: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
     share = isinstance(value, float) and (0 < value <= 1 or value == least)
     if not (whole or share):
-        said = f"{value!r} is not a number of {unit}, {least} or more, nor a share of them, above 0.0 and up to 1.0"
-        raise ConfigError(said, key)
+        raise ConfigError(
+            f"{value!r} is not a number of {unit}, {least} or more, nor a share of them, above 0.0 and up to 1.0", key
+        )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.prompts import PromptRow, encode_prompts
 from nemo_aligner.engine.interfaces import Policy
+from nemo_aligner.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,15 @@ def context_of(cfg: ReinforceConfig, policy: Policy) -> int:
 def sampling_params(
     cfg: ReinforceConfig, policy: Policy, *, greedy: bool = False, seed_offset: int = 0
 ) -> SamplingParams:
-    """`model.ppo.sampling_params` and `length_params` as the engine takes them."""
+    """`model.ppo.sampling_params` and `length_params` as the engine takes them. Raises ConfigError."""
     given, lengths = cfg.model.ppo.sampling_params, cfg.model.ppo.length_params
     context = context_of(cfg, policy)
+    most = min(lengths.max_length or context // 2, context - 1)
+    if lengths.min_length > most:
+        raise ConfigError(
+            f"{lengths.min_length} is above the {most} tokens that a response may have",
+            "model.ppo.length_params.min_length",
+        )
     return SamplingParams(
         greedy=greedy,
         temperature=given.temperature,
@@ -45,7 +52,7 @@ def sampling_params(
         top_p=given.top_p,
         repetition_penalty=given.repetition_penalty,
         min_tokens=lengths.min_length,
-        max_tokens=min(lengths.max_length or context // 2, context - 1),
+        max_tokens=most,
         end_strings=tuple(given.end_strings),
         seed=cfg.model.seed + seed_offset,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_aligner.config.load import load_config
+from nemo_aligner.config.reinforce import ReinforceLoopConfig
 from nemo_aligner.config.schema import RewardStandardization
 from nemo_aligner.errors import ConfigError
 from tests.unit.config.test_fixed import REQUIRED
@@ -82,6 +83,7 @@ def loaded(name: str) -> Any:
         (ACTOR, "trainer.ppo.kl_reduction", ["sum", "mean"], ["max"]),
         (ACTOR, "trainer.ppo.unfinished", ["keep", "mask"], ["drop"]),
         (ACTOR, "model.ppo.length_params.min_length", [0], [-1]),
+        (ACTOR, "model.ppo.length_params.max_length", [None, 1], [0]),
         (ACTOR, "model.ppo.num_rollout_per_prompt", [2], [1, 0]),
         (ACTOR, "model.ppo.sampling_params.use_greedy", [False], [True]),
         (SERVER, "inference.inference_micro_batch_size", [1], [0]),
@@ -153,6 +155,33 @@ LOOPS = [
     (RM, "trainer.rm", ["all", "supervised"]),
     (ACTOR, "trainer.ppo", ["all"]),
 ]
+
+
+def test_a_response_may_be_as_long_as_it_has_to_be() -> None:
+    def load(*lengths: int) -> None:
+        both = zip(("min", "max"), lengths, strict=True)
+        given = [f"model.ppo.length_params.{which}_length={length}" for which, length in both]
+        load_config(composed(ACTOR, [*REQUIRED[ACTOR], *given]), SHIPPED[ACTOR])
+
+    load(5, 5)
+    said = r"^model\.ppo\.length_params\.min_length: 6 is above model\.ppo\.length_params\.max_length=5$"
+    with pytest.raises(ConfigError, match=said):
+        load(6, 5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+@pytest.mark.parametrize(("absolute", "meant"), [(True, "abs"), (False, "k1"), (None, None)])
+def test_the_older_switch_of_the_kl_does_not_contradict_its_estimator(
+    absolute: bool | None, meant: str | None, estimator: str
+) -> None:
+    loop = ReinforceLoopConfig(kl_estimator=estimator, use_absolute_kl=absolute)
+    if estimator in ("k1", meant) or meant is None:
+        loop.validate()
+        assert loop.estimator == (meant or estimator)
+        return
+    said = rf"^trainer\.ppo\.kl_estimator: {estimator} is not what trainer\.ppo\.use_absolute_kl={absolute} asks for"
+    with pytest.raises(ConfigError, match=said):
+        loop.validate()
 
 
 @pytest.mark.parametrize(("name", "block", "of"), LOOPS)

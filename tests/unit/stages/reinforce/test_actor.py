@@ -20,7 +20,7 @@ from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
-from nemo_aligner.errors import CheckpointError, ServerError, StoppedEarly
+from nemo_aligner.errors import CheckpointError, ConfigError, ServerError, StoppedEarly
 from nemo_aligner.event_file import shown_before
 from nemo_aligner.rewards.interfaces import Candidate, Judgement, ServedModel
 from nemo_aligner.stages.reinforce.drawing import sampling_params
@@ -382,6 +382,10 @@ def test_sampling_settings_reach_the_engine_each_under_its_name(tmp_path: Path) 
     assert found(rollout_batch_seq_length=1000).max_tokens == 39, "no more than the model's context"
     lengths.max_length = None
     assert found(rollout_batch_seq_length=None).max_tokens == 20
+    lengths.min_length = 21
+    said = r"^model\.ppo\.length_params\.min_length: 21 is above the 20 tokens that a response may have$"
+    with pytest.raises(ConfigError, match=said):
+        found()
 
 
 @pytest.mark.parametrize(
