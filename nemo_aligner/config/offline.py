@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from nemo_aligner.config.chat import ChatKeys
@@ -33,6 +34,7 @@ class OfflineDataConfig(ChatKeys):
     sample_split_iter: int = 0
 
     def validate(self) -> None:
+        self._check_fields()
         if not self.file_names:
             raise ConfigError("give one file or more", "data.file_names")
         at_least(1, data__micro_batch_size=self.micro_batch_size, data__max_seq_length=self.max_seq_length)
@@ -40,6 +42,12 @@ class OfflineDataConfig(ChatKeys):
         at_least(0, data__sample_split_iter=self.sample_split_iter)
         if self.sample_split_iter and self.sample_split_size is None:
             raise ConfigError("nothing is done with it without data.sample_split_size", "data.sample_split_iter")
+
+    def _check_fields(self) -> None:
+        """What is written takes the place of nothing that was read. Raises ConfigError."""
+        for first, second in itertools.combinations(("input_key", "output_key", "reward_key"), 2):
+            if (name := getattr(self, first)) == getattr(self, second):
+                raise ConfigError(f"{name!r} is data.{first} too; fields need names of their own", f"data.{second}")
 
 
 @dataclass

@@ -282,6 +282,24 @@ def test_a_threshold_is_for_the_processor_that_has_one(processor: str) -> None:
         load_config(composed(LABELER, [*given, "threshold=5"]), SHIPPED[LABELER])
 
 
+@pytest.mark.parametrize("name", [SAMPLER, LABELER, EVALUATION])
+@pytest.mark.parametrize(
+    ("given", "key", "first"),
+    [
+        ("output_key=input", "output_key", "input_key"),
+        ("input_key=output", "output_key", "input_key"),
+        ("reward_key=output", "reward_key", "output_key"),
+        ("reward_key=input", "reward_key", "input_key"),
+    ],
+)
+def test_no_field_of_a_row_takes_the_place_of_another(name: str, given: str, key: str, first: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^data\.{key}: '\w+' is data\.{first} too; fields need names of their own$"
+    ):
+        load_config(composed(name, [*REQUIRED[name], f"data.{given}"]), SHIPPED[name])
+    load_config(composed(name, [*REQUIRED[name], "data.input_key=output", "data.output_key=input"]), SHIPPED[name])
+
+
 @pytest.mark.parametrize("name", [SAMPLER, LABELER])
 def test_a_split_has_a_size(name: str) -> None:
     given = [*REQUIRED[name], "data.sample_split_iter=3"]
