@@ -71,6 +71,16 @@ EVALUATION_ROWS = {
     "export_metadata": Fixed((False,), _OWN_FIELDS),
     "export_tokens": Fixed((False,), _OWN_FIELDS),
 }
+_AN_ARCHIVE = "give the .nemo archive in gpt_model_file"
+_NOT_CUT_SO = "a model is cut by tensor and pipeline parallelism here; leave it out"
+GENERATION = {
+    **{name: Fixed((None,), _AN_ARCHIVE) for name in ("checkpoint_dir", "checkpoint_name", "hparams_file")},
+    "share": Fixed((False,), "the page is not put on other people's servers; use a tunnel of your own"),
+    "pipeline_model_parallel_split_rank": Fixed((None, -1, 0, 1), _NOT_CUT_SO),
+    "expert_model_parallel_size": Fixed((-1, 0, 1), _NOT_CUT_SO),
+    "context_parallel_size": Fixed((-1, 0, 1), _NOT_CUT_SO),
+}
+GENERATION_INFERENCE = {"all_probs": Fixed((False,), "the server's `logprobs` names up to 20 tokens")}
 NO_MODEL = {
     f"{kind}_model_parallel_size": Fixed((-1, 1), "reward functions alone have no model to cut; leave it out")
     for kind in ("tensor", "pipeline")

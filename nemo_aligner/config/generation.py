@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.config.fixed import check_amp_o2
+from nemo_aligner.config.fixed import GENERATION, GENERATION_INFERENCE, check_amp_o2, check_fixed
 from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig
 from nemo_aligner.errors import ConfigError
 
@@ -52,14 +51,8 @@ class GenerationConfig(ChatKeys, ParallelConfig):
         self.inference.validate()
         self.trainer.validate()
         check_amp_o2(self.megatron_amp_O2, self.trainer.precision, "megatron_amp_O2")
-        for name in ("checkpoint_dir", "checkpoint_name", "hparams_file"):
-            self._only(name, None, "give the .nemo archive in gpt_model_file")
-        self._only("share", False, "the page is not put on other people's servers; use a tunnel of your own")
-        for name in ("pipeline_model_parallel_split_rank", "expert_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) not in (None, -1, 0, 1):
-                raise ConfigError("not supported; leave it out", name)
-        if self.inference.all_probs:
-            raise ConfigError("not offered; the server's `logprobs` names up to 20 tokens", "inference.all_probs")
+        check_fixed(self, GENERATION)
+        check_fixed(self.inference, GENERATION_INFERENCE, "inference")
         if not self.server and not self.prompts and self.prompts_jsonl is None:
             raise ConfigError('nothing to do: give prompts=["..."], prompts_jsonl=file, or server=True', "prompts")
         self._check_server()
@@ -76,7 +69,3 @@ class GenerationConfig(ChatKeys, ParallelConfig):
             raise ConfigError("the page is a door too; give one where clients need a token", "password")
         if self.username is not None and self.password is None:
             raise ConfigError("a username needs one", "password")
-
-    def _only(self, name: str, value: Any, instead: str) -> None:
-        if getattr(self, name) != value:
-            raise ConfigError(f"not offered; {instead}", name)

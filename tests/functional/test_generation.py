@@ -92,7 +92,7 @@ def test_the_server_answers_like_the_command_line_and_ends_on_sigterm(workshop: 
     [
         ((), "prompts: nothing to do: give prompts="),
         (("server=True", "trainer.devices=2"), "trainer.devices: the server is one copy of the model"),
-        (("prompts=[x]", "checkpoint_dir=/ckpt"), "checkpoint_dir: not offered; give the .nemo archive"),
+        (("prompts=[x]", "checkpoint_dir=/ckpt"), "checkpoint_dir: '/ckpt' is not offered; give the .nemo archive"),
         (("prompts=[x]", "inference.tokens_to_generate=0"), "inference.tokens_to_generate: 0 is below 1"),
         (("prompts=['']",), "prompts: prompt 1 has 0 tokens"),
         (("prompts_jsonl=nowhere.jsonl",), "nowhere.jsonl: no such file"),

@@ -112,6 +112,10 @@ def test_a_key_that_no_code_reads_is_refused_unless_it_has_its_default(name: str
         ("conf/gpt_sft", "model.data.validation_ds.memmap_workers=4", "4 is not offered; rows are read"),
         ("conf/gpt_sft", "model.data.train_ds.add_sep=True", "True is not offered; no tokenizer here has a separator"),
         ("offline/conf/megatron_random_sampler", "data.add_eos=True", "True is not offered; a prompt is continued"),
+        ("conf/megatron_gpt_inference", "inference.all_probs=True", "True is not offered; the server's `logprobs`"),
+        ("conf/megatron_gpt_inference", "share=True", "True is not offered; the page is not put on other people's"),
+        ("conf/megatron_gpt_inference", "hparams_file=x", "'x' is not offered; give the .nemo archive"),
+        ("conf/megatron_gpt_inference", "context_parallel_size=2", "2 is not offered; a model is cut by tensor"),
         ("conf/gpt_sft", "exp_manager.checkpoint_callback_params.model_parallel_size=2", "not the run's own"),
     ],
 )
