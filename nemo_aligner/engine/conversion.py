@@ -14,7 +14,7 @@ from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
 from nemo_aligner.engine.checkpoints.hf_config import to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import SHARD_BYTES, read_hf_folder, write_hf_folder
 from nemo_aligner.engine.checkpoints.hf_settings import is_hf_folder
-from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
+from nemo_aligner.engine.checkpoints.hf_weights import layer_of, to_megatron
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.nemo_archive import (
     adapter_entry,
@@ -42,6 +42,7 @@ class Checkpoint:
     arch: Architecture
     tensors: LazyTensors | None  # None: random weights
     tokenizer_json: bytes
+    where: str = ""  # names what was read, for messages
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -52,7 +53,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         hint = f"; is it on the hub? huggingface-cli download {path} --local-dir {path.name}" if hub else ""
         raise CheckpointError(f"--input {path}: no such file or folder{hint}")
     log.info("reading %s", path)
-    return Checkpoint(*(read_hf_folder(path) if path.is_dir() else read_gguf(path)))
+    return Checkpoint(*(read_hf_folder(path) if path.is_dir() else read_gguf(path)), where=f"--input {path}")
 
 
 def random_checkpoint(shape: Path) -> Checkpoint:
@@ -74,7 +75,10 @@ def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
         arch.moe_layer_freq = arch.moe_layer_freq[:count]
         if not any(arch.moe_layer_freq):
             arch.num_moe_experts = None
-    return replace(checkpoint, arch=arch)
+    tensors = checkpoint.tensors
+    if tensors is not None:
+        tensors = LazyTensors({name: part for name, part in tensors.parts.items() if (layer_of(name) or 0) < count})
+    return replace(checkpoint, arch=arch, tensors=tensors)
 
 
 def write_archive(checkpoint: Checkpoint, output: Path, *, precision: str, seed: int, tensor: int = 1) -> None:
@@ -113,7 +117,8 @@ def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *
     # as many rows as one process would have, where a model that is cut so pads to more
     cut = replace(arch, make_vocab_size_divisible_by=rows // cluster.tp) if cluster.tp > 1 else arch
     run = RunOptions(dtype=parse_precision(precision), tp=cluster.tp, shapes_only=given is not None)
-    weights = None if given is None else to_megatron(arch, given, rows)
+    with placed(checkpoint.where):
+        weights = None if given is None else to_megatron(arch, given, rows)
     tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
     save_archive(output, build_model(cut, run), replace(arch, precision=precision), tokenizer, cluster, weights)
 

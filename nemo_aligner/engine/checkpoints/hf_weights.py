@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,11 +69,35 @@ def _kinds(biased: bool) -> tuple[str, ...]:
     return ("weight", "bias") if biased else ("weight",)
 
 
+def shape_of(arch: Architecture, name: str) -> tuple[int, ...]:
+    """Of the tensor that Hugging Face calls `name`: a weight is `[out, in]`, a bias `[out]`, a norm `[size]`."""
+    module, kind = name.split(".")[-2:]
+    hidden, dim = arch.hidden_size, arch.head_dim
+    ffn = arch.expert_ffn_hidden_size if ".experts." in name else arch.ffn_hidden_size
+    shapes = {
+        **dict.fromkeys(("embed_tokens", "lm_head"), (arch.vocab_size, hidden)),
+        "q_proj": (arch.num_attention_heads * dim, hidden),
+        **dict.fromkeys(("k_proj", "v_proj"), (arch.query_groups * dim, hidden)),
+        "o_proj": (hidden, arch.num_attention_heads * dim),
+        **dict.fromkeys(("q_norm", "k_norm"), (dim,)),
+        "gate": (arch.num_moe_experts or 0, hidden),
+        **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), (ffn, hidden)),
+        **dict.fromkeys(("down_proj", "w2"), (hidden, ffn)),
+    }
+    shape = shapes.get(module, (hidden,))  # of the other norms
+    return shape[:1] if kind == "bias" else shape
+
+
+def layer_of(name: str) -> int | None:
+    """Which layer, from 0, a tensor of Hugging Face's names belongs to."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return None if layer is None else int(layer[1])
+
+
 def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int) -> LazyTensors:
     """Whole Megatron tensors (TP = PP = 1 names) from Hugging Face ones; embedding rows padded with zeros.
 
-    Layers past `arch.num_layers` are left out. Raises CheckpointError for a tensor that is missing, and for one that is
-    not used.
+    Raises CheckpointError for a tensor that is missing, of another shape than the model's, or not used.
     """
     given = dict(part for whole, tensor in LazyTensors.of(hf).parts.items() for part in _unfused(arch, whole, tensor))
     used: set[str] = set()
@@ -82,6 +106,9 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
         if name not in given:
             raise CheckpointError(f"the checkpoint has no tensor {name}")
         used.add(name)
+        has, wanted = list(given[name].meta.shape), list(shape_of(arch, name))
+        if has != wanted:
+            raise CheckpointError(f"{name} is {has}, and the model's {wanted}")
         return given[name]
 
     def rows(name: str) -> LazyTensor:
@@ -108,31 +135,25 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
 
 def _unfused(arch: Architecture, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
     """Phi3 keeps q, k and v in one tensor, and gate and up."""
-    if ".qkv_proj." in name:
-        heads = arch.num_attention_heads, arch.query_groups, arch.query_groups
-        yield from _parts(tensor, [count * arch.head_dim for count in heads], [name.replace("qkv", p) for p in "qkv"])
-    elif ".gate_up_proj." in name:
-        half = tensor.meta.size(0) // 2
-        yield from _parts(tensor, [half, half], [name.replace("gate_up", p) for p in ("gate", "up")])
-    else:
+    fused = re.search(r"\.(qkv|gate_up)_proj\.", name)
+    if fused is None:
         yield name, tensor
-
-
-def _parts(tensor: LazyTensor, sizes: Sequence[int], names: Sequence[str]) -> Iterator[tuple[str, LazyTensor]]:
-    """Its rows in parts of `sizes`, by `names`."""
-    for i, name in enumerate(names):
-        yield name, lazily(lambda whole, i=i: whole.split(sizes)[i], tensor)
+        return
+    names = [name.replace(fused[1], part) for part in ("qkv" if fused[1] == "qkv" else ("gate", "up"))]
+    sizes = [shape_of(arch, part)[0] for part in names]
+    if tensor.meta.shape[:1] != (sum(sizes),):
+        raise CheckpointError(f"{name} is {list(tensor.meta.shape)}, and the model's has {sum(sizes)} rows")
+    for i, part in enumerate(names):
+        yield part, lazily(lambda whole, i=i: whole.split(sizes)[i], tensor)
 
 
 def _check_all_used(arch: Architecture, left: Iterable[str]) -> None:
     """Raises CheckpointError for tensors that would be passed over."""
     tied = {"lm_head.weight"} if arch.share_embeddings_and_output_weights else set()
-
-    def belongs_elsewhere(name: str) -> bool:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        return layer is not None and int(layer[1]) >= arch.num_layers
-
-    unknown = sorted(n for n in left if n not in tied and not _DERIVED.match(n) and not belongs_elsewhere(n))
+    unknown = sorted(name for name in left if name not in tied and not _DERIVED.match(name))
+    more = [name for name in unknown if (layer := layer_of(name)) is not None and layer >= arch.num_layers]
+    if more:
+        raise CheckpointError(f"{more[0]} is of a layer above the model's {arch.num_layers}")
     if unknown:
         some = ", ".join(unknown[:3])
         raise CheckpointError(f"the checkpoint has {len(unknown)} tensors that are not understood, among them {some}")

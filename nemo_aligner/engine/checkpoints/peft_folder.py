@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import ATTENTION, LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import read_json
-from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv
+from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, shape_of, split_qkv
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import writing
@@ -174,7 +173,7 @@ def _pair(
     arch: Architecture, lora: LoraTuning, found: Mapping[str, Tensor] | None, layer: int, part: str
 ) -> tuple[Tensor, Tensor]:
     """A and B of a part, 0 where it has no adapter. Raises CheckpointError for one that does not fit."""
-    inner, out = _shape(arch, part)
+    out, inner = shape_of(arch, f"{part}.weight")
     wanted = {"A": (lora.adapter_dim, inner), "B": (out, lora.adapter_dim)}
     if found is None:
         return torch.zeros(wanted["A"]), torch.zeros(wanted["B"])
@@ -183,21 +182,6 @@ def _pair(
             has = f"is {tuple(found[kind].shape)}" if kind in found else "is missing"
             raise CheckpointError(f"the adapter's lora_{kind} of {part} in layer {layer} {has}, not {shape}")
     return found["A"].float(), found["B"].float()
-
-
-def _shape(arch: Architecture, part: str) -> tuple[int, int]:
-    """in, out of a part's weight."""
-    heads, groups = arch.num_attention_heads * arch.head_dim, arch.query_groups * arch.head_dim
-    sizes: dict[str, Any] = {
-        "q_proj": (arch.hidden_size, heads),
-        "k_proj": (arch.hidden_size, groups),
-        "v_proj": (arch.hidden_size, groups),
-        "o_proj": (heads, arch.hidden_size),
-        "gate_proj": (arch.hidden_size, arch.ffn_hidden_size),
-        "up_proj": (arch.hidden_size, arch.ffn_hidden_size),
-        "down_proj": (arch.ffn_hidden_size, arch.hidden_size),
-    }
-    return sizes[part.rpartition(".")[2]]
 
 
 def _at(i: int, parts: int, b: Tensor) -> Tensor:

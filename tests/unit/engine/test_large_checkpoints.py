@@ -15,7 +15,7 @@ from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive
 from nemo_aligner.engine.checkpoints.hf_settings import INDEX
-from nemo_aligner.engine.conversion import export_hf, read_checkpoint, write_archive
+from nemo_aligner.engine.conversion import export_hf, read_checkpoint, with_first_layers, write_archive
 from nemo_aligner.engine.policy import load_policy_for_training
 from nemo_aligner.engine.processes.cluster import start_cluster
 from nemo_aligner.errors import CheckpointError
@@ -55,9 +55,23 @@ def test_weights_of_another_shape_than_the_config_says_are_named(tmp_path: Path)
     write_random_hf_folder(tmp_path / "hf", SHAPE)
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
-    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.0\.mlp\.\S+ is \[\d+, \d+\], and the model's \["):
+    said = rf"^--input {tmp_path}/hf: model\.layers\.0\.mlp\.\S+ is \[\d+, \d+\], and the model's \["
+    with pytest.raises(CheckpointError, match=said):
         write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_only_num_layers_leaves_layers_out(tmp_path: Path) -> None:
+    write_random_hf_folder(tmp_path / "hf", SHAPE)
+    write_archive(with_first_layers(read_checkpoint(tmp_path / "hf"), 1), tmp_path / "m.nemo", precision="bf16", seed=1)
+    export_hf(tmp_path / "m.nemo", tmp_path / "back")
+    given, found = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert found.keys() == {name for name in given if ".layers.1." not in name}
+    assert all(torch.equal(given[name], found[name]) for name in found)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"hf: model\.layers\.1\.\S+ is of a layer above the model's 1$"):
+        write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
 
 
 def test_no_more_than_a_few_tensors_are_alive_at_once(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_faults_name_the_key_and_the_folder(folder: Path, cluster: MegatronClust
     path.write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
-    with pytest.raises(CheckpointError, match=rf"^{KEY}={folder}: decoder\.layers\.\d\.mlp\.\S+ is \["):
+    with pytest.raises(CheckpointError, match=rf"^{KEY}={folder}: model\.layers\.\d\.mlp\.\S+ is \["):
         load_policy(folder, cluster, precision="32", key=KEY)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=rf"^{KEY}={folder}: the folder has no tokenizer\.json$"):

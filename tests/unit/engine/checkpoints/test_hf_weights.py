@@ -14,7 +14,7 @@ import transformers
 from nemo_aligner.config.architecture import RopeScaling
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
-from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, split_qkv, to_hf, to_megatron
+from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, shape_of, split_qkv, to_hf, to_megatron
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.errors import CheckpointError
@@ -153,3 +153,39 @@ def test_missing_tensors_are_named() -> None:
     arch = architecture_of({**SHAPE, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5})
     with pytest.raises(CheckpointError, match=r"no tensor model\.embed_tokens\.weight"):
         to_megatron(arch, {}, 256)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("Llama", {"vocab_size": 100}, "model.embed_tokens.weight is [130, 32], and the model's [100, 32]"),
+        ("Llama", {"vocab_size": 200}, "model.embed_tokens.weight is [130, 32], and the model's [200, 32]"),
+        ("Llama", {"num_query_groups": 1}, "{layer}self_attn.k_proj.weight is [16, 32], and the model's [8, 32]"),
+        ("Llama", {"kv_channels": 4}, "{layer}self_attn.o_proj.weight is [32, 32], and the model's [32, 16]"),
+        ("Llama", {"ffn_hidden_size": 40}, "{layer}mlp.down_proj.weight is [32, 48], and the model's [32, 40]"),
+        ("Phi3", {"num_query_groups": 4}, "{layer}self_attn.qkv_proj.weight is [64, 32], and the model's has 96 rows"),
+        ("Phi3", {"ffn_hidden_size": 40}, "{layer}mlp.gate_up_proj.weight is [96, 32], and the model's has 80 rows"),
+        ("Llama", {"num_layers": 3}, "the checkpoint has no tensor model.layers.2.input_layernorm.weight"),
+        (
+            "Llama",
+            {"num_layers": 1},
+            "model.layers.1.input_layernorm.weight is of a layer above the model's 1",
+        ),
+    ],
+)
+def test_weights_of_another_size_than_the_settings_say_are_neither_cropped_nor_filled_up(
+    family: str, changes: dict[str, Any], said: str
+) -> None:
+    model = hugging_face(family, {"pad_token_id": 0})
+    config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
+    with pytest.raises(CheckpointError) as refusal:
+        to_megatron(replace(architecture_of(config), **changes), dict(model.state_dict()), 256)
+    assert str(refusal.value) == said.replace("{layer}", "model.layers.0.")
+
+
+@pytest.mark.parametrize("case", ["llama, both", "qwen3, biases of attention", "qwen2"])
+def test_the_shape_of_every_tensor_is_the_one_transformers_gives_it(case: str) -> None:
+    model = hugging_face(*CASES[case])
+    arch = architecture_of({**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]})
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {name: shape_of(arch, name) for name in shapes} == shapes
