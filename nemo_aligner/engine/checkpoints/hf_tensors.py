@@ -63,7 +63,11 @@ def dequantised(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] |
     method = settings.get("quant_method")
     if method not in (None, "fp8"):
         raise CheckpointError(f"config.json: quantization_config: quant_method={method} is not fp8")
-    block = settings.get("weight_block_size") or [128, 128]
+    block = settings.get("weight_block_size", [128, 128])
+    if not (isinstance(block, list) and len(block) == 2 and all(type(one) is int and one >= 1 for one in block)):
+        raise CheckpointError(
+            f"config.json: quantization_config: weight_block_size={str(block)[:80]} is not two whole numbers from 1 on"
+        )
     settings.check_all_used(_HARMLESS)
     parts = LazyTensors.of(tensors).parts
     out: dict[str, LazyTensor] = {}
@@ -76,6 +80,10 @@ def dequantised(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] |
                 raise CheckpointError(f"{name} is {dtype}, and yet has scales of FP8 blocks")
             out[name] = part
         elif dtype == torch.float8_e4m3fn and scale is not None:
+            wanted = [-(-size // length) for size, length in zip(part.meta.shape, block, strict=False)]
+            if part.meta.dim() != 2 or list(scale.meta.shape) != wanted:
+                sizes = f"{list(scale.meta.shape)} for a weight of {list(part.meta.shape)}"
+                raise CheckpointError(f"{name}{_SCALE} is {sizes}, and not one scale for each block of {block}")
             out[name] = lazily(lambda weight, by_block: _scaled(weight, by_block, block), part, scale)
         else:
             raise CheckpointError(f"{name} is {str(dtype).removeprefix('torch.')} without scales that are known")
