@@ -97,7 +97,8 @@ def layer_of(name: str) -> int | None:
 def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int) -> LazyTensors:
     """Whole Megatron tensors (TP = PP = 1 names) from Hugging Face ones; embedding rows padded with zeros.
 
-    Raises CheckpointError for a tensor that is missing, of another shape than the model's, or not used.
+    Raises CheckpointError for a tensor that is missing, of another shape than the model's, or not used, and for a head
+    that is not the embedding where the settings say that it is.
     """
     given = dict(part for whole, tensor in LazyTensors.of(hf).parts.items() for part in _unfused(arch, whole, tensor))
     used: set[str] = set()
@@ -118,6 +119,8 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
     out["embedding.word_embeddings.weight"] = rows(_TOP["embedding.word_embeddings.weight"])
     if not arch.share_embeddings_and_output_weights:
         out["output_layer.weight"] = rows("lm_head.weight")
+    elif "lm_head.weight" in given:
+        _check_tied(take("lm_head.weight"), take(_TOP["embedding.word_embeddings.weight"]))
     for layer in range(arch.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron, name in _layer_names(arch, layer).items():
@@ -131,6 +134,14 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
                 out[f"{ours}{mlp}linear_fc1.{kind}"] = lazily(lambda *both: torch.cat(both), *halves)
     _check_all_used(arch, given.keys() - used)
     return LazyTensors(out)
+
+
+def _check_tied(head: LazyTensor, embedding: LazyTensor) -> None:
+    """Raises CheckpointError where they differ: transformers unties them then; here the settings have to say so."""
+    if not torch.equal(head.make(), embedding.make()):
+        raise CheckpointError(
+            "tie_word_embeddings=true, but lm_head.weight is not model.embed_tokens.weight; with false both are used"
+        )
 
 
 def _unfused(arch: Architecture, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
@@ -149,8 +160,7 @@ def _unfused(arch: Architecture, name: str, tensor: LazyTensor) -> Iterator[tupl
 
 def _check_all_used(arch: Architecture, left: Iterable[str]) -> None:
     """Raises CheckpointError for tensors that would be passed over."""
-    tied = {"lm_head.weight"} if arch.share_embeddings_and_output_weights else set()
-    unknown = sorted(name for name in left if name not in tied and not _DERIVED.match(name))
+    unknown = sorted(name for name in left if not _DERIVED.match(name))
     more = [name for name in unknown if (layer := layer_of(name)) is not None and layer >= arch.num_layers]
     if more:
         raise CheckpointError(f"{more[0]} is of a layer above the model's {arch.num_layers}")

@@ -183,6 +183,16 @@ def test_weights_of_another_size_than_the_settings_say_are_neither_cropped_nor_f
     assert str(refusal.value) == said.replace("{layer}", "model.layers.0.")
 
 
+def test_a_head_beside_tied_embeddings_is_the_same_or_refused_and_never_dropped() -> None:
+    model = hugging_face("Llama", {})
+    arch = architecture_of({**json.loads(model.config.to_json_string()), "architectures": ["LlamaForCausalLM"]})
+    tied, given = replace(arch, share_embeddings_and_output_weights=True), dict(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"^tie_word_embeddings=true, but lm_head\.weight is not model\.embed_"):
+        to_megatron(tied, given, 256)
+    given["lm_head.weight"] = given["model.embed_tokens.weight"].clone()
+    assert "output_layer.weight" not in to_megatron(tied, given, 256)
+
+
 @pytest.mark.parametrize("case", ["llama, both", "qwen3, biases of attention", "qwen2"])
 def test_the_shape_of_every_tensor_is_the_one_transformers_gives_it(case: str) -> None:
     model = hugging_face(*CASES[case])
