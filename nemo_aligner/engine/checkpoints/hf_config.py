@@ -47,10 +47,10 @@ _HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
     "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
     "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "label2id", "max_length",
-    "min_length", "model_type", "neftune_noise_alpha", "num_beams", "original_max_position_embeddings",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "problem_type", "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class",
-    "top_k", "top_p", "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "min_length", "model_type", "neftune_noise_alpha", "num_beams", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
+    "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
     "unsloth_version", "use_cache",
 })  # fmt: skip
 
@@ -128,19 +128,32 @@ def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
 
 def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | None]:
     """Base, part of the head dimension that is turned, and scaling of the rotary embedding."""
-    given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope = Settings(next((block for block in given if block), {}), f"{where}: rope_scaling")
+    given = [block for name in ("rope_scaling", "rope_parameters") if (block := settings.get(name))]
+    if len(given) == 2 and given[0] != given[1]:  # transformers would take the first alone, without the second's base
+        raise CheckpointError(f"{where}: rope_scaling and rope_parameters differ; leave one of them out")
+    rope = Settings(given[0] if given else {}, f"{where}: rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = rope.get("rope_theta", settings.get("rope_theta")) or 10000.0
     fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
     if kind not in ("default", "llama3", "linear"):
         raise CheckpointError(f"{where}: rope_scaling type {kind!r} is not one of default, linear, llama3")
-    scaling = None
-    if kind != "default":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(rope_type=kind, **{name: rope[name] for name in names if name in rope})
-    rope.check_all_used(frozenset({"type", "rope_type"}))
+    scaling = _scaling(kind, rope, settings)
+    # an export writes these for linear scaling too, which has no use for them
+    rope.check_all_used(frozenset({"type", "rope_type", "low_freq_factor", "high_freq_factor"}))
     return base, fraction, scaling
+
+
+def _scaling(kind: str, rope: Settings, settings: Settings) -> RopeScaling | None:
+    """What the block says of it. Raises CheckpointError for a factor that is missing: none is made up."""
+    name = "original_max_position_embeddings"
+    # in transformers' order: Phi3 has it beside the block
+    lengths = (settings.get(name), rope.get(name), settings["max_position_embeddings"])
+    if kind == "linear":
+        return RopeScaling(kind, rope.needed("factor"))
+    if kind == "llama3":
+        factor, low, high = (rope.needed(one) for one in ("factor", "low_freq_factor", "high_freq_factor"))
+        return RopeScaling(kind, factor, low, high, next(one for one in lengths if one is not None))
+    return None
 
 
 def _windows(name: str, settings: Settings) -> tuple[int | None, list[int] | None]:

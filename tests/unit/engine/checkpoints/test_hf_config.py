@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_aligner.config.architecture import RopeScaling
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
@@ -85,7 +87,7 @@ def test_a_shape_that_is_none_of_them_says_why(changes: dict[str, Any], what: st
         ({"architectures": ["Olmo2ForCausalLM"]}, "Olmo2ForCausalLM is not supported: it has norms after attention .*"),
         ({"hidden_act": "tanh"}, "hidden_act=tanh is not one of silu, gelu, .*"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' is not one of default, linear, llama3"),
-        ({"rope_scaling": {"rope_type": "linear", "beta": 2}}, "rope_scaling: beta=2 is not understood"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 2}}, "rope_scaling: beta=2 is not understood"),
         ({"unheard_of": 2}, "unheard_of=2 is not understood"),
     ],
 )
@@ -107,9 +109,39 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it() -> None:
     arch = architecture_of(SHAPE)
     assert (arch.query_groups, arch.head_dim, arch.activation, arch.attention_dropout) == (4, 8, "fast-swiglu", 0.0)
     assert not any((arch.qkv_bias, arch.has_proj_bias, arch.has_mlp_bias, arch.share_embeddings_and_output_weights))
-    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
-    full = architecture_of({**SHAPE, "rope_scaling": {**llama3, "original_max_position_embeddings": 16}})
-    assert full.rope_scaling == RopeScaling("llama3", 4.0, 2.0, 3.0, 16)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+
+
+@pytest.mark.parametrize(("beside", "within"), [({}, {}), ({"at": 16}, {}), ({}, {"at": 16}), ({"at": 16}, {"at": 32})])
+@pytest.mark.parametrize("block", ["rope_scaling", "rope_parameters"])
+def test_the_length_that_llama3_scaling_begins_from_is_found_where_transformers_finds_it(
+    beside: dict[str, int], within: dict[str, int], block: str
+) -> None:
+    name = "original_max_position_embeddings"
+    outer, inner = ({name: given["at"]} if given else {} for given in (beside, within))
+    config = {**SHAPE, **outer, "rope_theta": 5e3, block: {**LLAMA3, **inner}}
+    theirs = transformers.LlamaConfig(**copy.deepcopy(config))
+    LlamaRotaryEmbedding(theirs)  # looks once more, and may find another
+    assert architecture_of(config).rope_scaling == RopeScaling("llama3", 4.0, 2.0, 3.0, theirs.rope_parameters[name])
+
+
+@pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
+def test_a_factor_of_a_scaling_is_never_made_up(missing: str) -> None:
+    for kind in ("llama3", "linear") if missing == "factor" else ("llama3",):
+        block = {name: value for name, value in LLAMA3.items() if name != missing} | {"rope_type": kind}
+        with pytest.raises(CheckpointError, match=rf"^config\.json: rope_scaling has no {missing}$"):
+            architecture_of({**SHAPE, "rope_scaling": block})
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor": 2.0}])
+def test_a_rope_scaling_is_not_passed_over_for_rope_parameters(scaling: dict[str, Any]) -> None:
+    plain = {"rope_type": "default", "rope_theta": 5e3}
+    with pytest.raises(CheckpointError, match=r"^config\.json: rope_scaling and rope_parameters differ; leave"):
+        architecture_of({**SHAPE, "rope_parameters": plain, "rope_scaling": scaling})
+    for other in (None, {}, plain):
+        assert architecture_of({**SHAPE, "rope_parameters": plain, "rope_scaling": other}).rotary_base == 5e3
 
 
 def test_a_tokenizer_that_has_no_such_form_is_refused(tmp_path: Path) -> None:
