@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_aligner.config.architecture import Architecture, RopeScaling
@@ -13,6 +14,21 @@ SUPPORTED = (
     *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM"),
     *("MixtralForCausalLM", "Qwen3MoeForCausalLM"),
 )
+
+_QWEN_WINDOWS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_LEFT_OUT: dict[str, dict[str, Any]] = {  # what transformers takes where config.json does not say it, if not as Llama
+    "Qwen2ForCausalLM": _QWEN_WINDOWS,
+    "Qwen3ForCausalLM": {**_QWEN_WINDOWS, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "router_aux_loss_coef": 0.001,
+    },
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "MixtralForCausalLM": {"num_key_value_heads": 8, "rope_theta": 1e6, "router_aux_loss_coef": 0.001},
+}
+_WINDOWS_BY_LAYER = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")  # others have theirs in every layer
 
 NOT_SUPPORTED = {  # what stands in the way of others that people ask for
     "GemmaForCausalLM": "norms by 1 + weight and scaled embeddings",
@@ -64,6 +80,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
         raise CheckpointError(f"{where}: {name} is not supported: it has {NOT_SUPPORTED[name]}")
     if name not in SUPPORTED:
         raise CheckpointError(f"{where}: architecture {name} is not one of {', '.join(SUPPORTED)}")
+    settings = Settings({**_LEFT_OUT.get(name, {}), **config}, where)
     activation = settings.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(f"{where}: hidden_act={activation} is not one of {', '.join(ACTIVATIONS)}")
@@ -157,26 +174,24 @@ def _scaling(kind: str, rope: Settings, settings: Settings) -> RopeScaling | Non
 
 
 def _windows(name: str, settings: Settings) -> tuple[int | None, list[int] | None]:
-    """Sliding window, and the layers that have it; None: all."""
+    """Sliding window, and the layers that have it; None: all. Raises CheckpointError for layers that are not known."""
     if name == "LlamaForCausalLM":
         return None, None
-    window, kinds, layers = (
-        settings.get("sliding_window"),
-        settings.get("layer_types"),
-        settings.whole("num_hidden_layers"),
-    )
-    is_qwen = name.startswith("Qwen")
-    asked, first = settings.get("use_sliding_window"), settings.whole("max_window_layers", 0, low=0)
-    if window is None or (is_qwen and not asked):
+    window, kinds = settings.get("sliding_window"), settings.get("layer_types")
+    layers, first = settings.whole("num_hidden_layers"), settings.whole("max_window_layers", 0, low=0)
+    asked = settings.get("use_sliding_window") or not name.startswith("Qwen")
+    if window is None or not asked:
         return None, None
+    by_layer = name in _WINDOWS_BY_LAYER
     if kinds is not None:
+        known = ("sliding_attention", "full_attention") if by_layer else ("sliding_attention",)
         found = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
-        if not {"full_attention", "sliding_attention"}.issuperset(found) or len(kinds) != layers:
+        if not set(known).issuperset(found) or len(kinds) != layers:
             said = f"{len(kinds)} of {found}" if found else str(kinds)[:80]
-            raise CheckpointError(f"layer_types: {said} for {layers} layers")
+            raise CheckpointError(f"layer_types: {said} for {layers} layers; {name} has {' and '.join(known)} alone")
         chosen = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     else:
-        chosen = list(range(first if is_qwen else 0, layers))
+        chosen = list(range(first if by_layer else 0, layers))
     if not chosen:
         return None, None
     return window, None if len(chosen) == layers else chosen
@@ -213,6 +228,9 @@ def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
 def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
     """Which of their architectures a shape is, and that one's own settings."""
     projection, mlp = arch.has_proj_bias, arch.has_mlp_bias
+    windows = [arch.window_of(layer) for layer in range(arch.num_layers)]
+    if len(set(windows)) == 1:
+        arch = replace(arch, window_size=windows[0], window_layers=None)
     for fault, what in (
         (arch.normalization != "rmsnorm" or arch.bias, "its norms or biases"),
         (arch.position_embedding_type != "rope" or arch.rotary_percentage != 1.0, "its position embedding"),
@@ -223,14 +241,13 @@ def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
     ):
         if fault:
             raise CheckpointError(f"no Hugging Face architecture that is written here has {what}")
-    windows = [arch.window_of(layer) for layer in range(arch.num_layers)]
     window = {
         "sliding_window": arch.window_size,
         "use_sliding_window": arch.window_size is not None,
         "layer_types": ["full_attention" if one is None else "sliding_attention" for one in windows],
     }
     if arch.num_moe_experts is not None:
-        return _family_with_experts(arch, arch.num_moe_experts, window)
+        return _family_with_experts(arch, arch.num_moe_experts)
     if arch.qk_layernorm and projection == arch.qkv_bias and not mlp:
         return "Qwen3ForCausalLM", {"attention_bias": projection, **window}
     if arch.qkv_bias and not (projection or mlp or arch.qk_layernorm):
@@ -244,14 +261,14 @@ def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _family_with_experts(arch: Architecture, experts: int, window: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _family_with_experts(arch: Architecture, experts: int) -> tuple[str, dict[str, Any]]:
     dense = [layer for layer in range(arch.num_layers) if not arch.has_experts(layer)]
     shared = {
         "num_experts_per_tok": arch.moe_router_topk,
         "num_local_experts": experts,
         "router_aux_loss_coef": arch.moe_aux_loss_coeff,
     }
-    if arch.qk_layernorm and arch.has_proj_bias == arch.qkv_bias:
+    if arch.qk_layernorm and arch.has_proj_bias == arch.qkv_bias and not arch.window_layers:
         own = {
             "attention_bias": arch.qkv_bias,
             "num_experts": experts,
@@ -259,8 +276,9 @@ def _family_with_experts(arch: Architecture, experts: int, window: dict[str, Any
             "norm_topk_prob": not arch.moe_router_pre_softmax,
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
+            "use_sliding_window": arch.window_size is not None,
         }
-        return "Qwen3MoeForCausalLM", {**shared, **own, **window}
+        return "Qwen3MoeForCausalLM", {**shared, **own, "sliding_window": arch.window_size}
     plain = not (arch.qkv_bias or arch.has_proj_bias or arch.qk_layernorm or arch.window_layers)
     if plain and not dense and not arch.moe_router_pre_softmax and arch.expert_ffn_hidden_size == arch.ffn_hidden_size:
         return "MixtralForCausalLM", {**shared, "sliding_window": arch.window_size}

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_aligner.config.architecture import RopeScaling
-from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
+from nemo_aligner.engine.checkpoints.hf_config import SUPPORTED, architecture_of, to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import write_hf_folder
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.errors import CheckpointError
@@ -39,6 +39,8 @@ WINDOW = {"window_size": 5}
         ({"qk_layernorm": True, "qkv_bias": True, "proj_bias": True}, "Qwen3"),
         ({"qk_layernorm": True, **WINDOW, "window_layers": [0]}, "Qwen3"),
         (WINDOW, "Mistral"),
+        ({**WINDOW, "window_layers": [0, 1]}, "Mistral"),
+        ({**WINDOW, "window_layers": []}, "Llama"),
     ],
 )
 def test_a_shape_is_written_as_the_architecture_it_is_and_read_as_it_was(changes: dict[str, Any], name: str) -> None:
@@ -109,6 +111,18 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it() -> None:
     arch = architecture_of(SHAPE)
     assert (arch.query_groups, arch.head_dim, arch.activation, arch.attention_dropout) == (4, 8, "fast-swiglu", 0.0)
     assert not any((arch.qkv_bias, arch.has_proj_bias, arch.has_mlp_bias, arch.share_embeddings_and_output_weights))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_what_a_config_of_any_family_leaves_out_is_as_transformers_has_it(name: str, windows: bool) -> None:
+    sizes = {"num_attention_heads": 32, "hidden_size": 64, "num_hidden_layers": 30, "pad_token_id": None}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2} if name.startswith(("Mixtral", "Qwen3Moe")) else {}
+    asked = {"use_sliding_window": True} if windows and name.startswith("Qwen") else {}
+    short = {**SHAPE, **sizes, **experts, **asked, "architectures": [name]}
+    theirs = getattr(transformers, f"{name.removesuffix('ForCausalLM')}Config")(**short).to_dict()
+    one, other = (replace(found, kv_channels=found.head_dim) for found in map(architecture_of, (short, theirs)))
+    assert replace(one, num_query_groups=one.query_groups) == replace(other, num_query_groups=other.query_groups)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}

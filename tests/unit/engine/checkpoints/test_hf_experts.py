@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral, window": ("Mixtral", {"sliding_window": 6, "num_experts_per_tok": 3}),
     "qwen3": ("Qwen3Moe", QWEN3),
     "qwen3, normed": ("Qwen3Moe", {**QWEN3, "norm_topk_prob": True, "attention_bias": True}),
+    "qwen3, window": (
+        "Qwen3Moe",
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
     "qwen3, every second layer": ("Qwen3Moe", {**QWEN3, "decoder_sparse_step": 2}),
     "qwen3, some layers without": ("Qwen3Moe", {**QWEN3, "mlp_only_layers": [0], "tie_word_embeddings": True}),
 }
@@ -129,6 +133,7 @@ def test_what_is_not_computed_is_refused_by_name(family: str, extra: dict[str, A
 
 def test_shapes_that_no_architecture_has_are_not_written() -> None:
     arch = Architecture(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, vocab_size=9)
-    for own in ({"moe_router_pre_softmax": True}, {"moe_layer_freq": 2}, {"moe_ffn_hidden_size": 8}):
+    windows = {"qk_layernorm": True, "window_size": 4, "window_layers": [1]}
+    for own in ({"moe_router_pre_softmax": True}, {"moe_layer_freq": 2}, {"moe_ffn_hidden_size": 8}, windows):
         with pytest.raises(CheckpointError, match="experts of this kind"):
             to_hf_config(replace(arch, num_moe_experts=4, **own), "float32")

@@ -98,11 +98,11 @@ def test_logits_equal_transformers_and_the_way_back_is_exact(case: str) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
-@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen3Moe", "Mistral", "Phi3"])
 def test_the_layers_that_have_a_window_are_those_that_transformers_names(family: str, first: int) -> None:
-    asked = {"sliding_window": 5, "max_window_layers": first, "use_sliding_window": True if family == "Qwen2" else None}
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **asked}).to_dict()
-    kinds = config.pop("layer_types", ["sliding_attention"] * 2)  # Mistral has no choice
+    asked = {"sliding_window": 5, "max_window_layers": first, "use_sliding_window": True}
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **asked, "pad_token_id": 0}).to_dict()
+    kinds = config.pop("layer_types", ["sliding_attention"] * 2)  # most have no choice
     arch = architecture_of({**config, "architectures": [f"{family}ForCausalLM"]})
     assert [arch.window_of(i) for i in range(2)] == [5 if kind == "sliding_attention" else None for kind in kinds]
 
@@ -134,6 +134,17 @@ def test_kinds_of_attention_that_are_not_known_are_refused(kinds: list[str]) -> 
     config = {**SHAPE, "architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-5, "head_dim": 8}
     with pytest.raises(CheckpointError, match=r"layer_types: \d of .*full_attention.* for 2 layers"):
         architecture_of({**config, "use_sliding_window": True, "sliding_window": 4, "layer_types": kinds})
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Mixtral", "Qwen3Moe"])
+def test_layers_that_transformers_would_not_look_at_are_refused(family: str) -> None:
+    more = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    experts = {} if family == "Mistral" else {"num_experts": 4, "num_experts_per_tok": 2}
+    config = {**SHAPE, **more, **experts, "architectures": [f"{family}ForCausalLM"], "rms_norm_eps": 1e-5}
+    said = rf"layer_types: 2 of .*; {family}ForCausalLM has sliding_attention alone"
+    with pytest.raises(CheckpointError, match=f"^{said}$"):
+        architecture_of(config)
+    assert architecture_of({**config, "layer_types": ["sliding_attention"] * 2}).window_layers is None
 
 
 def test_other_architectures_are_refused_by_name() -> None:
