@@ -254,7 +254,7 @@ def _family(arch: Architecture) -> tuple[str, dict[str, Any]]:
         return "Qwen2ForCausalLM", window
     if arch.window_size and not (arch.qkv_bias or arch.qk_layernorm or arch.window_layers):
         return "MistralForCausalLM", {"sliding_window": arch.window_size}
-    if not (arch.window_size or arch.qk_layernorm):
+    if projection == arch.qkv_bias and not (arch.window_size or arch.qk_layernorm):
         return "LlamaForCausalLM", {"attention_bias": projection, "mlp_bias": mlp}
     raise CheckpointError(
         "no Hugging Face architecture that is written here has this mixture of windows, norms and biases"

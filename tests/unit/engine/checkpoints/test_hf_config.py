@@ -72,6 +72,7 @@ def test_a_shape_is_written_as_the_architecture_it_is_and_read_as_it_was(changes
         ({"proj_bias": True}, "a bias on the attention's output alone"),
         ({**WINDOW, "mlp_bias": True}, "a sliding window beside biases"),
         ({"qk_layernorm": True, "qkv_bias": True}, "this mixture of windows, norms and biases"),
+        ({"qkv_bias": True, "mlp_bias": True}, "this mixture of windows, norms and biases"),
         ({"qk_layernorm": True, "mlp_bias": True}, "this mixture of windows, norms and biases"),
         ({**WINDOW, "window_layers": [1]}, "this mixture of windows, norms and biases"),
         ({**WINDOW, "qkv_bias": True, "proj_bias": True}, "this mixture of windows, norms and biases"),
