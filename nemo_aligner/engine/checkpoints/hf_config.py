@@ -61,8 +61,8 @@ _THEIRS = {  # ours → theirs
 
 _HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
-    "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "label2id", "max_length",
+    "attn_implementation", "auto_map", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "do_sample",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length",
     "min_length", "model_type", "neftune_noise_alpha", "num_beams", "output_attentions",
     "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
     "quantization_config", "repetition_penalty", "return_dict", "temperature", "tokenizer_class", "top_k", "top_p",

@@ -223,6 +223,7 @@ def test_a_setting_that_is_not_understood_is_named(folder: Path, setting: dict[s
 
 def test_settings_that_are_off_or_known_to_change_nothing_are_let_through(folder: Path) -> None:
     change(folder / "config.json", num_experts_per_tok=0, use_cache=False, unsloth_version="2026.1", some_feature=False)
+    change(folder / "config.json", is_llama_config=True, auto_map={"AutoConfig": "configuration_llama.LlamaConfig"})
     torch.testing.assert_close(ours(folder), their_logits(folder), atol=1e-4, rtol=1e-4)
 
 
