@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from nemo_aligner.engine.checkpoints.hf_settings import (
     CONFIG,
     INDEX,
     SINGLE,
+    TEMPLATE,
+    TOKENIZER,
     TOKENS,
     named,
     read_hf_architecture,
@@ -24,11 +27,14 @@ from nemo_aligner.engine.checkpoints.hf_weights import to_hf
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
-from nemo_aligner.errors import CheckpointError
-from nemo_aligner.files import write_atomically, writing
+from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.files import fsync, write_atomically, writing
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights at most, unless a tensor alone is larger; as transformers has it."""
+
+_READ = ("*.safetensors", INDEX, TOKENIZER, "added_tokens.json", "chat_template.*", "adapter_config.json")
+"""Files that an export may not replace, and that readers would look at all the same."""
 
 
 def read_hf_folder(folder: Path, *, key: str = "--input") -> tuple[Architecture, LazyTensors, bytes]:
@@ -48,10 +54,33 @@ def write_hf_folder(
 ) -> None:
     """Everything that transformers and vLLM read: weights, shape, tokenizer, what ends a response, chat template.
 
-    `megatron` are whole Megatron tensors; of lazy ones, one is in memory at a time. Raises OutputError, and
+    `megatron` are whole Megatron tensors; of lazy ones, one is in memory at a time. Files of the same names are
+    replaced, as by the same export again. Raises OutputError, also where others are there that would be read, and
     CheckpointError for a shape or tokenizer that has no such form.
     """
-    files = _hf_tokenizer_files(arch, tokenizer.files)
+    tokenizer_files, texts = _hf_tokenizer_files(arch, tokenizer.files), _texts(arch, tokenizer)
+    parts = to_hf(arch, megatron).parts
+    weights = _files_of_weights(parts, shard_bytes)
+    if len(weights) > 1:
+        places = {tensor: name for name, shard in weights.items() for tensor in shard}
+        texts[INDEX] = {"metadata": {"total_size": sum(map(_size, parts.values()))}, "weight_map": places}
+    others: dict[str, str | bytes] = {name: json.dumps(content, indent=1) for name, content in texts.items()}
+    others |= tokenizer_files
+    if tokenizer.chat_template is not None:
+        others[TEMPLATE] = tokenizer.chat_template
+    _check_nothing_else_is_read(folder, weights.keys() | others.keys())
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)  # without it the folder is no model's, until all is written
+        fsync(folder)
+        for name, shard in weights.items():
+            write_tensors(folder / name, shard)
+    for name in sorted(others, key=CONFIG.__eq__):  # last
+        write_atomically(folder / name, [others[name]])
+
+
+def _texts(arch: Architecture, tokenizer: ArchiveTokenizer) -> dict[str, Mapping[str, Any]]:
+    """The JSON files beside the weights. Raises CheckpointError for a shape that has no such form."""
     dtype = "bfloat16" if arch.precision.startswith("bf16") else "float32"
     ends = sorted(tokenizer.stop_ids)
     ids = {
@@ -62,34 +91,30 @@ def write_hf_folder(
     special = {f"{kind}_token": arch.tokenizer.get(f"{kind}_token") for kind in TOKENS}
     special = {name: value for name, value in special.items() if value}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    texts = {
-        "config.json": {**to_hf_config(arch, dtype), **ids},
+    return {
+        CONFIG: {**to_hf_config(arch, dtype), **ids},
         "generation_config.json": {**ids, "transformers_version": "5.0.0"},
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        texts |= _write_weights(folder, to_hf(arch, megatron).parts, shard_bytes)
-    for name, content in texts.items():
-        write_atomically(folder / name, [json.dumps(content, indent=1)])
-    for name, data in files.items():
-        write_atomically(folder / name, [data])
-    if tokenizer.chat_template is not None:
-        write_atomically(folder / "chat_template.jinja", [tokenizer.chat_template])
 
 
-def _write_weights(folder: Path, parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, object]]:
-    """One file, or several of `shard_bytes` at most. Returns the index that goes with several, by its name."""
+def _check_nothing_else_is_read(folder: Path, written: Set[str]) -> None:
+    """Raises OutputError for another model's file, which would be read with those that are written, or before them."""
+    there = sorted(path.name for pattern in _READ for path in folder.glob(pattern))
+    for name in there:
+        if name not in written:
+            raise OutputError(
+                f"cannot write {folder}: its {name} would be read too; take it away, or give a new folder"
+            )
+
+
+def _files_of_weights(parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, LazyTensor]]:
+    """One file, or several of `shard_bytes` at most, by name."""
     shards = list(_shards(parts, shard_bytes))
     if len(shards) == 1:
-        write_tensors(folder / SINGLE, shards[0])
-        return {}
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(files, shards, strict=True):
-        write_tensors(folder / name, shard)
-    weights = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
-    return {INDEX: {"metadata": {"total_size": sum(map(_size, parts.values()))}, "weight_map": weights}}
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _shards(parts: Mapping[str, LazyTensor], most: int) -> Iterator[dict[str, LazyTensor]]:

@@ -20,10 +20,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
 TOKENS = ("bos", "eos", "pad")
 _NAMED = ("tokenizer_config.json", "special_tokens_map.json")
 _BY_ID = ("generation_config.json", CONFIG)
-_TEMPLATE = "chat_template.jinja"
 
 
 def named(key: str, path: str | Path) -> str:
@@ -75,7 +75,7 @@ def weight_files(folder: Path, *, key: str = "--input") -> list[Path]:
 
 def files_that_count(folder: Path) -> Iterator[Path]:
     """All that is read of the folder, and nothing of what a download may leave beside it. Raises CheckpointError."""
-    names = {*_NAMED, *_BY_ID, TOKENIZER, _TEMPLATE, INDEX}
+    names = {*_NAMED, *_BY_ID, TOKENIZER, TEMPLATE, INDEX}
     yield from (folder / name for name in sorted(names) if (folder / name).is_file())
     yield from weight_files(folder, key="archive")
 
@@ -146,7 +146,7 @@ def _vocabulary(tokenizer_json: bytes, where: str) -> Tokenizer:
 
 def _chat_template(folder: Path, given: Any, key: str) -> str | None:
     """A file of its own, or that of tokenizer_config.json; of several, the one called default."""
-    file = folder / _TEMPLATE
+    file = folder / TEMPLATE
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
