@@ -8,31 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from nemo_aligner.config.other_models import check_is_built_here
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.errors import CheckpointError
 
-# settings of NeMo's models that change what is computed, and are known here by these values alone
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "apply_residual_connection_post_layernorm": (False,),
-    "attention_type": ("multihead",),
-    "embedding_multiplier": (None, 1.0),
-    "headscale": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "moe_apply_probs_on_input": (None, False),
-    "moe_expert_capacity_factor": (None,),
-    "moe_input_jitter_eps": (None, 0.0),
-    "moe_router_enable_expert_bias": (None, False),
-    "moe_router_group_topk": (None,),
-    "moe_router_num_groups": (None,),
-    "moe_router_score_function": (None, "softmax"),
-    "moe_router_topk_scaling_factor": (None, 1.0),
-    "moe_shared_expert_intermediate_size": (None,),
-    "moe_token_dropping": (None, False),
-    "normalize_attention_scores": (True,),
-    "rotary_interleaved": (False,),
-    "seq_len_interpolation_factor": (None, 1, 1.0),
-    "transformer_block_type": ("pre_ln",),
-}
 _NORMALIZATIONS = ("rmsnorm", "layernorm")
 
 BALANCING = ("aux_loss", "seq_aux_loss", "none")
@@ -198,9 +177,7 @@ class Architecture:
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
         elif config.get("scale_positional_embedding"):  # NeMo's name for the scaling of Llama 3.1
             values["rope_scaling"] = RopeScaling(factor=config.get("scale_factor", 8.0))
-        for key, known_values in _ONLY.items():
-            if key in config and config[key] not in known_values:
-                raise CheckpointError(f"{where}: {key}={config[key]} is not supported")
+        check_is_built_here(config, where)
         if values.get("normalization", "rmsnorm") not in _NORMALIZATIONS:
             wanted = " or ".join(_NORMALIZATIONS)
             raise CheckpointError(f"{where}: normalization={values['normalization']} is not {wanted}")

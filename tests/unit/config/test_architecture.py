@@ -20,6 +20,10 @@ NEEDED = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attenti
         ("rotary_interleaved", True), ("headscale", True), ("layernorm_zero_centered_gamma", True),
         ("apply_residual_connection_post_layernorm", True), ("peft", {"peft_scheme": "lora"}),
         ("seq_len_interpolation_factor", 4), ("attention_type", "multiquery"),
+        ("apply_embedding_scaling", True), ("openai_gelu", True), ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0), ("softmax_scale", 0.1), ("softmax_type", "learnable"), ("drop_layers", [1]),
+        ("mcore_customization_config", {"parallel_attention": True}), ("no_rope_freq", 4), ("mtp_num_layers", 1),
+        ("mcore_customization_config", "falcon"), ("multi_latent_attention", True), ("glu_linear_offset", 1.0),
     ],
 )  # fmt: skip
 def test_a_setting_that_means_another_model_is_refused(setting: str, value: Any) -> None:
@@ -31,6 +35,8 @@ def test_the_values_that_nemo_writes_for_a_plain_model_are_let_through_and_writt
     plain = {
         "transformer_block_type": "pre_ln", "normalize_attention_scores": True, "headscale": False,
         "seq_len_interpolation_factor": None, "num_moe_experts": None, "apply_rope_fusion": True, "mcore_gpt": True,
+        "openai_gelu": False, "apply_embedding_scaling": False, "softmax_scale": None, "drop_layers": None,
+        "mcore_customization_config": {"new_decoder_architecture": False, "parallel_attention": False},
         "normalization": "layernorm", "data": {"seq_length": 2048},
     }  # fmt: skip
     written = Architecture.from_nemo({**NEEDED, **plain}).to_nemo()
@@ -63,6 +69,8 @@ def test_what_an_archive_lacks_is_named() -> None:
 
 def test_a_value_that_means_another_model_is_named_with_its_key() -> None:
     assert refused({**NEEDED, "headscale": True}) == "model_config.yaml: headscale=True is not supported"
+    said = "model_config.yaml: mcore_customization_config: parallel_attention=True is not supported"
+    assert refused({**NEEDED, "mcore_customization_config": {"parallel_attention": True}}) == said
     said = "model_config.yaml: normalization=layernorm1p is not rmsnorm or layernorm"
     assert refused({**NEEDED, "normalization": "layernorm1p"}) == said
 
