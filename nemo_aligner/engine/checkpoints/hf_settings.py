@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 TOKENS = ("bos", "eos", "pad")
 _NAMED = ("tokenizer_config.json", "special_tokens_map.json")
+_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
+_ADDED = "added_tokens.json"
 _BY_ID = ("generation_config.json", CONFIG)
 
 
@@ -102,6 +104,8 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
         for names in (_NAMED, _BY_ID)
     )
     vocabulary = _vocabulary(tokenizer_json, named(key, folder / TOKENIZER))
+    older = read_json(folder / _ADDED, key=key) if (folder / _ADDED).is_file() else {}
+    _check_added_tokens(vocabulary, _added_tokens(by_name, older), named(key, folder))
 
     def refused(name: str, value: Any, wanted: str) -> CheckpointError:
         return CheckpointError(f"{named(key, folder)}: {name}={str(value)[:80]} is not {wanted}")
@@ -132,6 +136,32 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
         **({"stop_tokens": ends} if ends else {}),
         "chat_template": _chat_template(folder, by_name[0].get("chat_template"), key),
     }
+
+
+def _added_tokens(by_name: Sequence[dict[str, Any]], older: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tokens that transformers adds to those of tokenizer.json where they are not there, and who names them."""
+    decoder = by_name[0].get("added_tokens_decoder")
+    blocks = [("added_tokens_decoder", decoder)] if decoder else [(_ADDED, list(older))]
+    blocks += [(name, found.get(name)) for name in _ADDITIONAL for found in by_name]
+    for name, block in blocks:
+        one_by_one = block.values() if isinstance(block, dict) else block if isinstance(block, list) else [block]
+        yield from ((name, one) for one in one_by_one if block is not None)
+
+
+def _check_added_tokens(vocabulary: Tokenizer, given: Iterable[tuple[str, Any]], where: str) -> None:
+    """Raises CheckpointError for a token that is not in tokenizer.json, or there with spaces of its own."""
+    known = {token.content: token for token in vocabulary.get_added_tokens_decoder().values()}
+    flags = ("lstrip", "rstrip", "single_word", *(["normalized"] if vocabulary.normalizer is not None else []))
+    for name, one in given:
+        own = one if isinstance(one, dict) else {"content": one}
+        text = own.get("content")
+        if not isinstance(text, str):
+            raise CheckpointError(f"{where}: {name}: {str(one)[:80]} is not the text of a token")
+        if text not in known:
+            raise CheckpointError(f"{where}: {name}: {text[:80]} is not an added token of {TOKENIZER}; add it there")
+        for flag in flags:
+            if flag in own and own[flag] != getattr(known[text], flag):
+                raise CheckpointError(f"{where}: {name}: {text} has {flag}={own[flag]}, other than in {TOKENIZER}")
 
 
 def _vocabulary(tokenizer_json: bytes, where: str) -> Tokenizer:

@@ -1,0 +1,98 @@
+"""A folder's tokens are those that transformers makes of its files, or the folder is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from nemo_aligner.engine.checkpoints.hf_settings import read_hf_architecture
+from nemo_aligner.engine.checkpoints.tokenizer import FastTokenizer
+from nemo_aligner.errors import CheckpointError
+from tests.models_without_weights import models_without_weights
+
+FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+NEW, KNOWN = {"content": "<x>", **FLAGS}, {"content": "<|bos|>", **FLAGS}
+TEXT = "a <x> b <|bos|> c"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models_without_weights(tmp_path)
+    return tmp_path / "hf"
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**more, **settings}))
+
+
+def theirs(folder: Path) -> list[int]:
+    return transformers.AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
+
+
+def ours(folder: Path) -> list[int]:
+    content, arch = (folder / "tokenizer.json").read_bytes(), read_hf_architecture(folder)
+    return FastTokenizer(content, arch.tokenizer).encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"added_tokens_decoder": {"256": KNOWN}},
+        {"added_tokens_decoder": {"256": {**KNOWN, "normalized": True}}},  # there is no normalizer
+        {"additional_special_tokens": ["<|bos|>"]},
+        {"extra_special_tokens": {"begin": "<|bos|>"}},
+    ],
+)
+def test_tokens_that_are_in_both_files_are_read_as_transformers_reads_them(
+    folder: Path, settings: dict[str, Any]
+) -> None:
+    configure(folder, **settings)
+    (folder / "added_tokens.json").write_text('{"<|bos|>": 256}')
+    assert ours(folder) == theirs(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"added_tokens_decoder": {"259": NEW}}, "added_tokens_decoder: <x> is not an added token of "),
+        ({"additional_special_tokens": ["<x>"]}, "additional_special_tokens: <x> is not an added token of "),
+        ({"extra_special_tokens": {"x": "<x>"}}, "extra_special_tokens: <x> is not an added token of "),
+        (
+            {"added_tokens_decoder": {"256": {**KNOWN, "lstrip": True}}},
+            r"added_tokens_decoder: <\|bos\|> has lstrip=True, other than in ",
+        ),
+    ],
+)
+def test_a_token_that_transformers_would_read_otherwise_is_refused(
+    folder: Path, settings: dict[str, Any], said: str
+) -> None:
+    configure(folder)
+    plain = ours(folder)
+    configure(folder, **settings)
+    assert theirs(folder) != plain
+    with pytest.raises(CheckpointError, match=rf"^--input {folder}: {said}tokenizer\.json"):
+        ours(folder)
+
+
+def test_the_older_file_of_added_tokens_counts_where_the_newer_says_nothing(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text('{"<x>": 259}')
+    configure(folder)
+    with pytest.raises(CheckpointError, match=r": added_tokens\.json: <x> is not an added token of tokenizer"):
+        ours(folder)
+    configure(folder, added_tokens_decoder={"256": KNOWN})
+    assert ours(folder) == theirs(folder)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"added_tokens_decoder": {"1": 3}}, {"additional_special_tokens": [3]}, {"extra_special_tokens": 3}]
+)
+def test_what_is_no_token_is_named(folder: Path, settings: dict[str, Any]) -> None:
+    configure(folder, **settings)
+    with pytest.raises(CheckpointError, match=rf": {next(iter(settings))}: 3 is not the text of a token$"):
+        ours(folder)
