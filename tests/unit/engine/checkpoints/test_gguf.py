@@ -148,9 +148,13 @@ def test_logits_equal_those_of_the_model_it_was_made_from(case: str, tmp_path: P
         ({"llama.expert_count": 8}, "expert_count=8 is not understood"),
         ({"llama.rope.scaling.type": "yarn"}, r"rope\.scaling\.type=yarn is not none or linear"),
         ({"llama.logit_scale": 0.5}, "logit_scale=0.5 is not understood"),
+        ({"llama.attention.key_length": 24}, r"m\.gguf: blk\.0\.attn_q\.weight is \[32, 32\], and .* \[96, 32\]$"),
+        ({"llama.attention.key_length": 4}, r"m\.gguf: blk\.0\.attn_q\.weight is \[32, 32\], and .* \[16, 32\]$"),
     ],
 )
-def test_settings_that_are_not_understood_are_named(values: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_settings_that_are_not_understood_or_do_not_fit_the_weights_are_named(
+    values: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=says):
         read_gguf(write_gguf(tmp_path / "m.gguf", llama(), values))
 
