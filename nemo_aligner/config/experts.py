@@ -49,8 +49,11 @@ class ExpertOverrides:
             if arch.num_moe_experts is None and getattr(self, field.name) != field.default:
                 raise ConfigError("the model has no experts; leave it out", f"model.{field.name}")
 
-    def check_expert_sizes(self, arch: Architecture, *, tensor: int, ranks: int) -> None:
-        """Whether the `ranks` of a pipeline stage can be cut so, `tensor` of them for a layer. Raises ConfigError."""
+    def check_expert_sizes(self, arch: Architecture, *, tensor: int, ranks: int, sequence_parallel: bool) -> None:
+        """Whether the `ranks` of a pipeline stage can be trained so, `tensor` of them for a layer.
+
+        Raises ConfigError.
+        """
         ep, etp = self.expert_model_parallel_size, self.expert_tensor_parallel_size or tensor
         experts, ffn = arch.num_moe_experts or 0, arch.expert_ffn_hidden_size
         for fault, says, name in (
@@ -65,6 +68,11 @@ class ExpertOverrides:
                 ep == 1 and etp != tensor,
                 f"{etp} is not tensor_model_parallel_size {tensor}, which takes expert_model_parallel_size above 1",
                 "expert_tensor_parallel_size",
+            ),
+            (
+                tensor > 1 and not sequence_parallel,
+                "a model with experts is trained with tensor_model_parallel_size above 1 only if this is True",
+                "sequence_parallel",
             ),
         ):
             if fault:

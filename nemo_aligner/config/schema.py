@@ -46,7 +46,7 @@ def one_of(allowed: Sequence[str], value: str, key: str) -> None:
 
 @dataclass
 class ParallelConfig:
-    """How one model is cut over processes; -1 = as stored in the archive, cut down to what the world size allows."""
+    """How a model is cut over processes; -1 = as stored in the archive, reduced to what world size and model allow."""
 
     tensor_model_parallel_size: int = -1
     pipeline_model_parallel_size: int = -1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.cut import can_cut, check_cut
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import base_of, read_architecture
@@ -26,12 +27,20 @@ def check_is_reward_model(path: str | Path, key: str) -> None:
 
 
 def parallel_sizes(
-    trainer: TrainerConfig, path: str | Path, *, key: str, tensor: int = -1, pipeline: int = -1, context: int = 1
+    trainer: TrainerConfig,
+    path: str | Path,
+    *,
+    key: str,
+    tensor: int = -1,
+    pipeline: int = -1,
+    virtual: int = 1,
+    context: int = 1,
+    prefix: str = "",
 ) -> tuple[int, int]:
     """Tensor- and pipeline-parallel sizes of a run of the archive at `path`, which `key` names in the config.
 
-    -1 takes the stored size, reduced until it divides what is there; an explicit size that does not is a ConfigError.
-    Raises CheckpointError where there is no archive.
+    -1 takes the stored size, reduced until it divides the processes and the model; an explicit size that does not is a
+    ConfigError, which names the size's key behind `prefix`. Raises CheckpointError where there is no archive.
     """
     arch = read_architecture(path, key=key)
     if arch.peft is not None:
@@ -43,25 +52,27 @@ def parallel_sizes(
         world, there = world // context, f"{there} / model.context_parallel_size"
     for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
         if size != -1 and (size < 1 or world % size):
-            raise ConfigError(f"{size} does not divide {there} = {world}", name)
+            raise ConfigError(f"{size} does not divide {there} = {world}", f"{prefix}{name}")
     if tensor == -1:
         room = world if pipeline == -1 else world // pipeline
-        stored = arch.tensor_model_parallel_size
-        tensor = next(size for size in range(min(stored, room), 0, -1) if room % size == 0)
+        tensor = _largest(arch.tensor_model_parallel_size, room, lambda size: can_cut(arch, tensor=size))
     if pipeline == -1:
-        room, stored = world // tensor, arch.pipeline_model_parallel_size
-        pipeline = next(size for size in range(min(stored, room), 0, -1) if room % size == 0)
+        stored = arch.pipeline_model_parallel_size
+        pipeline = _largest(stored, world // tensor, lambda size: can_cut(arch, pipeline=size, virtual=virtual))
     if world % (tensor * pipeline):
         raise ConfigError(
             f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
             f"not divide {there} = {world}",
-            "tensor_model_parallel_size",
+            f"{prefix}tensor_model_parallel_size",
         )
-    if arch.num_moe_experts is not None and arch.expert_ffn_hidden_size % tensor:
-        raise ConfigError(
-            f"{tensor} does not divide an expert's FFN size {arch.expert_ffn_hidden_size}", "tensor_model_parallel_size"
-        )
+    check_cut(arch, tensor=tensor, pipeline=pipeline, virtual=virtual, prefix=prefix, of=path)
     return tensor, pipeline
+
+
+def _largest(stored: int, room: int, fits: Callable[[int], bool]) -> int:
+    """The largest size up to `stored` that divides `room` and fits the model; 1 where none does."""
+    sizes = range(min(stored, room), 1, -1)
+    return next((size for size in sizes if room % size == 0 and fits(size)), 1)
 
 
 def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -> None:
@@ -79,9 +90,10 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         key=key,
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size or 1,
         context=model.context_parallel_size,
+        prefix="model.",
     )
-    _check_stages(arch, pipeline, model.virtual_pipeline_model_parallel_size or 1)
     if arch.num_moe_experts is not None:
         if model.peft.lora is not None and not model.peft.lora.of_attention_alone:
             raise ConfigError(
@@ -89,25 +101,7 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
                 "model.peft.lora_tuning.target_modules",
             )
         stage = trainer.devices * trainer.num_nodes // pipeline
-        model.check_expert_sizes(arch, tensor=tensor, ranks=stage)
-        if tensor > 1 and not model.sequence_parallel:
-            raise ConfigError(
-                "a model with experts is trained with tensor_model_parallel_size above 1 only if this is True",
-                "model.sequence_parallel",
-            )
-
-
-def _check_stages(arch: Architecture, pipeline: int, virtual: int) -> None:
-    """Raises ConfigError where layers cannot be cut into `virtual` stages on each of `pipeline` ranks."""
-    key = "model.virtual_pipeline_model_parallel_size"
-    if virtual > 1 and pipeline == 1:
-        raise ConfigError(
-            f"{virtual} stages on a rank take model.pipeline_model_parallel_size above 1, and it is 1", key
-        )
-    if virtual > 1 and arch.num_layers % (pipeline * virtual):
-        raise ConfigError(
-            f"{virtual} stages on each of {pipeline} ranks do not divide the model's {arch.num_layers} layers", key
-        )
+        model.check_expert_sizes(arch, tensor=tensor, ranks=stage, sequence_parallel=model.sequence_parallel)
 
 
 def check_adapter(peft: PeftConfig, lora: LoraTuning, base: str | Path, *, key: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.config.cut import uneven
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.config.yaml_file import read_mapping
@@ -100,14 +101,11 @@ def _check_cut(checkpoint: Checkpoint, tensor: int) -> None:
     arch = checkpoint.arch
     if tensor > 1 and checkpoint.tensors is None:
         raise CheckpointError("--tensor-parallel: random weights would not be those of one process; leave it out")
-    sizes = {
-        "key/value groups": arch.query_groups,
-        "FFN size": arch.ffn_hidden_size,
-        "padded vocabulary": padded_vocab_size(arch, 1),
-    }
-    for name, size in sizes.items():
-        if tensor < 1 or size % tensor:
-            raise CheckpointError(f"--tensor-parallel {tensor}: it does not divide the {name}, {size}")
+    if tensor < 1:
+        raise CheckpointError(f"--tensor-parallel {tensor}: it is below 1")
+    rows = padded_vocab_size(arch, 1)
+    for name in (*uneven(arch, tensor), *([f"padded vocabulary {rows}"] if rows % tensor else [])):
+        raise CheckpointError(f"--tensor-parallel {tensor}: it does not divide the model's {name}")
 
 
 def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *, precision: str) -> None:

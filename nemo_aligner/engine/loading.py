@@ -37,17 +37,20 @@ def start_for_archive(
     key: str,
     tensor: int = -1,
     pipeline: int = -1,
+    virtual: int = 1,
     context: int = 1,
     expert: int = 1,
     expert_tensor: int | None = None,
     seed: int = 1234,
+    prefix: str = "",
 ) -> Iterator[MegatronCluster]:
     """The processes of this run, cut as the archive at `path` or the caller asks (-1: as stored).
 
-    `key` is the config key that named the archive, for messages. The archive's config is read before any process
-    starts, so a wrong path fails at once.
+    `key` is the config key that named the archive, `prefix` is what stands before those of the sizes, for
+    messages. The archive's config is read before any process starts, so a wrong path fails at once.
     """
-    sizes = parallel_sizes(trainer, path, key=key, tensor=tensor, pipeline=pipeline, context=context)
+    asked = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context}
+    sizes = parallel_sizes(trainer, path, key=key, prefix=prefix, **asked)
     launch_local_ranks(trainer)
     with start_cluster(
         trainer,
@@ -79,10 +82,12 @@ def start_for_training(
         key=key,
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size or 1,
         context=model.context_parallel_size,
         expert=model.expert_model_parallel_size,
         expert_tensor=model.expert_tensor_parallel_size,
         seed=model.seed,
+        prefix="model.",
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.cut import can_cut
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.memory import Memory, Work, inference, training
@@ -101,19 +102,13 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
         recomputations = [wish.recomputation]
     else:  # of attention alone saves nothing: no scores are stored, and q and k would be
         recomputations = [Layout(), Layout(granularity="full")] if wish.trains else [Layout()]
-    whole = (arch.num_attention_heads, arch.query_groups, arch.ffn_hidden_size, arch.expert_ffn_hidden_size)
     for tp in [wish.tp] if wish.tp else _divisors(cluster.gpus_per_node):
         for pp in [wish.pp] if wish.pp else _divisors(arch.num_layers):
-            if cluster.gpus % (tp * pp) or any(size % tp for size in whole) or arch.num_layers % (pp * wish.vpp):
+            if cluster.gpus % (tp * pp) or not can_cut(arch, tensor=tp, pipeline=pp, virtual=wish.vpp):
                 continue
-            if wish.vpp > 1 and pp == 1:
-                continue
-            parallel = tp > 1 and wish.trains if wish.sequence_parallel is None else wish.sequence_parallel
-            if arch.num_moe_experts is not None and wish.trains and tp > 1 and not parallel:
-                continue
-            for ep, recomputation in itertools.product(
-                _expert_sizes(arch, cluster.gpus // pp, tp, wish), recomputations
-            ):
+            parallel = tp > 1 and (wish.trains if wish.sequence_parallel is None else wish.sequence_parallel)
+            experts = _expert_sizes(arch, cluster.gpus // pp, tp, parallel, wish)
+            for ep, recomputation in itertools.product(experts, recomputations):
                 yield replace(
                     recomputation,
                     tp=tp,
@@ -122,18 +117,19 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
                     dp=cluster.gpus // (tp * pp),
                     ep=ep,
                     etp=wish.etp,
-                    sequence_parallel=parallel and tp > 1,
+                    sequence_parallel=parallel,
                 )
 
 
-def _expert_sizes(arch: Architecture, ranks: int, tp: int, wish: Wish) -> list[int]:
+def _expert_sizes(arch: Architecture, ranks: int, tp: int, sequence_parallel: bool, wish: Wish) -> list[int]:
     """Over how many of the `ranks` of a pipeline stage the experts of a layer may be cut."""
     if arch.num_moe_experts is None or not wish.trains:
         return [1]
     found = []
     for ep in [wish.ep] if wish.ep else _divisors(arch.num_moe_experts):
         with contextlib.suppress(ConfigError):  # a run that is cut so would be refused
-            ExpertOverrides(ep, wish.etp).check_expert_sizes(arch, tensor=tp, ranks=ranks)
+            asked = ExpertOverrides(ep, wish.etp)
+            asked.check_expert_sizes(arch, tensor=tp, ranks=ranks, sequence_parallel=sequence_parallel)
             found.append(ep)
     return found
 

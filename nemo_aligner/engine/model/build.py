@@ -121,12 +121,6 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
 
 def transformer_config(arch: Architecture, run: RunOptions) -> TransformerConfig:
     """Megatron's config of this shape run this way."""
-    if arch.num_attention_heads % run.tp or arch.num_layers % (run.pp * run.vpp):
-        stages = f"PP {run.pp}" if run.vpp == 1 else f"PP {run.pp} × {run.vpp}"
-        raise ConfigError(
-            f"{arch.num_attention_heads} heads, {arch.num_layers} layers cannot be cut by TP {run.tp}, {stages}",
-            "model.tensor_model_parallel_size",
-        )
     on_cpu = run.shapes_only or not torch.cuda.is_available()
     init = functools.partial(nn.init.normal_, std=arch.init_method_std)
     return TransformerConfig(

@@ -96,9 +96,8 @@ class StreamSelfAttention(SelfAttention):
     def _is_plain(self) -> bool:
         """Whether the kernel computes this attention."""
         drops = self.training and self.core_attention.dropout > 0
-        shared = self.config.num_query_groups < self.config.tensor_model_parallel_size  # heads of a group are cut apart
         normed = not isinstance(self.q_layernorm, IdentityOp | None)
-        return not (drops or shared or normed) and kernels_take(self.hidden_size_per_attention_head)
+        return not (drops or normed) and kernels_take(self.hidden_size_per_attention_head)
 
 
 def cos_and_signed_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

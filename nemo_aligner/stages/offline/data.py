@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_aligner.config.cut import check_cut
 from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, OfflineDataConfig, SamplerConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.chat import check_template, template_text
 from nemo_aligner.data.conversations import check_turns
 from nemo_aligner.data.jsonl import Row, check_texts, load_rows
 from nemo_aligner.data.sources import files_read, source_sum
+from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 from nemo_aligner.engine.checks import parallel_sizes
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.files import Inputs, refuse_overwriting
@@ -25,15 +27,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_archive(cfg: OfflineConfig, path: str) -> None:
-    """The archive `gpt_model_file` must be there and fit the processes. Raises CheckpointError, ConfigError."""
-    parallel_sizes(
+def check_archive(cfg: OfflineConfig, path: str, *others: str | None) -> None:
+    """The archive `gpt_model_file` must be there and fit the processes, as `others` must that are loaded beside it.
+
+    Raises CheckpointError, ConfigError.
+    """
+    tensor, pipeline = parallel_sizes(
         cfg.trainer,
         path,
         key="gpt_model_file",
         tensor=cfg.tensor_model_parallel_size,
         pipeline=cfg.pipeline_model_parallel_size,
     )
+    for other in filter(None, others):
+        check_cut(read_architecture(other), tensor=tensor, pipeline=pipeline, of=other)
 
 
 def start_cluster(cfg: OfflineConfig, path: str | None) -> AbstractContextManager[MegatronCluster]:

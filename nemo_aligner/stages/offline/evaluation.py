@@ -88,7 +88,7 @@ def run(cfg: EvaluationConfig) -> None:
         check_is_policy(cfg.initial_policy_file, "initial_policy_file")
     if cfg.reward_model_file is not None:
         check_is_reward_model(cfg.reward_model_file, "reward_model_file")
-    check_archive(cfg, cfg.gpt_model_file)
+    check_archive(cfg, cfg.gpt_model_file, *cfg.policy_files, cfg.initial_policy_file, cfg.reward_model_file)
     rows = open_rows(cfg.data, {cfg.data.input_key: "data.input_key"})
 
     with owning(cfg.output_file, cfg.trainer), functions_of(cfg) as functions:

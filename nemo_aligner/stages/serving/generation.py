@@ -44,7 +44,7 @@ def run(cfg: GenerationConfig) -> None:
         read = files_read(cfg.prompts_jsonl) if cfg.prompts_jsonl else []
         inputs: Inputs = {"prompts_jsonl": read, _ARCHIVE: [cfg.gpt_model_file]}
         refuse_overwriting(cfg.output_file, f"output_file={cfg.output_file}", inputs)
-    sizes = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
+    sizes: dict[str, Any] = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
     check_template(cfg, _TEMPLATE)
     tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
     copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)

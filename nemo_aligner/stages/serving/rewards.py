@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.auth import read_token
@@ -39,8 +40,7 @@ def run(cfg: ServerConfig) -> None:
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
     path = cfg.rm_model_file
     if path is not None:
-        sizes = _sizes(cfg)
-        parallel_sizes(cfg.trainer, path, key=_KEY, **sizes)
+        parallel_sizes(cfg.trainer, path, key=_KEY, **_sizes(cfg))
         check_is_reward_model(path, _KEY)
     with functions_of(cfg) as functions:
         if path is None:
@@ -50,8 +50,9 @@ def run(cfg: ServerConfig) -> None:
             serve_model(cfg, path, functions, token)
 
 
-def _sizes(cfg: ServerConfig) -> dict[str, int]:
-    return {"tensor": cfg.model.tensor_model_parallel_size, "pipeline": cfg.model.pipeline_model_parallel_size}
+def _sizes(cfg: ServerConfig) -> dict[str, Any]:
+    tensor, pipeline = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    return {"tensor": tensor, "pipeline": pipeline, "prefix": "model."}
 
 
 def serve_model(cfg: ServerConfig, path: str, functions: Functions | None, token: str | None) -> None:

@@ -119,7 +119,8 @@ def test_a_run_updates_the_policy_as_plain_torch_would(
     start.run(cfg)
     assert [judge.did for judge in judges] == [["waited", "asked", "closed"]]
     assert judges[0].config is cfg.remote_critic_rm
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
+    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
+    own = {**sizes, "seed": 77, "prefix": "model."}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.policy), "key": key, **own}]
     rates = [4e-3 * (1 - t / 4) for t in range(4)]
@@ -171,7 +172,7 @@ def test_a_client_is_closed_also_where_no_server_comes(
         (f"{CALLBACK}.save_best_model", True, f"{CALLBACK}.save_best_model: the best of the checkpoints, and none"),
         ("exp_manager.max_time_per_run", "1h", "exp_manager.max_time_per_run: '1h' is not of the form"),
         ("model.optim.sched", {"name": "none"}, "model.optim.sched.name: 'none' is not one of"),
-        ("model.tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
+        ("model.tensor_model_parallel_size", 2, "model.tensor_model_parallel_size: 2 does not divide"),
         ("model.restore_from_path", "/no.nemo", "pretrained_checkpoint.restore_from_path=/no.nemo: no such file"),
         ("model.restore_from_path", "JUDGE", "pretrained_checkpoint.restore_from_path=JUDGE is a reward model"),
     ],

@@ -170,15 +170,15 @@ def test_the_reward_server_answers_with_its_models_rewards_until_it_is_told_to_s
     assert found["exceeded"][:, 0].tolist() == [0, 0, 0, 1, -1]
     assert b"101 bytes" in found["error"][4, 0]
     assert (tritons[0].runs, tritons[0].stopped) == (False, 1)
-    own = {"key": "rm_model_file", "tensor": -1, "pipeline": -1}
+    own = {"key": "rm_model_file", "tensor": -1, "pipeline": -1, "prefix": "model."}
     assert started == [{"devices": 1, "path": str(archives.judge), **own}]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("model.tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
-        ("model.pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
+        ("model.tensor_model_parallel_size", 2, "model.tensor_model_parallel_size: 2 does not divide"),
+        ("model.pipeline_model_parallel_size", 2, "model.pipeline_model_parallel_size: 2 does not divide"),
         ("rm_model_file", "/no.nemo", "rm_model_file=/no.nemo: no such file"),
         ("rm_model_file", "POLICY", "rm_model_file=POLICY is a language model, not a reward model"),
     ],

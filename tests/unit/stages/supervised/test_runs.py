@@ -132,7 +132,8 @@ def test_sft_trains_on_the_answers_as_plain_torch_would(
     cfg.exp_manager.create_dllogger_logger = True
     sft.run(cfg)
     check_training(tmp_path / "log", archives.policy, answer_loss, QUESTIONS, HELD_OUT)
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
+    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
+    own = {**sizes, "seed": 77, "prefix": "model."}
     assert started == [{"devices": 1, "path": str(archives.policy), "key": "model.restore_from_path", **own}]
     assert sink.config["model"]["data"]["train_ds"]["global_batch_size"] == 2
     assert read_architecture(tmp_path / "log" / "checkpoints" / "m.nemo").precision == "32"
@@ -146,7 +147,8 @@ def test_a_reward_model_trains_on_pairs_as_plain_torch_would_and_stores_mean_and
     reward_training.run(cfg)
     log, pairs, held_out = tmp_path / "log", pairs_of(PAIRS), pairs_of(HELD_OUT_PAIRS)
     check_training(log, archives.judge, pair_loss, pairs, held_out)
-    own = {"tensor": -1, "pipeline": -1, "context": 1, "expert": 1, "expert_tensor": None, "seed": 77}
+    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
+    own = {**sizes, "seed": 77, "prefix": "model."}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.judge), "key": key, **own}]
     assert sink.config["model"]["global_batch_size"] == 2
@@ -183,7 +185,7 @@ def test_a_reward_model_grows_out_of_a_policy(archives: Archives, tmp_path: Path
         ("exp_manager.max_time_per_run", "1h", "exp_manager.max_time_per_run: '1h' is not of the form"),
         ("model.optim.sched", {"name": "none"}, "model.optim.sched.name: 'none' is not one of"),
         ("model.data.chat_template", "{% if", "model.data.chat_template: not a valid Jinja template"),
-        ("model.tensor_model_parallel_size", 2, "tensor_model_parallel_size: 2 does not divide"),
+        ("model.tensor_model_parallel_size", 2, "model.tensor_model_parallel_size: 2 does not divide"),
         ("model.restore_from_path", "/no.nemo", "model.restore_from_path=/no.nemo: no such file"),
         ("model.restore_from_path", "JUDGE", "model.restore_from_path=JUDGE is a reward model"),
     ],
@@ -204,7 +206,7 @@ def test_what_is_wrong_with_an_sft_run_is_said_before_it_starts(
         (f"{CALLBACK}.save_best_model", True, f"{CALLBACK}.save_best_model: the best of the checkpoints, and none"),
         ("exp_manager.max_time_per_run", "1h", "exp_manager.max_time_per_run: '1h' is not of the form"),
         ("model.optim.sched", {"name": "none"}, "model.optim.sched.name: 'none' is not one of"),
-        ("model.pipeline_model_parallel_size", 2, "pipeline_model_parallel_size: 2 does not divide"),
+        ("model.pipeline_model_parallel_size", 2, "model.pipeline_model_parallel_size: 2 does not divide"),
         ("model.restore_from_path", "/no.nemo", "pretrained_checkpoint.restore_from_path=/no.nemo: no such file"),
     ],
 )
