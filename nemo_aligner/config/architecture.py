@@ -116,8 +116,8 @@ class Architecture:
     vocab_size: int  # rows of the tokenizer; the embedding is padded to make_vocab_size_divisible_by × TP
     num_query_groups: int | None = None  # null = num_attention_heads
     kv_channels: int | None = None  # head dimension; null = hidden_size / num_attention_heads
-    encoder_seq_length: int = 2048
-    max_position_embeddings: int = 2048
+    encoder_seq_length: int = 2048  # tokens of a row at most
+    max_position_embeddings: int = 2048  # rows of a table of learned positions; rotary ones go on past it
     position_embedding_type: str = "rope"
     rotary_percentage: float = 1.0
     rotary_base: float = 10000.0
@@ -183,6 +183,10 @@ class Architecture:
             raise CheckpointError(f"{where}: normalization={values['normalization']} is not {wanted}")
         _check_experts(values, where)
         values["peft"] = _adapter(config.get("peft"), where)
+        lengths = ("encoder_seq_length", "max_position_embeddings")
+        for name, other in (lengths, lengths[::-1]):
+            if other in values:
+                values.setdefault(name, values[other])
         values.setdefault("vocab_size", 0)  # real NeMo archives leave it to the tokenizer
         arch = cls(**values, other={k: v for k, v in config.items() if k not in known})
         arch.check(where)
@@ -209,6 +213,11 @@ class Architecture:
                 continue
             if getattr(self, size) % (getattr(self, parts) or 1):
                 raise CheckpointError(f"{where}: {told(size)} is not a multiple of {told(parts)}")
+        if not self.takes_rows_of(self.encoder_seq_length):
+            longest = told("max_position_embeddings")
+            raise CheckpointError(
+                f"{where}: {told('encoder_seq_length')} is above {longest}, and positions are learned"
+            )
 
     def to_nemo(self) -> dict[str, Any]:
         """The mapping to write as `model_config.yaml`."""
@@ -232,6 +241,15 @@ class Architecture:
         """Whether a layer, counted from 0, has experts in place of one feed-forward."""
         freq = self.moe_layer_freq
         return self.num_moe_experts is not None and bool(freq[layer] if isinstance(freq, list) else layer % freq == 0)
+
+    def takes_rows_of(self, length: int) -> bool:
+        """Whether there are positions for a row of so many tokens."""
+        return self.position_embedding_type != "learned_absolute" or length <= self.max_position_embeddings
+
+    @property
+    def positions(self) -> int:
+        """Positions that rows may have."""
+        return max(self.encoder_seq_length, self.max_position_embeddings)
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -232,7 +232,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     megatron_amp_O2: bool | None = None  # True needs bf16, which always has it
-    encoder_seq_length: int | None = None
+    encoder_seq_length: int | None = None  # tokens of a row at most; above max_position_embeddings with rope alone
     seed: int = 1234
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
@@ -254,6 +254,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
         self.check_libraries()
         at_least(
             1,
+            model__encoder_seq_length=self.encoder_seq_length,
             model__micro_batch_tokens=self.micro_batch_tokens,
             model__virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
         )

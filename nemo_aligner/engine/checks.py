@@ -84,6 +84,12 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
         check_adapter(model.peft, model.peft.lora, model.restore_from_path, key=key)
     arch = read_architecture(model.restore_from_path, key=key)
     model.check_model_has_experts(arch)
+    if model.encoder_seq_length is not None and not arch.takes_rows_of(model.encoder_seq_length):
+        raise ConfigError(
+            f"{model.encoder_seq_length} is above the {arch.max_position_embeddings} positions of the model, which are "
+            "learned",
+            "model.encoder_seq_length",
+        )
     tensor, pipeline = parallel_sizes(
         trainer,
         model.restore_from_path,

@@ -93,8 +93,8 @@ def _settled(config: PlanConfig, arch: Architecture, task: Task) -> PlanConfig:
     prompt = whole - response if prompt is None else prompt
     if prompt + response != whole or (task.generates and min(prompt, response) < 1):
         raise ConfigError(f"a prompt of {prompt} and a response of {response} tokens do not make {whole}", "seq_length")
-    if whole > arch.max_position_embeddings:
-        raise ConfigError(f"{whole} is above max_position_embeddings={arch.max_position_embeddings}", "seq_length")
+    if whole > arch.positions:
+        raise ConfigError(f"{whole} is above the {arch.positions} positions of the model", "seq_length")
     given |= {"seq_length": whole, "response_length": response, "prompt_length": prompt}
     if "forward_micro_batch_size" in task.keys:
         given["forward_micro_batch_size"] = config.forward_micro_batch_size or given.get("forward_micro_batch_size", 4)

@@ -213,7 +213,7 @@ def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
         "num_key_value_heads": arch.query_groups,
         "head_dim": arch.head_dim,
         "vocab_size": arch.vocab_size,
-        "max_position_embeddings": arch.max_position_embeddings,
+        "max_position_embeddings": arch.positions,
         "rope_theta": arch.rotary_base,
         "rope_parameters": rope,
         "rms_norm_eps": arch.layernorm_epsilon,

@@ -375,6 +375,6 @@ class CachedForward:
         """None where positions are not rotary."""
         if self.arch.position_embedding_type != "rope":
             return None
-        cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.max_position_embeddings)
+        cos, sin = self.model.rotary_pos_emb.get_cos_sin(self.arch.positions)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return Rotary(cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))

@@ -88,6 +88,21 @@ def test_a_shape_comes_back_as_it_was_written_with_the_keys_of_others() -> None:
     assert Architecture.from_nemo(own).rope_scaling == RopeScaling("llama3", 4.0)
 
 
+def test_of_two_lengths_one_that_is_not_given_is_the_other() -> None:
+    for given in ("encoder_seq_length", "max_position_embeddings"):
+        for kind in ("rope", "learned_absolute"):
+            arch = Architecture.from_nemo({**NEEDED, given: 512, "position_embedding_type": kind})
+            assert (arch.encoder_seq_length, arch.max_position_embeddings, arch.positions) == (512, 512, 512)
+
+
+def test_rows_longer_than_max_position_embeddings_take_rotary_positions() -> None:
+    lengths = {"encoder_seq_length": 64, "max_position_embeddings": 16}
+    assert Architecture.from_nemo({**NEEDED, **lengths}).positions == 64
+    assert Architecture(**NEEDED, vocab_size=9, encoder_seq_length=16, max_position_embeddings=64).positions == 64
+    said = "model_config.yaml: encoder_seq_length=64 is above max_position_embeddings=16, and positions are learned"
+    assert refused({**NEEDED, **lengths, "position_embedding_type": "learned_absolute"}) == said
+
+
 def test_parts_that_are_not_given_follow_others() -> None:
     arch = Architecture(**NEEDED, vocab_size=9)
     assert (arch.query_groups, arch.head_dim, arch.has_proj_bias, arch.has_mlp_bias) == (2, 4, False, False)

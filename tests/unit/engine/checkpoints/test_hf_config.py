@@ -60,6 +60,12 @@ def test_a_shape_is_written_as_the_architecture_it_is_and_read_as_it_was(changes
     assert [read.window_of(i) for i in range(2)] == [arch.window_of(i) for i in range(2)]
 
 
+def test_rows_may_be_as_long_in_a_folder_as_in_the_archive() -> None:
+    for row, table in ((64, 16), (16, 64)):
+        arch = replace(ARCH, encoder_seq_length=row, max_position_embeddings=table)
+        assert to_hf_config(arch, "float32")["max_position_embeddings"] == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

@@ -28,6 +28,7 @@ SHAPES = {
     "llama": ARCH,
     "qwen2": replace(ARCH, qkv_bias=True, share_embeddings_and_output_weights=True),
     "qwen3": replace(ARCH, qk_layernorm=True, kv_channels=16),
+    "rotary positions past those of its training": replace(ARCH, max_position_embeddings=16),
     "mistral": replace(ARCH, window_size=5),
     "window above": replace(ARCH, window_size=5, window_layers=[1]),
     "biases of attention": replace(ARCH, qkv_bias=True, proj_bias=True),
@@ -64,7 +65,7 @@ def generate(
     model: torch.nn.Module, arch: Architecture, sampling: SamplingParams, slots: int, n: int = 1
 ) -> list[Response]:
     requests = [GenerationRequest(p, s, prompt) for p, prompt in enumerate(PROMPTS) for s in range(n)]
-    generator = Generator(CachedForward(model, arch), ByteTokenizer(), sampling, slots, arch.max_position_embeddings)
+    generator = Generator(CachedForward(model, arch), ByteTokenizer(), sampling, slots, arch.encoder_seq_length)
     return sorted(generator.run(requests), key=lambda r: (r.prompt_index, r.sample_index))
 
 
