@@ -204,7 +204,8 @@ def _load(
         arch = replace(arch, reward_model_type=new_head)
     if encoder_seq_length is not None:
         arch = replace(arch, encoder_seq_length=encoder_seq_length)
-    digest = None if adapter is not None or head_is_new else resident.digest_of(path, cluster)
+    # what stays in memory is all of a model: neither a new head nor adapters, be they new or an archive's, are there
+    digest = None if run.lora is not None or head_is_new else resident.digest_of(path, cluster)
     stayed = resident.take(arch, digest, run.dtype, cluster, run.vpp)
     if stayed is not None:
         if cluster.is_main:

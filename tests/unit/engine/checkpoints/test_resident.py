@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_aligner.config.peft import PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive, resident
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
@@ -123,6 +124,28 @@ def test_an_archive_is_read_where_memory_has_other_weights(
     opened.clear()
     load_policy(archive, cluster, precision="32" if other == "precision" else "bf16")
     assert opened == ["policy.nemo"]
+
+
+def test_an_adapter_is_trained_beside_weights_that_are_read(
+    archive: Path, cluster: MegatronCluster, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapted(name: str) -> bytes:
+        model = ModelOverrides(restore_from_path=str(archive), peft=PeftConfig("lora", merge=True))
+        policy = load_policy_for_training(model, ON_CPU, cluster)
+        policy.add_optimizer(OPTIM, clip_grad=0.0, max_steps=4)
+        policy.train_step([rows()], sft_objective)
+        policy.save_nemo(archive.with_name(name))
+        policy.stay_in_memory()
+        return archive.with_name(name).read_bytes()
+
+    load_policy(archive, cluster, precision="bf16").stay_in_memory()
+    before = torch.get_rng_state()
+    merged = adapted("merged.nemo")
+    load_policy(archive.with_name("merged.nemo"), cluster, precision="bf16")
+    assert opened == ["policy.nemo", "policy.nemo", "merged.nemo"]
+    monkeypatch.setattr(resident, "_residents", None)
+    torch.set_rng_state(before)
+    assert adapted("other.nemo") == merged, "as in a process of its own"
 
 
 def test_what_is_not_asked_for_again_goes(archive: Path, cluster: MegatronCluster, opened: list[str]) -> None:
