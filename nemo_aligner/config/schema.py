@@ -16,6 +16,7 @@ from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check
 from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.loggers import LoggersConfig
 from nemo_aligner.config.peft import PeftConfig
+from nemo_aligner.config.recomputation import RecomputationKeys
 from nemo_aligner.errors import ConfigError
 
 MISSING: Any = "???"
@@ -221,7 +222,7 @@ class ExpManagerConfig(LoggersConfig):
 
 
 @dataclass
-class ModelOverrides(ExpertOverrides, LibraryKeys):
+class ModelOverrides(ExpertOverrides, LibraryKeys, RecomputationKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
@@ -236,9 +237,6 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
     seed: int = 1234
     hidden_dropout: float | None = None
     attention_dropout: float | None = None
-    activations_checkpoint_granularity: str | None = None  # selective (attention, norms, activation) or full
-    activations_checkpoint_method: str | None = None  # uniform or block; with `full`
-    activations_checkpoint_num_layers: int | None = None  # with `full`
     gradient_as_bucket_view: bool = True
     micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
     peft: PeftConfig = field(default_factory=PeftConfig)
@@ -252,17 +250,13 @@ class ModelOverrides(ExpertOverrides, LibraryKeys):
         self.peft.check()
         self.check_experts()
         self.check_libraries()
+        self.check_recomputation()
         at_least(
             1,
             model__encoder_seq_length=self.encoder_seq_length,
             model__micro_batch_tokens=self.micro_batch_tokens,
             model__virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
         )
-        if self.activations_checkpoint_granularity not in (None, "selective", "full"):
-            raise ConfigError(
-                f"{self.activations_checkpoint_granularity!r} is not selective or full",
-                "model.activations_checkpoint_granularity",
-            )
         check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if exp.checkpoint_callback_params.model_parallel_size not in (None, own):

@@ -90,16 +90,18 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
             "learned",
             "model.encoder_seq_length",
         )
+    virtual = model.virtual_pipeline_model_parallel_size or 1
     tensor, pipeline = parallel_sizes(
         trainer,
         model.restore_from_path,
         key=key,
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
-        virtual=model.virtual_pipeline_model_parallel_size or 1,
+        virtual=virtual,
         context=model.context_parallel_size,
         prefix="model.",
     )
+    model.check_recomputed_layers(arch.num_layers // (pipeline * virtual))
     if arch.num_moe_experts is not None:
         if model.peft.lora is not None and not model.peft.lora.of_attention_alone:
             raise ConfigError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.cut import can_cut
 from nemo_aligner.config.experts import ExpertOverrides
+from nemo_aligner.config.recomputation import RecomputationKeys
 from nemo_aligner.errors import ConfigError, LaunchError
 from nemo_aligner.planning.memory import Memory, Work, inference, training
 from nemo_aligner.planning.parameters import Layout
@@ -108,7 +109,8 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
                 continue
             parallel = tp > 1 and (wish.trains if wish.sequence_parallel is None else wish.sequence_parallel)
             experts = _expert_sizes(arch, cluster.gpus // pp, tp, parallel, wish)
-            for ep, recomputation in itertools.product(experts, recomputations):
+            fitting = [one for one in recomputations if _recomputes(one, arch.num_layers // (pp * wish.vpp))]
+            for ep, recomputation in itertools.product(experts, fitting):
                 yield replace(
                     recomputation,
                     tp=tp,
@@ -119,6 +121,15 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
                     etp=wish.etp,
                     sequence_parallel=parallel,
                 )
+
+
+def _recomputes(layout: Layout, layers: int) -> bool:
+    """Whether a run recomputes the `layers` of a pipeline stage so."""
+    try:
+        RecomputationKeys(layout.granularity, layout.method, layout.num_layers).check_recomputed_layers(layers)
+    except ConfigError:
+        return False
+    return True
 
 
 def _expert_sizes(arch: Architecture, ranks: int, tp: int, sequence_parallel: bool, wish: Wish) -> list[int]:

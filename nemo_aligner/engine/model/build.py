@@ -30,7 +30,7 @@ from nemo_aligner.engine.model.fused import FusedRMSNorm, LeanMLP, StreamSelfAtt
 from nemo_aligner.engine.model.interleaved import InterleavedStages
 from nemo_aligner.engine.model.libraries import Libraries
 from nemo_aligner.engine.model.lora import Adapters
-from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,6 @@ def _recomputation(run: RunOptions) -> dict[str, Any]:
         return {}
     if granularity == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
-    if granularity != "full":
-        raise ConfigError(
-            f"{granularity!r} is not one of selective, full, null", "model.activations_checkpoint_granularity"
-        )
-    if method not in ("uniform", "block"):
-        raise ConfigError(
-            f"{method!r} is not one of uniform, block (granularity full needs one)",
-            "model.activations_checkpoint_method",
-        )
     layers = run.activations_checkpoint_num_layers or 1
     return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
 
