@@ -208,6 +208,9 @@ class Architecture:
         given = self.reward_standardization
         if given is not None and not (set(given) == {"mean", "std"} and all(_is_number(one) for one in given.values())):
             raise CheckpointError(f"{where}: {told('reward_standardization')} is not a mean and a std, two numbers")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not getattr(self, name) < 1:
+                raise CheckpointError(f"{where}: {told(name)} is not a number from 0 to below 1")
         for size, parts in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
             if size == "hidden_size" and self.kv_channels:
                 continue

@@ -107,12 +107,12 @@ def check_switched_off(value: Mapping[str, Any] | None, switch: str, key: str) -
         raise ConfigError("there is no such thing here; set it to False", f"{key}.{switch}")
 
 
-def check_amp_o2(value: bool | None, precision: str | None, key: str) -> None:
+def check_amp_o2(value: bool | None, precision: str, key: str) -> None:
     """`megatron_amp_O2`: bf16 weights with fp32 master weights, which is what bf16 always means here.
 
-    `precision` None is the archive's own, not known yet. Raises ConfigError for True without bf16.
+    Raises ConfigError for True without bf16.
     """
-    bf16 = precision is None or precision.startswith("bf16")
+    bf16 = precision.startswith("bf16")
     if value and not bf16:
         raise ConfigError(f"True needs bf16, and the precision is {precision}; set it to False or leave it out", key)
     if value is False and bf16:

@@ -245,7 +245,7 @@ class ReinforceConfig(RewardSources):
         _ = self.reward_plan
         loop, rollout = self.trainer.ppo, self.model.ppo
         loop.validate()
-        self.model.check_model(self.exp_manager)
+        self.model.check_model(self.exp_manager, self.trainer)
         self.model.data.validate()
         check_fixed(rollout.sampling_params, SAMPLING, "model.ppo.sampling_params")
         self.remote_critic_rm.validate()

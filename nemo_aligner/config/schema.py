@@ -70,6 +70,15 @@ class TrainerConfig:
         one_of(PRECISIONS, self.precision, "trainer.precision")
         check_fixed(self, TRAINER, "trainer")
 
+    def check_precision_of(self, precision: str | None, key: str) -> None:
+        """`key` of a model may say again what `precision` of the trainer says, as ${trainer.precision} or spelled in
+        another way; null says nothing. Raises ConfigError.
+        """
+        own = self.precision
+        if precision is None or (precision in PRECISIONS and precision.startswith("32") == own.startswith("32")):
+            return
+        raise ConfigError(f"{precision!r} is not trainer.precision={own}, which decides; leave it out", key)
+
 
 @dataclass
 class LoopLimits:
@@ -226,7 +235,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys, RecomputationKeys):
     """`model.*` keys that change how an archive's model is run or trained; null = as the archive says."""
 
     restore_from_path: str = MISSING
-    precision: str | None = "${trainer.precision}"
+    precision: str | None = "${trainer.precision}"  # that of the trainer, or null
     tensor_model_parallel_size: int = -1
     pipeline_model_parallel_size: int = -1
     virtual_pipeline_model_parallel_size: int | None = None  # stages of a rank, interleaved; null = 1
@@ -242,7 +251,7 @@ class ModelOverrides(ExpertOverrides, LibraryKeys, RecomputationKeys):
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
-    def check_model(self, exp: ExpManagerConfig) -> None:
+    def check_model(self, exp: ExpManagerConfig, trainer: TrainerConfig) -> None:
         """What every training script asks of `model`. Raises ConfigError."""
         check_fixed(self, MODEL, "model")
         check_fixed(self.optim, OPTIM, "model.optim")
@@ -257,7 +266,12 @@ class ModelOverrides(ExpertOverrides, LibraryKeys, RecomputationKeys):
             model__micro_batch_tokens=self.micro_batch_tokens,
             model__virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
         )
-        check_amp_o2(self.megatron_amp_O2, self.precision, "model.megatron_amp_O2")
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{value} is not from 0 to below 1", f"model.{name}")
+        trainer.check_precision_of(self.precision, "model.precision")
+        check_amp_o2(self.megatron_amp_O2, trainer.precision, "model.megatron_amp_O2")
         own = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if exp.checkpoint_callback_params.model_parallel_size not in (None, own):
             raise ConfigError(

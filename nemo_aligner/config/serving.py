@@ -31,7 +31,7 @@ class ServingConfig:
 class ServedModelConfig(ParallelConfig):
     """`model`: how the archive's model is cut over processes."""
 
-    precision: str | None = "${trainer.precision}"
+    precision: str | None = "${trainer.precision}"  # that of the trainer, or null
     reward_standardization: RewardStandardization = field(default_factory=RewardStandardization)
 
 
@@ -44,6 +44,7 @@ class ServerConfig(ChatKeys, RewardSources):
 
     def validate(self) -> None:
         self.trainer.validate()
+        self.trainer.check_precision_of(self.model.precision, "model.precision")
         self.reward_plan.check_model(self.rm_model_file, "rm_model_file")
         if self.rm_model_file is None:
             check_fixed(self.model, NO_MODEL, "model")

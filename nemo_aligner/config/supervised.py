@@ -118,7 +118,7 @@ class SFTConfig:
         self.trainer.validate()
         self.trainer.sft.validate("trainer.sft")
         self.exp_manager.validate()
-        self.model.check_model(self.exp_manager)
+        self.model.check_model(self.exp_manager, self.trainer)
         check_fixed(self.model.data, WORKERS, "model.data")
         for part in ("train_ds", "validation_ds"):
             if (rows := getattr(self.model.data, part)) is not None:
@@ -185,7 +185,7 @@ class RMConfig:
         self.trainer.validate()
         self.trainer.rm.validate("trainer.rm")
         self.exp_manager.validate()
-        self.model.check_model(self.exp_manager)
+        self.model.check_model(self.exp_manager, self.trainer)
         self.model.data.validate()
         at_least(
             1,

@@ -28,7 +28,7 @@ class LengthModel:
 
 
 def config(**given: Any) -> ServerConfig:
-    model = ServedModelConfig(precision="32", reward_standardization=RewardStandardization(**given))
+    model = ServedModelConfig(precision=None, reward_standardization=RewardStandardization(**given))
     return ServerConfig(rm_model_file="rm.nemo", model=model)
 
 
