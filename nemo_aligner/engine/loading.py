@@ -133,6 +133,7 @@ def load_for_training(
         activation=activation_of(arch),
         tp=cluster.tp,
         lora=model.peft.lora is not None,
+        selective=model.activations_checkpoint_granularity == "selective",
     )
     if cluster.is_main:
         log.info("%s", libraries)

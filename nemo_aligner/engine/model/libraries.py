@@ -97,11 +97,18 @@ class Libraries:
 
 
 def choose(
-    keys: LibraryKeys, machine: Machine, arch: Architecture, *, activation: Any, tp: int, lora: bool
+    keys: LibraryKeys,
+    machine: Machine,
+    arch: Architecture,
+    *,
+    activation: Any,
+    tp: int,
+    lora: bool,
+    selective: bool = False,
 ) -> Libraries:
     """What `keys` ask for and `machine` has, for a model of `arch` whose `activation` is as in Megatron's config.
 
-    Raises ConfigError for what is asked for and cannot be had.
+    `selective`: recomputation. Raises ConfigError for what is asked for and cannot be had.
     """
     wanted, missing = keys.transformer_engine, machine.transformer_engine
     if wanted is True and missing:
@@ -131,6 +138,10 @@ def choose(
             "bias_activation_fusion",
             machine.compiler,
             _no_fused_activation(arch, activation),
+            # in LeanMLP, which is not Transformer Engine's nor that of experts
+            "selective recomputation has the activation by itself"
+            if selective and not engine and arch.num_moe_experts is None
+            else None,
             exact=activation["activation_func"] is not F.gelu,  # whose fused form is the approximation by tanh
         ),
         bias_dropout_add=use(keys.bias_dropout_add_fusion, "bias_dropout_add_fusion", machine.compiler),

@@ -46,10 +46,18 @@ ON_CPU = replace(NOTHING, on_gpu=False, compiler=None)
 WIDE = replace(ARCH, hidden_size=64, ffn_hidden_size=96)
 
 
-def chosen(machine: Machine, arch: Architecture = WIDE, *, lora: bool = False, tp: int = 1, **keys: Any) -> Libraries:
+def chosen(
+    machine: Machine,
+    arch: Architecture = WIDE,
+    *,
+    lora: bool = False,
+    tp: int = 1,
+    selective: bool = False,
+    **keys: Any,
+) -> Libraries:
     asked = LibraryKeys(**keys)
     asked.check_libraries()
-    return choose(asked, machine, arch, activation=activation_of(arch), tp=tp, lora=lora)
+    return choose(asked, machine, arch, activation=activation_of(arch), tp=tp, lora=lora, selective=selective)
 
 
 def test_by_default_a_gpu_uses_what_there_is_and_a_cpu_nothing() -> None:
@@ -89,6 +97,17 @@ def test_a_fused_form_that_computes_something_else_is_for_those_who_ask() -> Non
 def test_without_a_gpu_a_fusion_that_needs_none_is_in_use_where_it_is_asked_for() -> None:
     assert chosen(ON_CPU, bias_activation_fusion=True) == Libraries(bias_activation=True)
     assert chosen(ON_CPU, bias_dropout_add_fusion=True) == Libraries(bias_dropout_add=True)
+
+
+def test_selective_recomputation_takes_the_activation_by_itself_where_it_is_megatrons() -> None:
+    said = r"^model\.bias_activation_fusion: True, and selective recomputation has the activation by itself; leave"
+    with pytest.raises(ConfigError, match=said):
+        chosen(ON_CPU, selective=True, bias_activation_fusion=True)
+    bare = replace(ALL, transformer_engine=ABSENT)
+    assert (chosen(bare).bias_activation, chosen(bare, selective=True).bias_activation) == (True, False)
+    assert chosen(ALL, selective=True) == chosen(ALL), "Transformer Engine's layers keep theirs"
+    experts = replace(WIDE, num_moe_experts=4)
+    assert chosen(bare, experts, selective=True) == chosen(bare, experts)
 
 
 @pytest.mark.parametrize(
