@@ -75,9 +75,10 @@ def adapter_settings(peft: PeftConfig) -> dict[str, Any]:
     return {"model.peft": {**peft.lora.to_nemo(), "restore_from_path": begun}}
 
 
-def router_settings(model: ModelOverrides) -> dict[str, Any]:
-    """What decides the losses of routers."""
-    return {f"model.{name}": value for name, value in model.router_settings().items()}
+def model_settings(model: ModelOverrides) -> dict[str, Any]:
+    """What decides the losses of routers, and which parts a step drops; None = as the archive says."""
+    dropouts = {"hidden_dropout": model.hidden_dropout, "attention_dropout": model.attention_dropout}
+    return {f"model.{name}": value for name, value in (model.router_settings() | dropouts).items()}
 
 
 def refuse_other_run(exp: ExpManagerConfig, cluster: Cluster, archive: str, settings: Mapping[str, Any]) -> None:

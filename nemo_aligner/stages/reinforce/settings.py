@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_aligner.config.reinforce import ReinforceConfig, ReinforceLoopConfig
-from nemo_aligner.stages.run_identity import adapter_settings, optimizer_settings, router_settings
+from nemo_aligner.stages.run_identity import adapter_settings, model_settings, optimizer_settings
 
 
 def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
@@ -18,12 +18,11 @@ def step_settings(cfg: ReinforceConfig) -> dict[str, Any]:
         **{f"trainer.ppo.{name}": value for name, value in _aids(loop).items()},
         **{f"trainer.ppo.{name}": getattr(loop, name) for name in names},
         "trainer.ppo.kl_estimator": loop.estimator,
-        **{f"model.{name}": getattr(model, name) for name in ("hidden_dropout", "attention_dropout")},
         **{f"model.ppo.sampling_params.{name}": v for name, v in asdict(ppo.sampling_params).items()},
         **{f"model.ppo.length_params.{name}": v for name, v in asdict(ppo.length_params).items()},
         **optimizer_settings(model.optim, loop.gradient_clip_val),
         **adapter_settings(model.peft),
-        **router_settings(model),
+        **model_settings(model),
         "model.seed": model.seed,
         "model.data.shuffle": model.data.shuffle,
         "model.ppo.num_rollout_samples": ppo.num_rollout_samples,

@@ -19,9 +19,9 @@ from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import (
     adapter_settings,
     batch_settings,
+    model_settings,
     optimizer_settings,
     refuse_other_run,
-    router_settings,
 )
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import RANKING_METRICS, monitors
@@ -74,7 +74,7 @@ def settings(cfg: RMConfig) -> dict[str, Any]:
     limit = cfg.trainer.rm.train_limit
     batches = batch_settings(cfg.model.global_batch_size, cfg.model.seed, cfg.model.data.shuffle, limit=limit)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.rm.gradient_clip_val)
-    return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
+    return batches | trained | adapter_settings(cfg.model.peft) | model_settings(cfg.model)
 
 
 def open_pairs(cfg: RMConfig, split: str) -> _Pairs:

@@ -26,9 +26,9 @@ from nemo_aligner.stages.run_checks import check_training_settings
 from nemo_aligner.stages.run_identity import (
     adapter_settings,
     batch_settings,
+    model_settings,
     optimizer_settings,
     refuse_other_run,
-    router_settings,
 )
 from nemo_aligner.stages.run_owner import owning_log_dir
 from nemo_aligner.stages.supervised.monitors import monitors
@@ -71,7 +71,7 @@ def settings(cfg: SFTConfig) -> dict[str, Any]:
     data, limit = cfg.model.data.train_ds, cfg.trainer.sft.train_limit
     batches = batch_settings(data.global_batch_size, cfg.model.seed, data.shuffle, data.drop_last, limit)
     trained = optimizer_settings(cfg.model.optim, cfg.trainer.sft.gradient_clip_val)
-    return batches | trained | adapter_settings(cfg.model.peft) | router_settings(cfg.model)
+    return batches | trained | adapter_settings(cfg.model.peft) | model_settings(cfg.model)
 
 
 def open_rows(cfg: SFTConfig, config: SFTDatasetConfig, key: str) -> Rows:

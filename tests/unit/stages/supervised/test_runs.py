@@ -241,6 +241,8 @@ def test_a_checkpoint_of_other_settings_is_refused_before_a_model_is_loaded(
     changes = (
         (f"trainer.{stage}.gradient_clip_val", 0.25, "gradient_clip_val = 0.5, this run has 0.25"),
         ("model.seed", 78, "model.seed = 77, this run has 78"),
+        ("model.hidden_dropout", 0.5, "model.hidden_dropout = None, this run has 0.5"),
+        ("model.attention_dropout", 0.5, "model.attention_dropout = None, this run has 0.5"),
         ("model.restore_from_path", str(archives.other), "the archive to start from = "),
     )
     check_other_runs_refused(run, cfg, changes)
