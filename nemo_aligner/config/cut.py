@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture
@@ -61,3 +61,23 @@ def can_cut(arch: Architecture, *, tensor: int = 1, pipeline: int = 1, virtual: 
     except ConfigError:
         return False
     return True
+
+
+def chosen_sizes(
+    arch: Architecture, world: int, *, tensor: int = -1, pipeline: int = -1, virtual: int = 1
+) -> tuple[int, int]:
+    """Tensor- and pipeline-parallel sizes for `world` ranks, where -1 is the stored size, reduced until it divides them
+    and the model."""
+    if tensor == -1:
+        room = world if pipeline == -1 else world // pipeline
+        tensor = _largest(arch.tensor_model_parallel_size, room, lambda size: can_cut(arch, tensor=size))
+    if pipeline == -1:
+        stored = arch.pipeline_model_parallel_size
+        pipeline = _largest(stored, world // tensor, lambda size: can_cut(arch, pipeline=size, virtual=virtual))
+    return tensor, pipeline
+
+
+def _largest(stored: int, room: int, fits: Callable[[int], bool]) -> int:
+    """The largest size up to `stored` that divides `room` and fits; 1 where none does."""
+    sizes = range(min(stored, room), 1, -1)
+    return next((size for size in sizes if room % size == 0 and fits(size)), 1)

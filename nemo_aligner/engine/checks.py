@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from nemo_aligner.config.cut import can_cut, check_cut
+from nemo_aligner.config.cut import check_cut, chosen_sizes
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import base_of, read_architecture
@@ -53,12 +52,7 @@ def parallel_sizes(
     for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
         if size != -1 and (size < 1 or world % size):
             raise ConfigError(f"{size} does not divide {there} = {world}", f"{prefix}{name}")
-    if tensor == -1:
-        room = world if pipeline == -1 else world // pipeline
-        tensor = _largest(arch.tensor_model_parallel_size, room, lambda size: can_cut(arch, tensor=size))
-    if pipeline == -1:
-        stored = arch.pipeline_model_parallel_size
-        pipeline = _largest(stored, world // tensor, lambda size: can_cut(arch, pipeline=size, virtual=virtual))
+    tensor, pipeline = chosen_sizes(arch, world, tensor=tensor, pipeline=pipeline, virtual=virtual)
     if world % (tensor * pipeline):
         raise ConfigError(
             f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
@@ -67,12 +61,6 @@ def parallel_sizes(
         )
     check_cut(arch, tensor=tensor, pipeline=pipeline, virtual=virtual, prefix=prefix, of=path)
     return tensor, pipeline
-
-
-def _largest(stored: int, room: int, fits: Callable[[int], bool]) -> int:
-    """The largest size up to `stored` that divides `room` and fits the model; 1 where none does."""
-    sizes = range(min(stored, room), 1, -1)
-    return next((size for size in sizes if room % size == 0 and fits(size)), 1)
 
 
 def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.cut import chosen_sizes
 from nemo_aligner.config.schema import PRECISIONS, at_least
 from nemo_aligner.errors import ConfigError
 from nemo_aligner.planning.tasks import TASKS, sizes_of, task_of
@@ -74,8 +75,14 @@ def of_run(config: PlanConfig, run: DictConfig, arch: Architecture) -> PlanConfi
     _check_is_counted(run)
     sizes = sizes_of(run, TASKS[name])
     nodes, devices = sizes.pop("num_nodes"), sizes.pop("devices")
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        sizes[key] = getattr(arch, key) if sizes[key] == -1 else sizes[key]
+    tensor, pipeline = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline"))
+    sizes[tensor], sizes[pipeline] = chosen_sizes(
+        arch,
+        nodes * devices,
+        tensor=sizes[tensor] or -1,
+        pipeline=sizes[pipeline] or -1,
+        virtual=sizes.get("virtual_pipeline_model_parallel_size") or 1,
+    )
     if TASKS[name].trains:
         sizes["activations_checkpoint_granularity"] = sizes["activations_checkpoint_granularity"] or "none"
     given = {key: value for key, value in sizes.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.cut import can_cut, check_cut, uneven
@@ -16,6 +17,7 @@ from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine import checks
 from nemo_aligner.engine.conversion import Checkpoint, write_archive
 from nemo_aligner.errors import CheckpointError, ConfigError
+from nemo_aligner.planning.config import PlanConfig, of_run
 from nemo_aligner.stages.offline.data import check_archive
 from tests.tiny import ARCH, EXPERTS
 
@@ -100,11 +102,20 @@ def test_only_sizes_that_a_layer_has_are_looked_at() -> None:
         (8, 2, {"pipeline": 2}, (2, 2)),
     ],
 )
-def test_stored_sizes_are_reduced_to_what_the_model_and_the_processes_allow(
+def test_stored_sizes_are_reduced_to_what_the_model_and_the_processes_allow_in_a_plan_too(
     tensor: int, pipeline: int, asked: dict[str, int], found: tuple[int, int], archive: Any
 ) -> None:
-    archive(replace(WIDE, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
+    arch = replace(WIDE, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    archive(arch)
     assert checks.parallel_sizes(TrainerConfig(devices=8), "m.nemo", key="k", **asked) == found
+    run = {f"{name}_model_parallel_size": asked.get(name, -1) for name in ("tensor", "pipeline")}
+    run["virtual_pipeline_model_parallel_size"] = asked.get("virtual")
+    counted = of_run(
+        PlanConfig("m", gpu_memory_gb=80, run="r"),
+        OmegaConf.create({"trainer": {"sft": {}, "devices": 8, "num_nodes": 1}, "model": run}),
+        arch,
+    )
+    assert (counted.tensor_model_parallel_size, counted.pipeline_model_parallel_size) == found
 
 
 def test_every_archive_of_an_evaluation_fits_its_processes(tmp_path: Path) -> None:
