@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import nemo_archive, resident
@@ -112,7 +111,7 @@ def load_for_inference(
     Of an adapter's archive: its base with the adapter merged, or beside the weights without `merge`.
     """
     run = RunOptions.for_inference(parse_precision(precision), tp=cluster.tp, pp=cluster.pp)
-    loaded = _load(path, cluster, run, key=key, merge=merge)
+    loaded = _load(path, nemo_archive.read_architecture(path, key=key), cluster, run, key=key, merge=merge)
     loaded.module.eval()
     return loaded
 
@@ -125,7 +124,9 @@ def load_for_training(
     `new_head`: a reward model type; the archive is then a policy's, and gets a fresh reward head instead of its
     output layer.
     """
-    arch = nemo_archive.read_architecture(model.restore_from_path, key=key)
+    arch = model.with_router_settings(nemo_archive.read_architecture(model.restore_from_path, key=key))
+    if model.encoder_seq_length is not None:
+        arch = replace(arch, encoder_seq_length=model.encoder_seq_length)
     libraries = choose(
         model,
         this_machine(),
@@ -139,6 +140,7 @@ def load_for_training(
         log.info("%s", libraries)
     loaded = _load(
         model.restore_from_path,
+        arch,
         cluster,
         RunOptions(
             dtype=parse_precision(trainer.precision),
@@ -159,9 +161,7 @@ def load_for_training(
             libraries=libraries,
         ),
         key=key,
-        encoder_seq_length=model.encoder_seq_length,
         new_head=new_head,
-        experts=model,
     )
     if model.peft.restore_from_path is not None:
         _begin_adapter(loaded, model.peft.restore_from_path, cluster)
@@ -179,32 +179,24 @@ def _begin_adapter(loaded: LoadedModel, path: str, cluster: MegatronCluster) -> 
 
 def _load(
     path: str | Path,
+    arch: Architecture,
     cluster: MegatronCluster,
     run: RunOptions,
     *,
     key: str,
-    encoder_seq_length: int | None = None,
     new_head: str | None = None,
     merge: bool = True,
-    experts: ExpertOverrides | None = None,
 ) -> LoadedModel:
-    arch = nemo_archive.read_architecture(path, key=key)
-    if experts is not None:
-        arch = experts.with_router_settings(arch)
-    source, base = Path(path), path
-    adapter = arch.peft
+    """`arch` is that of the archive at `path`, with what the run changes of it."""
+    source = base = Path(path)  # `base` has the weights, which an adapter's archive does not
+    adapter, has_head = arch.peft, arch.reward_model_type is not None
     if adapter is not None:
         base = nemo_archive.base_of(path, arch, key=key)
         nemo_archive.check_base(path, base, arch, cluster, key=key)
         run = replace(run, lora=LoraTuning.from_nemo(adapter))
-    adapter_has_head = arch.reward_model_type is not None
-    head_is_new = (new_head is not None or adapter_has_head) and (
-        nemo_archive.read_architecture(base, key=key).reward_model_type is None
-    )
-    if new_head is not None:
-        arch = replace(arch, reward_model_type=new_head)
-    if encoder_seq_length is not None:
-        arch = replace(arch, encoder_seq_length=encoder_seq_length)
+    arch = replace(arch, reward_model_type=new_head or arch.reward_model_type)
+    base_has_head = nemo_archive.read_architecture(base, key=key).reward_model_type is not None
+    head_is_new = arch.reward_model_type is not None and not base_has_head
     # what stays in memory is all of a model: neither a new head nor adapters, be they new or an archive's, are there
     digest = None if run.lora is not None or head_is_new else resident.digest_of(path, cluster)
     stayed = resident.take(arch, digest, run.dtype, cluster, run.vpp)
@@ -221,7 +213,7 @@ def _load(
         nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new, key=key)
     if adapter is not None:
         with nemo_archive.open_archive(path, cluster, key=key) as folder:
-            nemo_archive.load_adapter(module, folder, cluster, new_head=not adapter_has_head)
+            nemo_archive.load_adapter(module, folder, cluster, new_head=not has_head)
         if merge and module.adapters is not None:
             module.adapters.dissolve(module)
             arch = replace(arch, peft=None)
