@@ -51,7 +51,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         # "owner/name" may be a model of the hub, which nothing here downloads
         hub = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
-        hint = f"; is it on the hub? huggingface-cli download {path} --local-dir {path.name}" if hub else ""
+        hint = f"; is it on the hub? hf download {path} --local-dir {path.name}" if hub else ""
         raise CheckpointError(f"--input {path}: no such file or folder{hint}")
     log.info("reading %s", path)
     return Checkpoint(*(read_hf_folder(path) if path.is_dir() else read_gguf(path)), where=f"--input {path}")

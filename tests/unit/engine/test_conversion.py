@@ -15,7 +15,7 @@ def test_a_model_of_the_hub_gets_the_command_that_downloads_it(tmp_path: Path, m
     (tmp_path / "models").mkdir()
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(Path("meta-llama/Llama-3"))
-    hint = "; is it on the hub? huggingface-cli download meta-llama/Llama-3 --local-dir Llama-3"
+    hint = "; is it on the hub? hf download meta-llama/Llama-3 --local-dir Llama-3"
     assert str(caught.value) == f"--input meta-llama/Llama-3: no such file or folder{hint}"
     for path in ("models/mine", "/a/b", "mine", "a/b/c"):
         with pytest.raises(CheckpointError, match=r"no such file or folder$"):
