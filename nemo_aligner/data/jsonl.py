@@ -91,11 +91,18 @@ def _is_deep(value: Any, depth: int) -> bool:
 def _check_whole_characters(row: Row, path: str | Path, number: int | None) -> None:
     """Raises DataError for one half of a pair of \\u escapes, which JSON allows and no text file can hold."""
     for name, value in row.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError as fault:
-            half = f"\\u{ord(fault.object[fault.start]):04x}"
-            raise DataError(f"field {name!r} holds {half}, one half of a character", path, number) from None
+        half = half_character(json.dumps({name: value}, ensure_ascii=False))
+        if half is not None:
+            raise DataError(f"field {name!r} holds {half}, one half of a character", path, number)
+
+
+def half_character(text: str) -> str | None:
+    """The escape of the first half of a character in `text`, which no tokenizer and no file takes; None: no half."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        return f"\\u{ord(text[fault.start]):04x}"
+    return None
 
 
 def check_texts(row: Row, required: Mapping[str, str], path: Path, number: int) -> None:

@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 
 from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.chat import ChatTemplate
+from nemo_aligner.data.jsonl import half_character
 from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.interfaces import GenerationRequest, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
@@ -172,11 +173,9 @@ class Clerk:
         return answers.nemo_answer(self._tokenizer, prompts, responses, scored)
 
     def _encode(self, text: str, add_bos: bool) -> tuple[int, ...]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            half = f"\\u{ord(text[fault.start]):04x}"
-            raise RequestFault(f"the prompt holds {half}, one half of a character", "prompt") from None
+        half = half_character(text)
+        if half is not None:
+            raise RequestFault(f"the prompt holds {half}, one half of a character", "prompt")
         ids = self._tokenizer.encode(text)
         ids = with_bos(ids, self._tokenizer.bos_id if add_bos else None)
         if not ids:

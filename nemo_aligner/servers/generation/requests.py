@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nemo_aligner.algorithms.sampling import EOS_ALIAS, SamplingParams
 from nemo_aligner.config.schema import LEAST_TEMPERATURE
+from nemo_aligner.data.jsonl import half_character
 
 Count = Annotated[int, Field(ge=1, le=1024)]
 
@@ -23,6 +24,15 @@ class RequestFault(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
+
+
+def _checked_ends(ends: Any) -> Any:
+    """The text or texts that end a response. Raises ValueError where no tokenizer takes one."""
+    for text in [ends] if isinstance(ends, str) else ends or ():
+        half = half_character(text)
+        if half is not None:
+            raise ValueError(f"a text holds {half}, one half of a character")
+    return ends
 
 
 class _Body(BaseModel):
@@ -40,7 +50,7 @@ class _OpenAIBody(_Body):
     temperature: float = Field(1.0, ge=0, le=100)  # below 1e-5: the likeliest token
     top_p: float = Field(1.0, ge=0, le=1)
     n: Count = 1
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, AfterValidator(_checked_ends)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -179,7 +189,7 @@ class GenerateBody(_Body):
     add_BOS: bool = False
     repetition_penalty: float = Field(1.0, gt=0)
     min_tokens_to_generate: int = Field(0, ge=0)
-    end_strings: list[str] = [EOS_ALIAS]
+    end_strings: Annotated[list[str], AfterValidator(_checked_ends)] = [EOS_ALIAS]
     compute_logprob: bool = False
     logprob: bool = False
     random_seed: int | None = Field(None, ge=0, lt=2**63)

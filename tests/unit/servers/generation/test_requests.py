@@ -85,6 +85,16 @@ def test_what_does_not_go_together_is_refused(body: dict[str, Any], says: str) -
         completion(**fine)
 
 
+@pytest.mark.parametrize("half", ["\ud800", "end \udfff"])
+def test_a_text_that_ends_a_response_and_that_no_tokenizer_takes_is_refused(half: str) -> None:
+    for stop in (half, ["a", half]):
+        with pytest.raises(ValidationError, match="one half of a character"):
+            completion(stop=stop)
+    with pytest.raises(ValidationError, match="one half of a character"):
+        GenerateBody(sentences=["x"], end_strings=[half])
+    assert completion(stop=["a", "\U0001f600"]).stop == ["a", "\U0001f600"]
+
+
 def test_a_chats_length_has_two_names_and_its_likeliest_tokens_need_log_probabilities() -> None:
     def limit(**body: Any) -> int | None:
         return ChatBody(messages=MESSAGES, **body).limit
