@@ -78,6 +78,7 @@ def top_p_filtered(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     drop = probs.cumsum(dim=-1) - probs >= p
+    drop[..., 0] = False  # a p below float32's smallest number is 0 here
     return logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
 
 

@@ -25,6 +25,9 @@ MISSING: Any = "???"
 LEAST_TEMPERATURE = 1e-5
 """Below it logits no longer fit a float once divided by it, and the likeliest token is all that could be drawn."""
 
+PENALTIES = (0.01, 100)
+"""Within these repetition_penalty leaves logits that fit a float, also once divided by LEAST_TEMPERATURE."""
+
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
@@ -121,8 +124,11 @@ class SamplingConfig:
             raise ConfigError(f"{self.top_k} is below 0", f"{block}.top_k")
         if not 0 <= self.top_p <= 1:
             raise ConfigError(f"{self.top_p} is not between 0 and 1", f"{block}.top_p")
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"{self.repetition_penalty} is not above 0", f"{block}.repetition_penalty")
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
+            raise ConfigError(
+                f"{self.repetition_penalty} is not between {least} and {most}", f"{block}.repetition_penalty"
+            )
 
 
 @dataclass

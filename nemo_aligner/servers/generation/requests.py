@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nemo_aligner.algorithms.sampling import EOS_ALIAS, SamplingParams
-from nemo_aligner.config.schema import LEAST_TEMPERATURE
+from nemo_aligner.config.schema import LEAST_TEMPERATURE, PENALTIES
 from nemo_aligner.data.jsonl import half_character
 
 Count = Annotated[int, Field(ge=1, le=1024)]
+Penalty = Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])]
 
 
 class RequestFault(Exception):
@@ -57,7 +58,7 @@ class _OpenAIBody(_Body):
     user: str | None = None  # a name for the client's own books
 
     top_k: int = Field(0, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: Penalty = 1.0
     min_tokens: int = Field(0, ge=0)
 
     presence_penalty: float | None = Field(None, ge=0, le=0)
@@ -187,7 +188,7 @@ class GenerateBody(_Body):
     top_p: float = Field(0.9, ge=0, le=1)
     greedy: bool = False
     add_BOS: bool = False
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: Penalty = 1.0
     min_tokens_to_generate: int = Field(0, ge=0)
     end_strings: Annotated[list[str], AfterValidator(_checked_ends)] = [EOS_ALIAS]
     compute_logprob: bool = False

@@ -17,6 +17,7 @@ from nemo_aligner.algorithms.sampling import (
     top_p_filtered,
     uniform_noise,
 )
+from nemo_aligner.config.schema import LEAST_TEMPERATURE, PENALTIES
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.5, -3.0]])
 
@@ -80,6 +81,20 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     kept = top_p_filtered(probs.log(), 0.6).isfinite()
     assert kept.tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-46, 1e-50, 5e-324])
+def test_top_p_always_keeps_the_likeliest_token(p: float) -> None:
+    assert top_p_filtered(LOGITS, p)[0].isfinite().tolist() == [True, False, False, False, False]
+    assert draw(LOGITS.expand(9, -1), SamplingParams(top_p=p), noise(9)).tokens.tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_furthest_penalty_at_the_least_temperature_leaves_a_token_to_draw(penalty: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, temperature=LEAST_TEMPERATURE)
+    logits, seen = LOGITS * 1000, torch.tensor([[True, False, True, False, False]])
+    expected = [0] if penalty < 1 else [3]  # 2000 / 100 is below the 500 that was not seen
+    assert draw(logits, params, noise(1), seen).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

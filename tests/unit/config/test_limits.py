@@ -40,7 +40,7 @@ def loaded(name: str) -> Any:
         (SAMPLER, "inference.temperature", [1e-5], [0.9e-5, 0.0, -1.0]),
         (SAMPLER, "inference.top_p", [0.0, 1.0], [-0.1, 1.1]),
         (SAMPLER, "inference.top_k", [0], [-1]),
-        (SAMPLER, "inference.repetition_penalty", [0.01], [0.0, -1.0]),
+        (SAMPLER, "inference.repetition_penalty", [0.01, 1.2, 100.0], [0.0, -1.0, 1e-39, 101.0]),
         (SAMPLER, "inference.tokens_to_generate", [1], [0]),
         (SAMPLER, "inference.min_tokens_to_generate", [0, 30], [-1, 31]),
         (SAMPLER, "inference.max_batch_slots", [None, 1], [0]),

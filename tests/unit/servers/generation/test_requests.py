@@ -95,6 +95,15 @@ def test_a_text_that_ends_a_response_and_that_no_tokenizer_takes_is_refused(half
     assert completion(stop=["a", "\U0001f600"]).stop == ["a", "\U0001f600"]
 
 
+@pytest.mark.parametrize("penalty", [0, 1e-300, 1e-39, 0.009, 101, 1e39, float("inf"), float("nan")])
+def test_a_penalty_that_turns_logits_into_no_numbers_is_refused(penalty: float) -> None:
+    for made in (completion, lambda **body: GenerateBody(sentences=["x"], **body)):
+        with pytest.raises(ValidationError, match=r"repetition_penalty\n.*0\.01|repetition_penalty\n.*100"):
+            made(repetition_penalty=penalty)
+        for fine in (0.01, 1, 1.2, 100):
+            assert made(repetition_penalty=fine).repetition_penalty == fine
+
+
 def test_a_chats_length_has_two_names_and_its_likeliest_tokens_need_log_probabilities() -> None:
     def limit(**body: Any) -> int | None:
         return ChatBody(messages=MESSAGES, **body).limit
