@@ -72,10 +72,12 @@ class Generator:
                 orders = share(None if desk is None else desk.orders(idle=idle))
                 if orders is None:
                     return
-                gone = set(orders.dropped)
-                waiting = deque(r for r in (*waiting, *orders.new) if r.uid not in gone)
-                for slot in [slot for slot, request in self._slots.requests.items() if request.uid in gone]:
-                    self._drop(slot)
+                waiting.extend(orders.new)
+                if orders.dropped:
+                    gone = set(orders.dropped)
+                    waiting = deque(request for request in waiting if request.uid not in gone)
+                    for slot in [slot for slot, request in self._slots.requests.items() if request.uid in gone]:
+                        self._drop(slot)
                 if waiting and self._slots.free:
                     batch = [waiting.popleft() for _ in range(min(len(waiting), self._slots.free))]
                     self._report(desk, self._admit(batch))

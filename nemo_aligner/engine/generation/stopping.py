@@ -57,8 +57,7 @@ class StopCondition:
 
     def held_back(self, text: str) -> int:
         """How many characters at the end of `text` may yet turn out to be the beginning of an end string."""
-        beginnings = (end[:n] for end in self._texts for n in range(1, len(end)))
-        return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        return max((_begun(text, end) for end in self._texts), default=0)
 
     def before_end(self, text: str) -> str:
         """`text` up to the first end string in it."""
@@ -69,3 +68,11 @@ class StopCondition:
         """What the response adds to the text of its prompt, without its stop token and up to the first end string."""
         kept = response[:-1] if response and response[-1] in self.stop_ids else response
         return self.before_end(added_text(self._tokenizer, prompt, kept))
+
+
+def _begun(text: str, end: str) -> int:
+    """How many characters at the end of `text` are the beginning of `end`, and not all of it."""
+    at = text.find(end[0], max(0, len(text) - len(end) + 1))
+    while at >= 0 and not end.startswith(text[at:]):
+        at = text.find(end[0], at + 1)
+    return 0 if at < 0 else len(text) - at

@@ -16,6 +16,12 @@ from nemo_aligner.config.schema import LEAST_TEMPERATURE, PENALTIES
 from nemo_aligner.data.jsonl import half_character
 
 Count = Annotated[int, Field(ge=1, le=1024)]
+MOST_RESPONSES = 2048
+"""Of one request: a small body could otherwise ask for millions, and those of all other clients would wait for them."""
+
+MOST_ENDS, LONGEST_END = 16, 256
+"""Texts that end a response: how many, and the characters of each; they are looked for after every token."""
+
 Penalty = Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])]
 
 
@@ -28,12 +34,24 @@ class RequestFault(Exception):
 
 
 def _checked_ends(ends: Any) -> Any:
-    """The text or texts that end a response. Raises ValueError where no tokenizer takes one."""
-    for text in [ends] if isinstance(ends, str) else ends or ():
+    """The text or texts that end a response. Raises ValueError where there are too many, or no tokenizer takes one."""
+    texts = [ends] if isinstance(ends, str) else ends or ()
+    if len(texts) > MOST_ENDS:
+        raise ValueError(f"{len(texts)} texts, at most {MOST_ENDS} can end a response")
+    for text in texts:
+        if len(text) > LONGEST_END:
+            raise ValueError(f"a text has {len(text)} characters, at most {LONGEST_END} are looked for")
         half = half_character(text)
         if half is not None:
             raise ValueError(f"a text holds {half}, one half of a character")
     return ends
+
+
+def _check_responses(prompts: int, n: int = 1) -> None:
+    """Raises ValueError."""
+    if prompts * n > MOST_RESPONSES:
+        asked = f"{prompts * n} responses ({prompts} prompts, n={n})"
+        raise ValueError(f"{asked} are more than one request may ask for, {MOST_RESPONSES}")
 
 
 class _Body(BaseModel):
@@ -113,6 +131,7 @@ class CompletionBody(_OpenAIBody):
             raise ValueError("max_tokens must be at least 1, or echo must be true")
         if self.echo and self.stream and self.logprobs is not None:
             raise ValueError("echo with logprobs cannot be streamed")
+        _check_responses(len(self.prompts()), self.n)
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -197,6 +216,11 @@ class GenerateBody(_Body):
     all_probs: Literal[False] = False
     task_ids: None = None
     neighbors: None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> GenerateBody:
+        _check_responses(len(self.sentences))
+        return self
 
     def sampling(self, *, seed: int) -> SamplingParams:
         return SamplingParams(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_endoftext_stops_too_where_it_is_a_special_token_beside_eos() -> None:
 
     stop = StopCondition(Chat(), ["<|endoftext|>"])
     assert stop.stop_ids == {EOS, END_OF_TURN}
+
+
+@pytest.mark.parametrize("ends", [["aab"], ["abaab", "bb"], ["b"], ["aaaa", "", "ba"], []])
+def test_what_may_be_the_beginning_of_an_end_string_is_held_back(ends: list[str]) -> None:
+    stop = StopCondition(ByteTokenizer(), ends)
+    for letters in itertools.chain(*(itertools.product("ab", repeat=n) for n in range(8))):
+        text = "".join(letters)
+        begun = [n for end in ends for n in range(1, len(end)) if text.endswith(end[:n])]
+        assert stop.held_back(text) == max(begun, default=0), text
 
 
 def test_any_of_several_eos_stops() -> None:

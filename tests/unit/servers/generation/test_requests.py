@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from nemo_aligner.algorithms.sampling import SamplingParams
-from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody
+from nemo_aligner.servers.generation.requests import MOST_RESPONSES, ChatBody, CompletionBody, GenerateBody
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -102,6 +102,30 @@ def test_a_penalty_that_turns_logits_into_no_numbers_is_refused(penalty: float) 
             made(repetition_penalty=penalty)
         for fine in (0.01, 1, 1.2, 100):
             assert made(repetition_penalty=fine).repetition_penalty == fine
+
+
+def test_a_request_asks_for_no_more_responses_than_the_server_keeps_for_one() -> None:
+    assert completion(prompt=["x", "y"], n=1024).n * 2 == MOST_RESPONSES
+    GenerateBody(sentences=["x"] * MOST_RESPONSES)
+    says = rf"3072 responses \(3 prompts, n=1024\) are more than one request may ask for, {MOST_RESPONSES}"
+    for prompts in (["x"] * 3, [[1]] * 3):
+        with pytest.raises(ValidationError, match=says):
+            completion(prompt=prompts, n=1024)
+    with pytest.raises(ValidationError, match=f"{MOST_RESPONSES + 1} responses"):
+        GenerateBody(sentences=["x"] * (MOST_RESPONSES + 1))
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [(["x"] * 17, "17 texts, at most 16 can end"), (["a", "x" * 257], "has 257 characters, at most 256")],
+)
+def test_texts_that_end_a_response_are_few_and_short(ends: list[str], says: str) -> None:
+    for made in (lambda stop: completion(stop=stop), lambda ends: GenerateBody(sentences=["x"], end_strings=ends)):
+        with pytest.raises(ValidationError, match=says):
+            made(ends)
+        made(["x" * 256] * 16)
+    with pytest.raises(ValidationError, match="has 257 characters"):
+        completion(stop="x" * 257)
 
 
 def test_a_chats_length_has_two_names_and_its_likeliest_tokens_need_log_probabilities() -> None:
