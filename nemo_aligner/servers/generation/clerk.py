@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import time
@@ -18,7 +19,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.jsonl import half_character
 from nemo_aligner.data.prompts import with_bos
-from nemo_aligner.engine.interfaces import GenerationRequest, Response, Tokenizer
+from nemo_aligner.engine.interfaces import GenerationRequest, Progress, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.answers import Head, Json, Scored
 from nemo_aligner.servers.generation.desk import Closing, FrontDesk, Job
@@ -94,20 +95,19 @@ class Clerk:
 
         def whole(index: int, response: Response) -> Json:
             text, ids = prompts[index // body.n]
-            drawn = answers.scored(response)
-            if body.max_tokens == 0:
-                drawn = Scored([], [], [])
             told = text if body.echo else ""
             return {
                 "index": index,
-                "text": told + (response.text if body.max_tokens else ""),
-                "logprobs": logprobs(answers.with_prompt(ids, response.prompt_scores, drawn), 0),
-                "finish_reason": response.finish_reason if body.max_tokens else "length",
+                "text": told + response.text,
+                "logprobs": logprobs(answers.with_prompt(ids, response.prompt_scores, answers.scored(response)), 0),
+                "finish_reason": response.finish_reason,
             }
 
         responses = await self._all(job, request)
-        drawn = [response.tokens if body.max_tokens else [] for response in responses]
-        return head.with_choices(itertools.starmap(whole, enumerate(responses)), answers.usage(tokens, drawn))
+        return head.with_choices(
+            itertools.starmap(whole, enumerate(responses)),
+            answers.usage(tokens, [response.tokens for response in responses]),
+        )
 
     async def chat(self, body: ChatBody, request: Request) -> Json | StreamingResponse:
         self.check_model(body.model)
@@ -126,7 +126,7 @@ class Clerk:
             top_logprobs=body.top_logprobs,
         )
         requests = self._requests(
-            [tokens], params, body.n, seed=body.seed, asked=body.limit or 0, streams=body.stream, param="messages"
+            [tokens], params, body.n, seed=body.seed, asked=body.limit, streams=body.stream, param="messages"
         )
         job = self._desk.submit(requests)
 
@@ -195,25 +195,27 @@ class Clerk:
         n: int = 1,
         *,
         seed: int | None,
-        asked: int,
+        asked: int | None,
         param: str = "prompt",
         **more: bool,
     ) -> list[GenerationRequest]:
-        """n responses to each prompt. Raises RequestFault where prompt and the `asked` tokens exceed the context.
+        """n responses to each prompt. Raises RequestFault where prompt and the `asked` tokens exceed the context,
+        or where as many as there is room for are wanted and there is none.
 
         With a seed the noise depends on the prompt's place in the request alone, without one on a count of prompts.
         """
         limit = self._served.max_length
         found = []
         for place, tokens in enumerate(prompts):
-            if len(tokens) + asked > limit or len(tokens) == limit:
+            if len(tokens) + (1 if asked is None else asked) > limit:
                 raise RequestFault(
                     f"This model's maximum context length is {limit} tokens; the prompt has {len(tokens)}, and "
-                    f"{asked or 'some'} more were asked for",
+                    f"{'some' if asked is None else asked} more were asked for",
                     param, "context_length_exceeded",
                 )  # fmt: skip
             index = next(self._unseeded) if seed is None else place
-            found += [GenerationRequest(index, sample, tokens, sampling=params, **more) for sample in range(n)]
+            request = GenerationRequest(index, 0, tokens, max_tokens=0 if asked == 0 else None, sampling=params, **more)
+            found += [dataclasses.replace(request, sample_index=sample) for sample in range(n)]
         return found
 
     async def _all(self, job: Job, request: Request) -> list[Response]:
@@ -247,7 +249,7 @@ class Clerk:
             try:
                 for one in opening:
                     yield _event(head.with_choices([one]))
-                async for event in job:
+                async for event in _events(job):
                     piece = texts[event.uid].piece(event)
                     if isinstance(event, Response):
                         drawn.append(event.tokens)
@@ -268,8 +270,18 @@ def _event(content: Any) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
+async def _events(job: Job) -> AsyncIterator[Progress | Response]:
+    """What comes of a job; of a prompt that is only scored without the token that was drawn."""
+    nothing: Json = {"tokens": [], "text": "", "logprobs": [], "sampling_logprobs": [], "top_logprobs": []}
+    async for event in job:
+        if job.requests[event.uid].max_tokens != 0:
+            yield event
+        elif isinstance(event, Response):
+            yield dataclasses.replace(event, finish_reason="length", **nothing)
+
+
 async def _collected(job: Job) -> list[Response]:
-    found = {event.uid: event async for event in job if isinstance(event, Response)}
+    found = {event.uid: event async for event in _events(job) if isinstance(event, Response)}
     return [found[uid] for uid in job.requests]
 
 

@@ -164,6 +164,15 @@ def test_scoring_with_echo_names_every_token_of_the_prompt(shop: Shop) -> None:
             assert logprobs.token_logprobs[-1] == max(logprobs.top_logprobs[-1].values())
 
 
+def test_a_prompt_that_fills_the_context_is_scored_whole(shop: Shop) -> None:
+    prompt = [97 + place % 26 for place in range(LENGTH)]
+    found = shop.client.completions.create(model="tiny", prompt=prompt, max_tokens=0, logprobs=0, echo=True)
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[1:] == pytest.approx(shop.logprobs(prompt), abs=1e-4)
+
+
 def test_a_stop_string_ends_the_text_before_it(shop: Shop) -> None:
     def text(stop: list[str] | None) -> tuple[str, str]:
         found = shop.client.completions.create(

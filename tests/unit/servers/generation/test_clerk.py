@@ -154,7 +154,18 @@ def test_of_a_prompt_that_is_only_scored_nothing_is_answered_but_itself() -> Non
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
     assert asked[0].sampling is not None
     assert asked[0].sampling.max_tokens == 1
-    answered(complete(prompt="x" * 19, echo=True, max_tokens=0))
+    answered(complete(prompt="x" * 20, echo=True, max_tokens=0))
+
+
+def test_a_stream_of_a_prompt_that_is_only_told_again_ends_with_no_token_and_counts_none() -> None:
+    body = {"prompt": ["xy", "z"], "n": 2, "stream": True, "echo": True, "max_tokens": 0}
+    events, _ = answered(complete(**body, stream_options={"include_usage": True}))
+    *pieces, usage = map(json.loads, events[:-1])
+    choices = [piece["choices"][0] for piece in pieces]
+    for index, text in enumerate(["xy", "xy", "z", "z"]):
+        own = [(choice["text"], choice["finish_reason"]) for choice in choices if choice["index"] == index]
+        assert own == [(text, None), ("", "length")]
+    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
 
 
 def test_a_stream_of_completions_gives_each_choice_in_pieces_and_the_usage_at_the_end() -> None:
@@ -282,7 +293,9 @@ LONG = "This model's maximum context length is 20 tokens; the prompt has"
         (chat(model="gpt"), "The model 'gpt' does not exist; this server has 'tiny'", "model", "model_not_found", 404),
         (complete(prompt="x" * 18, max_tokens=3), f"{LONG} 18, and 3 more were asked for", "prompt",
          "context_length_exceeded", 400),
-        (complete(prompt="x" * 20, max_tokens=0, echo=True), f"{LONG} 20, and some more were asked for", "prompt",
+        (complete(prompt="x" * 21, max_tokens=0, echo=True), f"{LONG} 21, and 0 more were asked for", "prompt",
+         "context_length_exceeded", 400),
+        (chat(messages=[{"role": "user", "content": "x" * 17}]), f"{LONG} 20, and some more were asked for", "messages",
          "context_length_exceeded", 400),
         (chat(max_tokens=16), f"{LONG} 5, and 16 more were asked for", "messages", "context_length_exceeded", 400),
         (generate(sentences=["xy"], tokens_to_generate=19), f"{LONG} 2, and 19 more were asked for", "sentences",
