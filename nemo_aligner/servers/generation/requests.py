@@ -67,7 +67,7 @@ class _OpenAIBody(_Body):
 
     model: str | None = None
     temperature: float = Field(1.0, ge=0, le=100)  # below 1e-5: the likeliest token
-    top_p: float = Field(1.0, ge=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)  # 0: the likeliest token, not NeMo's "off"
     n: Count = 1
     stop: Annotated[str | list[str] | None, AfterValidator(_checked_ends)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -92,11 +92,23 @@ class _OpenAIBody(_Body):
             raise ValueError("stream_options is for stream=true only")
         return self
 
+    @model_validator(mode="after")
+    def _check_penalty(self) -> _OpenAIBody:
+        if self.is_greedy and self.repetition_penalty != 1:
+            raise ValueError(
+                "repetition_penalty is not used where temperature or top_p is 0; leave it out, or give temperature=0.01"
+            )
+        return self
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < LEAST_TEMPERATURE or self.top_p == 0
+
     def sampling(self, *, seed: int, end_strings: Sequence[str], max_tokens: int, top_logprobs: int) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
-            greedy=self.temperature < LEAST_TEMPERATURE,
-            temperature=1.0 if self.temperature < LEAST_TEMPERATURE else self.temperature,
+            greedy=self.is_greedy,
+            temperature=1.0 if self.is_greedy else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,

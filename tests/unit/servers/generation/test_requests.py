@@ -34,6 +34,21 @@ def test_openais_defaults_draw_from_the_model_itself_and_temperature_0_is_the_li
     assert greedy == SamplingParams(greedy=True, temperature=1.0, max_tokens=1, seed=9, end_strings=("a", "b"))
 
 
+def test_a_top_p_of_0_is_openais_smallest_nucleus_and_nemos_off() -> None:
+    params = completion(top_p=0, temperature=0.7).sampling(seed=9, end_strings=(), max_tokens=1, top_logprobs=0)
+    assert params.greedy
+    assert not GenerateBody(sentences=["x"], top_p=0).sampling(seed=9).filters
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"temperature": 0.9e-5}, {"top_p": 0}])
+def test_a_penalty_that_would_do_nothing_is_refused(greedy: dict[str, float]) -> None:
+    for made in (completion, lambda **body: ChatBody(messages=MESSAGES, **body)):
+        with pytest.raises(ValidationError, match="repetition_penalty is not used where temperature or top_p is 0"):
+            made(repetition_penalty=1.2, **greedy)
+        made(repetition_penalty=1, **greedy)
+        made(repetition_penalty=1.2, temperature=0.01)
+
+
 def test_nemos_settings_reach_the_engine_each_under_its_name() -> None:
     body = GenerateBody(
         sentences=["x"], tokens_to_generate=5, temperature=0.5, top_k=7, top_p=0.8, greedy=True,
