@@ -86,6 +86,19 @@ class _OpenAIBody(_Body):
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """In OpenAI's API null is to leave a field out; many clients send every field."""
+        if not isinstance(body, dict):
+            return body
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in body.items()
+            if value is not None or name not in fields or fields[name].is_required()
+        }
+
     @model_validator(mode="after")
     def _check_streaming(self) -> _OpenAIBody:
         if self.stream_options is not None and not self.stream:

@@ -49,6 +49,17 @@ def test_a_penalty_that_would_do_nothing_is_refused(greedy: dict[str, float]) ->
         made(repetition_penalty=1.2, temperature=0.01)
 
 
+@pytest.mark.parametrize(("form", "needed"), [(CompletionBody, {"prompt": "x"}), (ChatBody, {"messages": MESSAGES})])
+def test_null_is_a_field_left_out(form: type[CompletionBody | ChatBody], needed: dict[str, Any]) -> None:
+    nulls = dict.fromkeys(form.model_fields)
+    found = form.model_validate({**nulls, **needed})
+    assert found == form.model_validate(needed)
+    assert found.model_fields_set == set(needed)
+    for wrong in (nulls, {**needed, "max_token": None}):
+        with pytest.raises(ValidationError):
+            form.model_validate(wrong)
+
+
 def test_nemos_settings_reach_the_engine_each_under_its_name() -> None:
     body = GenerateBody(
         sentences=["x"], tokens_to_generate=5, temperature=0.5, top_k=7, top_p=0.8, greedy=True,
