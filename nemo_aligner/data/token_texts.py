@@ -7,7 +7,7 @@ neither is so: after "the film" come "▁was ▁good", which say " was good".
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 CONTEXT = 8
@@ -59,6 +59,36 @@ def added_text(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence
     context = list(before[-CONTEXT:])
     shorter, whole = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
     return whole[len(shorter) :] if whole.startswith(shorter) else tokenizer.decode(tokens)
+
+
+def own_text(tokenizer: TextTokenizer, token: int) -> str:
+    """What a token adds to a text that it stands in the middle of."""
+    return _own_text(cast(Hashable, tokenizer), token)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _own_text(tokenizer: Any, token: int) -> str:
+    return added_text(tokenizer, tokenizer.encode(_FRONTS[-1])[-1:], [token])
+
+
+def placed(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Of each of `tokens` where it begins in the text that they add to the one `before` them, and what it adds alone.
+
+    A part of a character begins where the character does, and adds nothing alone. Costs one look at each token's
+    neighbours, however long the text is.
+    """
+    settled, pending, settled_end, begins = list(before[-CONTEXT:]), list[int](), 0, 0
+    for token in tokens:
+        if own_text(tokenizer, token) == "":
+            yield begins, ""
+            continue
+        pending.append(token)
+        shorter, whole = tokenizer.decode(settled), tokenizer.decode([*settled, *pending])
+        sure = whole if len(pending) == CONTEXT else whole.rstrip("\N{REPLACEMENT CHARACTER}")
+        yield begins, whole[len(shorter) :] if len(pending) == 1 and sure == whole else ""
+        begins = max(begins, settled_end + len(sure) - len(shorter))
+        if sure == whole:
+            settled, pending, settled_end = pending, [], begins
 
 
 def spelling(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int], text: str) -> list[int] | None:

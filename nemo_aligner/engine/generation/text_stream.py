@@ -34,6 +34,11 @@ class TextStream:
         safe = self._stop.before_end(self._text)
         return self._give(len(safe) - self._stop.held_back(safe))
 
+    @property
+    def length(self) -> int:
+        """Characters that the tokens so far add, those included that are not given out yet."""
+        return len(self._text)
+
     def rest(self, text: str) -> str:
         """What is left of `text`, that of the finished response."""
         self._text = text

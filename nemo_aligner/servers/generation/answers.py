@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_aligner.engine.interfaces import Progress, PromptScores, Response, Tokenizer, TopLogprobs
+from nemo_aligner.data.token_texts import CONTEXT, own_text, placed
+from nemo_aligner.engine.interfaces import Progress, Response, Tokenizer, TopLogprobs
 
 Json = dict[str, Any]
 
@@ -38,8 +38,8 @@ def usage(prompts: Iterable[Sequence[int]], responses: Iterable[Sequence[int]]) 
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's own text; of those that have none, such as EOS, what the vocabulary calls them."""
-    return tokenizer.decode([token]) or tokenizer.piece(token)
+    """A token's text in the middle of others; of those that have none, such as EOS, what the vocabulary calls them."""
+    return own_text(tokenizer, token) or tokenizer.piece(token)
 
 
 @dataclass(frozen=True)
@@ -49,34 +49,40 @@ class Scored:
     tokens: Sequence[int]
     logprobs: Sequence[float | None]
     top: Sequence[TopLogprobs | None]
+    before: Sequence[int] = ()  # the last tokens before these; none where these begin the text
 
     def after(self, start: int) -> Scored:
-        return Scored(self.tokens[start:], self.logprobs[start:], self.top[start:])
+        before = [*self.before, *self.tokens[:start]][-CONTEXT:]
+        return Scored(self.tokens[start:], self.logprobs[start:], self.top[start:], before)
 
 
-def scored(drawn: Progress | Response) -> Scored:
-    return Scored(drawn.tokens, drawn.logprobs, drawn.top_logprobs or [None] * len(drawn.tokens))
+def scored(drawn: Progress | Response, before: Sequence[int]) -> Scored:
+    return Scored(drawn.tokens, drawn.logprobs, drawn.top_logprobs or [None] * len(drawn.tokens), before)
 
 
-def with_prompt(prompt: Sequence[int], scores: PromptScores | None, response: Scored) -> Scored:
-    """Prompt and response as one."""
+def with_prompt(prompt: Sequence[int], response: Response) -> Scored:
+    """A response, and where its prompt is scored too both as one."""
+    drawn, scores = scored(response, prompt), response.prompt_scores
     if scores is None:
-        return response
-    return Scored(
-        [*prompt, *response.tokens],
-        [None, *scores.logprobs, *response.logprobs],
-        [None, *scores.top, *response.top],
-    )
+        return drawn
+    return Scored([*prompt, *drawn.tokens], [None, *scores.logprobs, *drawn.logprobs], [None, *scores.top, *drawn.top])
 
 
 def completion_logprobs(tokenizer: Tokenizer, scored: Scored, offset: int = 0) -> Json:
     """The `logprobs` of a completion; `offset` is where in the text its first token begins."""
-    texts = [token_text(tokenizer, token) for token in scored.tokens]
+    places = list(placed(tokenizer, scored.before, scored.tokens))
+
+    def text(token: int, begins: int, alone: str) -> str:
+        """Before the first word of a text there is no blank, though its token may have one."""
+        own = token_text(tokenizer, token)
+        is_first = not scored.before and begins == 0 and "\N{REPLACEMENT CHARACTER}" not in own
+        return (alone or tokenizer.piece(token)) if is_first else own
+
     return {
-        "tokens": texts,
+        "tokens": [text(token, *place) for token, place in zip(scored.tokens, places, strict=True)],
         "token_logprobs": list(scored.logprobs),
         "top_logprobs": [None if top is None else _by_text(tokenizer, top) for top in scored.top],
-        "text_offset": [offset + end for end in itertools.accumulate((len(text) for text in texts), initial=0)][:-1],
+        "text_offset": [offset + begins for begins, _ in places],
     }
 
 
@@ -105,7 +111,6 @@ def nemo_answer(
 ) -> Json:
     """NeMo's answer to PUT /generate: sentences are prompt and response, tokens what the vocabulary calls them."""
     ids = [[*tokens, *response.tokens] for (_, tokens), response in zip(prompts, responses, strict=True)]
-    ends = [itertools.accumulate((len(tokenizer.decode([token])) for token in row), initial=0) for row in ids]
     values = [
         [*(response.prompt_scores.logprobs if response.prompt_scores else ()), *response.logprobs]
         for response in responses
@@ -115,5 +120,5 @@ def nemo_answer(
         "tokens": [[tokenizer.piece(token) for token in row] for row in ids],
         "logprob": values if logprobs else None,
         "token_ids": ids,
-        "offsets": [list(row)[:-1] for row in ends],
+        "offsets": [[begins for begins, _ in placed(tokenizer, (), row)] for row in ids],
     }

@@ -99,7 +99,7 @@ class Clerk:
             return {
                 "index": index,
                 "text": told + response.text,
-                "logprobs": logprobs(answers.with_prompt(ids, response.prompt_scores, answers.scored(response)), 0),
+                "logprobs": logprobs(answers.with_prompt(ids, response), 0),
                 "finish_reason": response.finish_reason,
             }
 
@@ -147,7 +147,7 @@ class Clerk:
             return {
                 "index": index,
                 "message": {"role": "assistant", "content": response.text, "refusal": None},
-                "logprobs": logprobs(answers.scored(response)),
+                "logprobs": logprobs(answers.scored(response, tokens)),
                 "finish_reason": response.finish_reason,
             }
 

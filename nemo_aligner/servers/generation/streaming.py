@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_aligner.data.token_texts import CONTEXT
 from nemo_aligner.engine.generation.text_stream import TextStream
 from nemo_aligner.engine.interfaces import GenerationRequest, Progress, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
@@ -13,16 +14,17 @@ class StreamedChoice:
 
     def __init__(self, index: int, tokenizer: Tokenizer, request: GenerationRequest) -> None:
         assert request.sampling is not None
+        self._prompt = request.prompt_tokens[-CONTEXT:]
         self._index, self._text = index, TextStream(tokenizer, request.sampling.end_strings, request.prompt_tokens)
         self._tokens = self._characters = 0
 
     def piece(self, event: Progress | Response) -> tuple[int, str, Scored, str | None, int] | None:
-        """Index, new text, its tokens, why it ended, and where the text begins; None where there is nothing to say."""
+        """Index, new text, its tokens, why it ended, and where the first begins; None where there is nothing to say."""
         over = isinstance(event, Response)
         text = self._text.rest(event.text) if isinstance(event, Response) else self._text.more(event.tokens)
         if not text and not over:
             return None
-        scored = answers.scored(event)
+        scored = answers.scored(event, self._prompt)
         begins, new = self._characters, scored.after(self._tokens)
-        self._characters, self._tokens = begins + len(text), len(event.tokens)
+        self._characters, self._tokens = self._text.length, len(event.tokens)
         return self._index, text, new, event.finish_reason if isinstance(event, Response) else None, begins

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from nemo_aligner.data.token_texts import added_text, continuation, drawn_tokens, spelling
+from nemo_aligner.data.token_texts import added_text, continuation, drawn_tokens, placed, spelling
 from tests.vocabularies import vocabulary
 
 KINDS = ("bytes", "sentencepiece", "metaspace", "llama3")
@@ -45,6 +46,23 @@ def test_no_blank_is_made_up_within_a_text() -> None:
         assert "".join(pieces) == "▁was▁good"
         assert "".join(map(tokenizer.piece, tokenizer.encode(" was"))) == "▁▁was"
         assert not tokenizer.piece(continuation(tokenizer, [5], "film")[0]).startswith("▁")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_begins_where_the_text_before_it_ends_and_a_part_of_a_character_where_that_does(kind: str) -> None:
+    tokenizer, draw = vocabulary(kind), random.Random(5)
+    for text in texts(3):
+        ids = tokenizer.encode(text)
+        ids.insert(draw.randint(0, len(ids)), tokenizer.eos_id)  # a special token has no text
+        whole = tokenizer.decode(ids)
+        prefixes = (tokenizer.decode(ids[:count]) for count in range(len(ids)))
+        # a decoder may give up a whole run of bytes for the one at its end that is not all there
+        ends = itertools.accumulate(
+            (max(n for n in range(len(whole) + 1) if prefix.startswith(whole[:n])) for prefix in prefixes), max
+        )
+        assert [begins for begins, _ in placed(tokenizer, (), ids)] == list(ends), text
+        alone = [(begins, added) for begins, added in placed(tokenizer, (), ids) if added]
+        assert all(whole.startswith(added, begins) for begins, added in alone), text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from nemo_aligner.engine.interfaces import Progress, PromptScores, Response
+import pytest
+
+from nemo_aligner.algorithms.sampling import SamplingParams
+from nemo_aligner.data.token_texts import added_text
+from nemo_aligner.engine.interfaces import GenerationRequest, Progress, PromptScores, Response
 from nemo_aligner.servers.generation.answers import (
     Head,
     Scored,
@@ -14,13 +18,18 @@ from nemo_aligner.servers.generation.answers import (
     usage,
     with_prompt,
 )
+from nemo_aligner.servers.generation.streaming import StreamedChoice
 from tests.fakes import EOS
+from tests.vocabularies import vocabulary
 
 
 class Words:
     """Tokens 1 and 4 are one text, 2 is another, EOS has none; the vocabulary writes a space before a word as ▁."""
 
     texts = {1: " an", 2: "é", 3: "", 4: " an"}  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        return [2]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.texts.get(token, "") for token in ids)
@@ -56,15 +65,16 @@ def test_usage_counts_the_tokens_of_all_prompts_and_responses() -> None:
 
 def test_what_is_scored_is_each_token_with_its_own_value() -> None:
     top = [[(1, -0.5)], [(2, -0.25)]]
-    drawn = scored(Progress(3, [1, 2], [-0.5, -1.0], top))
-    assert drawn == Scored([1, 2], [-0.5, -1.0], top)
-    assert scored(response([1, 2], "x", [-0.5, -1.0])) == Scored([1, 2], [-0.5, -1.0], [None, None])
-    assert drawn.after(1) == Scored([2], [-1.0], top[1:])
-    scores = PromptScores([-2.0], [[(1, -2.0)]])
-    assert with_prompt([7, 8], scores, drawn) == Scored(
-        [7, 8, 1, 2], [None, -2.0, -0.5, -1.0], [None, [(1, -2.0)], *top]
+    drawn = scored(Progress(3, [1, 2], [-0.5, -1.0], top), [5])
+    assert drawn == Scored([1, 2], [-0.5, -1.0], top, [5])
+    assert drawn.after(1) == Scored([2], [-1.0], top[1:], [5, 1])
+    plain = response([1, 2], "x", [-0.5, -1.0])
+    assert scored(plain, []) == Scored([1, 2], [-0.5, -1.0], [None, None], [])
+    assert with_prompt([7, 8], plain) == scored(plain, [7, 8])
+    with_scores = response([1, 2], "x", [-0.5, -1.0], PromptScores([-2.0], [[(1, -2.0)]]))
+    assert with_prompt([7, 8], with_scores) == Scored(
+        [7, 8, 1, 2], [None, -2.0, -0.5, -1.0], [None, [(1, -2.0)], None, None]
     )
-    assert with_prompt([7, 8], None, drawn) == drawn
 
 
 def test_log_probabilities_of_a_completion_say_where_in_the_text_each_token_begins() -> None:
@@ -79,6 +89,56 @@ def test_log_probabilities_of_a_completion_say_where_in_the_text_each_token_begi
     }
     assert completion_logprobs(WORDS, Scored([1], [-1.0], [None]))["text_offset"] == [0]  # type: ignore[arg-type]
     assert completion_logprobs(WORDS, Scored([], [], []), 4)["text_offset"] == []  # type: ignore[arg-type]
+
+
+TEXT = "the film was good 日本語 and  thin\n x"
+KINDS = ["sentencepiece", "metaspace", "llama3", "bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_a_completion_are_where_they_are_said_to_be_and_make_up_its_text(kind: str) -> None:
+    tokenizer = vocabulary(kind)
+    ids = tokenizer.encode(TEXT)
+    starts = [at for at in range(len(ids)) if not tokenizer.decode(ids[:at]).endswith("\ufffd")]
+    for start in starts:
+        text = added_text(tokenizer, ids[:start], ids[start:])
+        nothing = [None] * (len(ids) - start)
+        found = completion_logprobs(tokenizer, Scored(ids[start:], nothing, nothing, ids[:start]), 5)
+        whole = [
+            (at - 5, token)
+            for at, token in zip(found["text_offset"], found["tokens"], strict=True)
+            if "\ufffd" not in token
+        ]
+        assert [text[at : at + len(token)] for at, token in whole] == [token for _, token in whole]
+        if len(whole) == len(ids) - start:
+            assert "".join(token for _, token in whole) == text
+    assert kind in ("bytes", "llama3") or len(whole) == len(ids) - start, "no character is in parts"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_has_its_tokens_where_the_whole_answer_has_them(kind: str) -> None:
+    tokenizer = vocabulary(kind)
+    prompt, ids = tokenizer.encode("it"), tokenizer.encode("it" + TEXT)[1:]
+    sampling = SamplingParams(end_strings=("good night", "\n\n"))  # what may begin them is held back
+    choice = StreamedChoice(0, tokenizer, GenerationRequest(0, 0, tuple(prompt), sampling=sampling, uid=1))
+    drawn = [Progress(1, ids[: n + 1], [-1.0] * (n + 1), []) for n in range(len(ids) - 1)]
+    last = response(ids, added_text(tokenizer, prompt, ids), [-1.0] * len(ids))
+    pieces = [piece for piece in map(choice.piece, [*drawn, last]) if piece is not None]
+    assert "".join(text for _, text, *_ in pieces) == last.text
+    found = [completion_logprobs(tokenizer, new, begins) for _, _, new, _, begins in pieces]
+    whole = completion_logprobs(tokenizer, scored(last, prompt))
+    for name in ("tokens", "text_offset"):
+        assert [one for piece in found for one in piece[name]] == whole[name]
+
+
+def test_two_tokens_that_differ_in_their_blank_are_two_of_the_likeliest() -> None:
+    tokenizer = vocabulary("sentencepiece")
+    [blank], [none] = ([i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == piece] for piece in ("▁x", "x"))
+    found = completion_logprobs(
+        tokenizer, Scored([none], [-0.5], [[(none, -0.5), (blank, -1.0)]], tokenizer.encode("the"))
+    )
+    assert found["top_logprobs"] == [{"x": -0.5, " x": -1.0}]
+    assert found["tokens"] == ["x"]
 
 
 def test_log_probabilities_of_a_chat_have_the_bytes_of_every_token() -> None:
