@@ -7,6 +7,7 @@ neither is so: after "the film" come "▁was ▁good", which say " was good".
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -69,6 +70,26 @@ def own_text(tokenizer: TextTokenizer, token: int) -> str:
 @functools.lru_cache(maxsize=1 << 16)
 def _own_text(tokenizer: Any, token: int) -> str:
     return added_text(tokenizer, tokenizer.encode(_FRONTS[-1])[-1:], [token])
+
+
+def token_bytes(tokenizer: TextTokenizer, token: int) -> bytes:
+    """The UTF-8 of a token's own text; of a part of a character as the vocabulary names it: <0xE6>, GPT-2's letters."""
+    text, piece = own_text(tokenizer, token), tokenizer.piece(token)
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        letters = _byte_letters()
+        if letters.keys() >= set(piece):
+            return bytes(letters[letter] for letter in piece)
+    return text.encode()
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The bytes by the letters of byte-level vocabularies: themselves where they can be seen, else from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + n): byte for n, byte in enumerate(unseen)}
 
 
 def placed(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_aligner.data.token_texts import CONTEXT, own_text, placed
+from nemo_aligner.data.token_texts import CONTEXT, placed, token_bytes
 from nemo_aligner.engine.interfaces import Progress, Response, Tokenizer, TopLogprobs
 
 Json = dict[str, Any]
@@ -38,8 +38,15 @@ def usage(prompts: Iterable[Sequence[int]], responses: Iterable[Sequence[int]]) 
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text in the middle of others; of those that have none, such as EOS, what the vocabulary calls them."""
-    return own_text(tokenizer, token) or tokenizer.piece(token)
+    """A token's text in the middle of others; of those that have none, such as EOS, what the vocabulary calls them.
+
+    Of a part of a character its bytes, in OpenAI's form: bytes:\\xe6.
+    """
+    raw = token_bytes(tokenizer, token)
+    try:
+        return raw.decode() or tokenizer.piece(token)
+    except UnicodeDecodeError:
+        return f"bytes:{repr(raw)[2:-1]}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,9 @@ def completion_logprobs(tokenizer: Tokenizer, scored: Scored, offset: int = 0) -
     def text(token: int, begins: int, alone: str) -> str:
         """Before the first word of a text there is no blank, though its token may have one."""
         own = token_text(tokenizer, token)
-        is_first = not scored.before and begins == 0 and "\N{REPLACEMENT CHARACTER}" not in own
-        return (alone or tokenizer.piece(token)) if is_first else own
+        if scored.before or begins:
+            return own
+        return alone or (own if own.strip() else tokenizer.piece(token))
 
     return {
         "tokens": [text(token, *place) for token, place in zip(scored.tokens, places, strict=True)],
@@ -96,7 +104,7 @@ def chat_logprobs(tokenizer: Tokenizer, scored: Scored) -> Json:
 
     def entry(token: int, value: float | None) -> Json:
         text = token_text(tokenizer, token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text, "logprob": value, "bytes": list(token_bytes(tokenizer, token) or text.encode())}
 
     return {
         "content": [

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nemo_aligner.data.token_texts import added_text, continuation, drawn_tokens, placed, spelling
+from nemo_aligner.data.token_texts import added_text, continuation, drawn_tokens, placed, spelling, token_bytes
 from tests.vocabularies import vocabulary
 
 KINDS = ("bytes", "sentencepiece", "metaspace", "llama3")
@@ -63,6 +63,26 @@ def test_a_token_begins_where_the_text_before_it_ends_and_a_part_of_a_character_
         assert [begins for begins, _ in placed(tokenizer, (), ids)] == list(ends), text
         alone = [(begins, added) for begins, added in placed(tokenizer, (), ids) if added]
         assert all(whole.startswith(added, begins) for begins, added in alone), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_tokens_make_up_the_text_also_where_characters_are_in_parts(kind: str) -> None:
+    tokenizer = vocabulary(kind)
+    before = tokenizer.encode("x")
+    for text in texts(4):
+        ids = [*continuation(tokenizer, before, text), tokenizer.eos_id]
+        assert b"".join(token_bytes(tokenizer, token) for token in ids) == text.encode()
+
+
+def test_the_letters_of_bytes_are_those_of_gpt2() -> None:
+    pytest.importorskip("transformers")
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = vocabulary("bytes")
+    letters = bytes_to_unicode()
+    for token in range(256):
+        [byte] = [byte for byte, letter in letters.items() if letter == tokenizer.piece(token)]
+        assert token_bytes(tokenizer, token) == bytes([byte])
 
 
 @pytest.mark.parametrize("kind", KINDS)

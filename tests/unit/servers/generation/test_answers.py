@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from nemo_aligner.algorithms.sampling import SamplingParams
@@ -107,7 +109,7 @@ def test_tokens_of_a_completion_are_where_they_are_said_to_be_and_make_up_its_te
         whole = [
             (at - 5, token)
             for at, token in zip(found["text_offset"], found["tokens"], strict=True)
-            if "\ufffd" not in token
+            if not token.startswith("bytes:")
         ]
         assert [text[at : at + len(token)] for at, token in whole] == [token for _, token in whole]
         if len(whole) == len(ids) - start:
@@ -139,6 +141,20 @@ def test_two_tokens_that_differ_in_their_blank_are_two_of_the_likeliest() -> Non
     )
     assert found["top_logprobs"] == [{"x": -0.5, " x": -1.0}]
     assert found["tokens"] == ["x"]
+
+
+def test_parts_of_a_character_are_told_by_their_bytes_and_each_by_its_own() -> None:
+    tokenizer = vocabulary("llama3")
+    parts = tokenizer.encode("🎬")
+    assert len(parts) > 1
+    nothing = [None] * len(parts)
+    top = [[(token, -1.0 - token) for token in parts], *nothing[1:]]
+    found = completion_logprobs(tokenizer, Scored(parts, nothing, top, tokenizer.encode("x")))
+    assert found["tokens"] == [f"bytes:\\x{byte:02x}" for byte in "🎬".encode()]
+    assert found["text_offset"] == [0] * len(parts)
+    assert list(found["top_logprobs"][0]) == sorted(set(found["tokens"]), key=found["tokens"].index, reverse=True)
+    chat = chat_logprobs(tokenizer, Scored(parts, nothing, nothing))["content"]
+    assert bytes(itertools.chain(*(entry["bytes"] for entry in chat))) == "🎬".encode()
 
 
 def test_log_probabilities_of_a_chat_have_the_bytes_of_every_token() -> None:
