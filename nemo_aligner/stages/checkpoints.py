@@ -82,13 +82,17 @@ class Checkpoints:
             )
         return found
 
-    def save(self, model: TrainableModel, state: dict[str, Any], values: dict[str, float]) -> None:
+    def save(
+        self, model: TrainableModel, state: dict[str, Any], values: dict[str, float], *, ranked: bool = True
+    ) -> None:
         """Write one more checkpoint as the newest, then drop those that need not be kept. Collective.
 
+        One that is there only because the run was stopped (`ranked` False) comes after all that have a value: which is
+        the best does not depend on where a run was stopped.
         With `async_save` it is begun, once the one before is there, and `settle` sees to the rest.
         """
         self.settle()
-        value = values.get(self._monitor, math.nan)
+        value = values.get(self._monitor, math.nan) if ranked else math.nan
         label = checkpoint_name(self._pattern, {**values, **{name: state[name] for name in _COUNTED}})
         if self._cluster.is_main:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ class Actor:
         self.timers = Timers()
         self.logger: MetricsLogger | None = None
         self.updates = 0  # optimizer steps done
-        self.values: dict[str, float] = {}  # newest value of everything a monitor may name
+        self.values: dict[str, float] = {}  # of the newest step: all that a monitor may name
         self.settings_of_rewards = dict(settings or {})  # what else decides a step
         self.validation_owed = False  # the one after the steps that are done
         self.made_with: dict[str, Any] = {}  # the run's fingerprint, for its checkpoints
@@ -149,16 +149,27 @@ class Actor:
 
     def conclude(self, step: int) -> None:
         """What comes after `step` steps: validation, a stop, a checkpoint."""
-        exp, loop = self.cfg.exp_manager, self.loop
-        at_end = step == self.steps or self.kl_control.spent
-        if at_end or step % loop.val_check_interval == 0:
+        if self.at_end(step) or step % self.loop.val_check_interval == 0:
             self.validate_or_stop(step)
         self.log_timers(step)
-        reason = None if at_end else self.control.stop_reason()
+        reason = None if self.at_end(step) else self.control.stop_reason()
         if reason:
             self.stop(reason, step)
-        if exp.create_checkpoint_callback and loop.save_interval and (at_end or step % loop.save_interval == 0):
-            self.checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+        if self.cfg.exp_manager.create_checkpoint_callback and self.save_is_due(step):
+            self.save(step)
+
+    def at_end(self, step: int) -> bool:
+        return step == self.steps or self.kl_control.spent
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether a run that nobody stops has a checkpoint after `step` steps."""
+        interval = self.loop.save_interval
+        return interval > 0 and (self.at_end(step) or step % interval == 0)
+
+    def save(self, step: int) -> None:
+        """Collective."""
+        values = self.values | self.position(step)
+        self.checkpoints.save(self.policy, self.state(step), values, ranked=self.save_is_due(step))
 
     def step_or_stop(self, step: int) -> Scored:
         """`step`; where the run is told to stop as those who reward it are, the step begun is given up. Collective."""
@@ -188,7 +199,7 @@ class Actor:
         """Save the run as it is after `step` steps, and raise StoppedEarly. Collective."""
         kept = "no checkpoint"
         if self.cfg.exp_manager.create_checkpoint_callback and step > 0:
-            self.checkpoints.save(self.policy, self.state(step), self.values | self.position(step))
+            self.save(step)
             kept = f"checkpoint in {self.checkpoints.root}"
         raise StoppedEarly(f"{reason} at step {step} of {self.steps}; {kept}")
 
@@ -287,8 +298,9 @@ class Actor:
         if name == "train_rollouts":
             found |= {"consumed_samples": self.plan.consumed(step), "epoch": (step - 1) // self.plan.steps_per_epoch}
             found |= self.kl_control.figures()
-        prefix = "val_" if name == "val_rollouts" else ""
-        self.values |= {f"{prefix}{key}": value for key, value in found.items()}
+            self.values = dict(found)  # an earlier validation was one of other weights
+        else:
+            self.values |= {f"val_{key}": value for key, value in found.items()}
         if self.logger is not None:
             self.logger.log(step, name, found, samples)
 

@@ -113,7 +113,6 @@ def optimize(
 ) -> None:
     """The optimizer steps from `step` on, with validation and checkpoints. Raises StoppedEarly."""
     cluster = model.cluster
-    values: dict[str, float] = {}
     if not task.validates:
         log.info("no validation during training")
     tell_end_of_data(task.steps, task.loop.max_steps, task.block)
@@ -126,7 +125,8 @@ def optimize(
             metrics = model.train_step(batch(task, model, task.train, task.plan.indices(step)), task.objective)
             step += 1
             checkpoints.settle(wait=False)
-            values |= scalars(metrics, "train_") | progress_values(task, step)
+            # of this step alone: an earlier validation was one of other weights
+            values = scalars(metrics, "train_") | progress_values(task, step)
             at_end = step == task.steps
             if logger is not None:
                 logger.log(
@@ -145,7 +145,7 @@ def optimize(
             if exp.create_checkpoint_callback and (due or reason):
                 logged = 0 if logger is None else logger.position
                 state = {**state_of(task, step), "metrics_bytes": logged, "fingerprint": made_with}
-                checkpoints.save(model, state, values)
+                checkpoints.save(model, state, values, ranked=bool(due))
             if reason:
                 raise StoppedEarly(f"{reason} at step {step} of {task.steps}; checkpoint in {checkpoints.root}")
 

@@ -19,6 +19,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.data.prompts import PromptRow
+from nemo_aligner.engine.checkpoints.checkpoint_folder import read_state
 from nemo_aligner.engine.interfaces import GenerationRequest, Microbatch, StepMetrics
 from nemo_aligner.errors import CheckpointError, ConfigError, ServerError, StoppedEarly
 from nemo_aligner.event_file import shown_before
@@ -286,6 +287,33 @@ def test_checkpoints_are_written_at_their_interval_and_at_the_end(
         assert state["updates"] == state["step"]
         assert state["monitored"] == logged[state["step"]]
     assert (tmp_path / "checkpoints" / "actor.nemo").exists()
+
+
+def test_a_checkpoint_has_the_validation_of_its_own_step_or_none_and_one_that_a_stop_made_is_not_ranked(
+    tmp_path: Path,
+) -> None:
+    """Steps that were not validated are after all that were."""
+
+    def monitored(folder: Path, stop: int = 0, **ppo: Any) -> dict[int, float]:
+        cfg, learner = config(folder, max_epochs=2, val_check_interval=2, **ppo), Learner()
+        cfg.exp_manager.checkpoint_callback_params.monitor = "val_rewards"
+        cfg.exp_manager.checkpoint_callback_params.save_top_k = -1
+        if stop:
+            learner.cluster.any = lambda flag: len(learner.trained) >= stop  # type: ignore[method-assign]
+            with pytest.raises(StoppedEarly, match=f"at step {stop} of 6"):
+                run(cfg, learner=learner, validation=HELD_OUT)
+        else:
+            run(cfg, validation=HELD_OUT)
+        states = [read_state(path.parent) for path in (folder / "checkpoints").glob("*/state.json")]
+        return {state["step"]: state["monitored"] for state in states}
+
+    value = sum(reward_of(f"{p.text}<{i}.0>") for i, p in enumerate(HELD_OUT)) / 3
+    none = pytest.approx(math.nan, nan_ok=True)
+    assert monitored(tmp_path / "every", save_interval=1) == {1: none, 2: value, 3: none, 4: value, 5: none, 6: value}
+    assert monitored(tmp_path / "third", stop=3, save_interval=2) == {2: value, 3: none}
+    assert monitored(tmp_path / "third", save_interval=2) == {2: value, 3: none, 4: value, 6: value}
+    assert monitored(tmp_path / "second", stop=2, save_interval=3) == {2: none}
+    assert monitored(tmp_path / "at once", stop=2, save_interval=2) == {2: value}
 
 
 def test_a_run_that_is_told_to_stop_saves_where_it_is_and_goes_on_there(tmp_path: Path) -> None:

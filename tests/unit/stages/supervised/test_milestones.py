@@ -12,8 +12,8 @@ import pytest
 
 from nemo_aligner.config.schema import CheckpointCallbackParams
 from nemo_aligner.config.supervised import LoopConfig
-from nemo_aligner.engine.interfaces import StepMetrics
-from nemo_aligner.errors import ConfigError, TrainingError
+from nemo_aligner.engine.interfaces import Microbatch, StepMetrics
+from nemo_aligner.errors import ConfigError, StoppedEarly, TrainingError
 from nemo_aligner.stages.batches import BatchPlan
 from nemo_aligner.stages.supervised.loop import check_not_empty, reward_notes, train
 from tests.fakes import OneProcess
@@ -84,6 +84,58 @@ def test_the_best_checkpoint_is_that_of_the_validation_before_it(tmp_path: Path,
     states = [json.loads(path.read_text()) for path in (tmp_path / "checkpoints").glob("*/state.json")]
     assert sorted(state["step"] for state in states) == kept
     assert all(state["monitored"] == -state["step"] for state in states)
+
+
+class Archived(Recorder):
+    """Its archive is the step that it is of; losses go down and up."""
+
+    losses = (9.0, 1.0, 5.0, 0.5, 6.0, 7.0)  # of steps 1 to 6
+
+    def __init__(self, stops_at: int = 0, dies_at: int = 0) -> None:
+        super().__init__()
+        self.step, self.dies_at = 0, dies_at
+        if stops_at:
+            self.cluster.any = lambda flag: self.step >= stops_at  # type: ignore[method-assign]
+
+    def train_step(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
+        self.step += 1
+        if self.step == self.dies_at:
+            raise KeyboardInterrupt
+        return StepMetrics(self.losses[self.step - 1], 1.0, 0.1)
+
+    def evaluate(self, microbatches: list[Microbatch], objective: Any) -> StepMetrics:
+        return StepMetrics(self.losses[self.step - 1], 0.0, 0.0)
+
+    def load_training_state(self, folder: Path) -> dict[str, Any]:
+        state = super().load_training_state(folder)
+        self.step = state["step"]
+        return state
+
+    def save_nemo(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+        path.write_text(str(self.step))
+
+
+@pytest.mark.parametrize("end", [{"stops_at": 1}, {"stops_at": 3}, {"stops_at": 4}, {"dies_at": 3}, {"dies_at": 5}])
+@pytest.mark.parametrize(
+    ("monitor", "validates", "saves", "best"),
+    [("val_loss", 2, 2, 4), ("val_loss", 3, 1, 3), ("val_loss", 2, 3, 6), ("val_loss", 4, 4, 4), ("loss", 4, 5, 5)],
+)
+def test_the_best_is_one_whose_own_step_was_validated_wherever_the_run_was_stopped_or_killed(
+    tmp_path: Path, monitor: str, validates: int, saves: int, best: int, end: dict[str, int]
+) -> None:
+    params = CheckpointCallbackParams(monitor=monitor, save_top_k=1, save_best_model=True)
+    loop = {"max_epochs": 2, "skip_validation": False, "val_check_interval": validates, "save_interval": saves}
+
+    def archived(folder: Path, model: Archived) -> list[str]:
+        train(task(**loop), model, experiment(folder, checkpoint_callback_params=params))
+        return [path.read_text() for path in (folder / "checkpoints").glob("m.nemo")]
+
+    assert archived(tmp_path / "whole", Archived()) == [str(best)]
+    with pytest.raises((StoppedEarly, KeyboardInterrupt)):
+        archived(tmp_path / "parts", Archived(**end))
+    assert archived(tmp_path / "parts", Archived()) == [str(best)]
+    kept = [sorted(path.name for path in (tmp_path / part / "checkpoints").iterdir()) for part in ("whole", "parts")]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(("interval", "saved"), [(0, []), (1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (99, [3])])
