@@ -28,7 +28,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens already in the row
     min_tokens: int = 0  # EOS and stop tokens cannot be drawn before this many response tokens
     max_tokens: int = 30  # response tokens at most, of each sample by itself
-    end_strings: tuple[str, ...] = ()  # the response ends before the first of these; "<|endoftext|>" means EOS
+    end_strings: tuple[str, ...] = ()  # the response ends before the first of these; "<|endoftext|>" means EOS.
+    # One that ends within the first min_tokens - 1 tokens is text like any other
     seed: int = 1234
     top_logprobs: int = 0  # the likeliest tokens that are reported with each one drawn
 

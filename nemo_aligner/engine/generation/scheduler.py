@@ -213,7 +213,7 @@ class Generator:
         for kind, where in state.by_kind(slots):
             suspects[where] |= kind.may_end(newest[where])
         for slot in slots[suspects].tolist():
-            stopped = state.kinds[slot].is_over(state.tokens_of(slot))
+            stopped = state.is_over(slot)
             if stopped or state.count[slot] >= state.limit[slot]:
                 yield state.response(slot, "stop" if stopped else "length")
                 self._drop(slot)

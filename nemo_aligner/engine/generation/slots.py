@@ -23,7 +23,7 @@ class Kind:
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer, device: torch.device) -> None:
         self.params = params
-        self.stop = StopCondition(tokenizer, params.end_strings)
+        self.stop = StopCondition(tokenizer, params.end_strings, params.min_tokens)
         self.stop_tokens = np.array(sorted(self.stop.stop_ids))
         self.stop_ids = torch.from_numpy(self.stop_tokens).to(device)
 
@@ -36,9 +36,6 @@ class Kind:
         """Whether responses with these newest tokens `[n]` need a closer look, `[n]` bool."""
         completes = np.fromiter(map(self.stop.may_end_in, newest.tolist()), dtype=bool, count=len(newest))
         return np.isin(newest, self.stop_tokens) | completes
-
-    def is_over(self, tokens: Sequence[int]) -> bool:
-        return len(tokens) >= self.params.min_tokens and self.stop.is_stop(tokens)
 
 
 class Kinds:
@@ -144,6 +141,10 @@ class Slots:
     def tokens_of(self, slot: int) -> list[int]:
         """The response so far."""
         return self.tokens[slot, : self.count[slot]].tolist()
+
+    def is_over(self, slot: int) -> bool:
+        """Whether the newest token of the response ends it."""
+        return self.kinds[slot].stop.is_stop(self.tokens_of(slot), self.requests[slot].prompt_tokens)
 
     def progress(self, slot: int) -> Progress:
         tokens = self.tokens_of(slot)

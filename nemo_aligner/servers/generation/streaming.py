@@ -15,7 +15,9 @@ class StreamedChoice:
     def __init__(self, index: int, tokenizer: Tokenizer, request: GenerationRequest) -> None:
         assert request.sampling is not None
         self._prompt = request.prompt_tokens[-CONTEXT:]
-        self._index, self._text = index, TextStream(tokenizer, request.sampling.end_strings, request.prompt_tokens)
+        params = request.sampling
+        self._index = index
+        self._text = TextStream(tokenizer, params.end_strings, request.prompt_tokens, params.min_tokens)
         self._tokens = self._characters = 0
 
     def piece(self, event: Progress | Response) -> tuple[int, str, Scored, str | None, int] | None:

@@ -210,6 +210,18 @@ def test_no_stop_token_before_min_tokens() -> None:
     assert all(len(r.tokens) >= 8 and ByteTokenizer.eos_id not in r.tokens[:7] for r in late)
 
 
+def test_an_end_string_is_looked_for_behind_the_prompt() -> None:
+    class Words(ByteTokenizer):
+        """Each token a word with a blank before it, which the first word of a text loses."""
+
+        def decode(self, ids):  # type: ignore[no-untyped-def]
+            return "".join(f" w{i}" for i in ids if i < 256).removeprefix(" ")
+
+    ends, request = SamplingParams(max_tokens=5, end_strings=(" w",), min_tokens=1), GenerationRequest(0, 0, (1, 2))
+    [response] = Generator(CachedForward(build(ARCH), ARCH), Words(), ends, 1, 64).run([request])
+    assert (len(response.tokens), response.text, response.finish_reason) == (1, "", "stop")
+
+
 def test_repetition_penalty_is_applied_to_prompt_and_response_tokens() -> None:
     model, penalty = build(ARCH), 3.0
     sampling = SamplingParams(max_tokens=8, repetition_penalty=penalty, seed=4)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from nemo_aligner.engine.checkpoints.tokenizer import SentencePieceTokenizer
+from nemo_aligner.data.token_texts import added_text, continuation
+from nemo_aligner.engine.checkpoints.tokenizer import ArchiveTokenizer, SentencePieceTokenizer
 from nemo_aligner.engine.generation.stopping import StopCondition
 from nemo_aligner.engine.generation.text_stream import TextStream
 from tests.fakes import END_OF_TURN, EOS, ByteTokenizer
+from tests.vocabularies import vocabulary
 
 
-def drawn_until_stop(text_ids: list[int], end_strings: list[str]) -> tuple[int, str]:
+def drawn_until_stop(text_ids: list[int], end_strings: list[str], min_tokens: int = 0) -> tuple[int, str]:
     """Feed tokens one by one; how many were needed, and the text kept."""
-    stop = StopCondition(ByteTokenizer(), end_strings)
+    stop = StopCondition(ByteTokenizer(), end_strings, min_tokens)
     for count in range(1, len(text_ids) + 1):
         if stop.is_stop(text_ids[:count]):
             return count, stop.text_of(text_ids[:count])
@@ -97,3 +101,54 @@ def test_the_text_of_a_response_is_what_it_adds_to_its_prompt(tmp_path: Path) ->
 
 def test_an_end_string_at_the_very_beginning_leaves_nothing() -> None:
     assert StopCondition(ByteTokenizer(), ["ab"]).text_of(list(b"ab")) == ""
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "found"),
+    [(0, (2, "")), (2, (2, "")), (3, (4, "xb")), (5, (5, "xba")), (6, (8, "xbabbx")), (9, (8, "xbabbxab"))],
+)
+def test_an_end_string_that_ends_before_the_least_tokens_is_text(min_tokens: int, found: tuple[int, str]) -> None:
+    assert drawn_until_stop([*b"xbabbxab"], ["xb", "bb", "ab"], min_tokens) == found
+
+
+def first_end(
+    tokenizer: ArchiveTokenizer, prompt: list[int], response: list[int], ends: Sequence[str], min_tokens: int
+) -> tuple[int, str]:
+    """By definition: after how many tokens there is an end string behind what the early tokens say, and the text then.
+
+    `response` says whole characters.
+    """
+    whole = added_text(tokenizer, prompt, response)
+    said = [0]  # characters of it that are there after so many tokens
+    for count in range(1, len(response) + 1):
+        text = added_text(tokenizer, prompt, response[:count])
+        said.append(max(said[-1], *(n for n in range(len(whole) + 1) if text.startswith(whole[:n]))))
+    least = said[max(0, min(min_tokens - 1, len(response)))]
+    for count in range(max(1, min_tokens), len(response) + 1):
+        for at in range(said[count]):
+            if any(whole.startswith(end, at) and least < at + len(end) <= said[count] for end in ends):
+                return count, whole[:at]
+    return len(response), whole
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "metaspace", "llama3"])
+def test_who_draws_who_cuts_and_who_streams_agree_on_where_a_response_ends(kind: str) -> None:
+    tokenizer, draw = vocabulary(kind), random.Random(1)
+    for _ in range(300):
+        pieces = draw.choice(
+            [["the film", " was", " good", "日本", "\n", " ", "a"], ["ж", "ก", "🎬", "é", " was", "a"]]
+        )
+        text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
+        prompt = tokenizer.encode(draw.choice(["the film", "the film ", "日", ""]))
+        response = continuation(tokenizer, prompt, text)
+        if draw.random() < 0.3:  # with tokens that have no text
+            response = [token for own in response for token in [tokenizer.bos_id or 0] * draw.randint(0, 3) + [own]]
+        at, least = draw.randrange(len(text)), draw.choice([0, 1, 2, 5, 9])
+        ends = text[at : at + draw.randint(1, 4)], draw.choice([" was", "d ", "é", "ก", " "])
+        stop, stream = StopCondition(tokenizer, ends, least), TextStream(tokenizer, ends, prompt, least)
+        looks = range(1, len(response) + 1)
+        count = next((n for n in looks if stop.is_stop(response[:n], prompt)), len(response))
+        found = count, stop.text_of(response[:count], prompt)
+        assert found == first_end(tokenizer, prompt, response, ends, least), (response, ends, least)
+        streamed = "".join(stream.more(response[:n]) for n in range(1, count))
+        assert streamed + stream.rest(found[1]) == found[1], (response, ends, least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,16 @@ def test_a_completion_is_what_the_model_says(shop: Shop) -> None:
     assert choice.logprobs.token_logprobs == pytest.approx(shop.logprobs(tokens)[5:], abs=1e-4)
     assert found.usage is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (6, 6, 12)
+
+
+def test_an_end_string_before_the_least_tokens_is_text_whole_and_streamed(shop: Shop) -> None:
+    ask = {"model": "tiny", "prompt": "A film", "max_tokens": 12, "temperature": 0, "extra_body": {"min_tokens": 12}}
+    create = functools.partial(shop.client.completions.create, **ask)
+    whole = create().choices[0].text
+    early = next(c for c in whole if c.isascii() and c != whole[-1])
+    found = create(stop=early).choices[0]
+    assert (found.text, found.finish_reason) == (whole, "length")
+    assert "".join(piece.choices[0].text for piece in create(stop=early, stream=True)) == whole
 
 
 def test_a_seed_decides_the_text_and_none_gives_another_each_time(shop: Shop) -> None:
