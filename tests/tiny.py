@@ -37,11 +37,11 @@ ARCHIVED = replace(ARCH, vocab_size=259, tokenizer=BYTE_TOKENIZER)
 OPTIM = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95])
 
 
-def trainable(cluster: MegatronCluster, arch: Architecture = ARCH) -> MegatronTrainable:
+def trainable(cluster: MegatronCluster, arch: Architecture = ARCH, optim: OptimConfig = OPTIM) -> MegatronTrainable:
     torch.manual_seed(5)
     run = RunOptions()
     model = MegatronTrainable(LoadedModel(build_model(arch, run), arch, ByteTokenizer(), run, Path("none")), cluster)  # type: ignore[arg-type]
-    model.add_optimizer(OPTIM, clip_grad=0.0, max_steps=10)
+    model.add_optimizer(optim, clip_grad=0.0, max_steps=10)
     return model
 
 

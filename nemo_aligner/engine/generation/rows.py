@@ -18,6 +18,7 @@ from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Group, prefix_grou
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.model.forward import from_last_stage
+from nemo_aligner.engine.model.logprobs import log_sums_of
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class RowForward:
                 logits = self._forward.logits(hidden[part.start - first : part.stop - first])
                 if logits is not None:
                     targets = torch.tensor(rows[i][part])[:, None]
-                    found[i][part] = logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+                    found[i][part] = logits.gather(1, targets).squeeze(1).float() - log_sums_of(logits, logits.size(1))
         return from_last_stage(found)
 
     def _hidden(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

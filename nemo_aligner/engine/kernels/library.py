@@ -65,6 +65,9 @@ class CpuKernels:
         self._rms_norm_backward, self._silu_mul_backward = library.rms_norm_backward, library.silu_mul_backward
         self._rms_norm_backward.argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_float]
         self._silu_mul_backward.argtypes, self._silu_mul_backward.restype = [pointer] * 3 + [number] * 2, None
+        self._log_sums, self._logprobs_backward = library.log_sums, library.logprobs_backward
+        self._log_sums.argtypes, self._log_sums.restype = [pointer, number, pointer, number, number], None
+        self._logprobs_backward.argtypes, self._logprobs_backward.restype = [pointer] * 5 + [number] * 3, None
         self.stream_attention = library.stream_attention
         self.stream_attention.argtypes = [pointer] * 5
         self.has_products = bool(library.has_products())
@@ -102,6 +105,24 @@ class CpuKernels:
         """The gradient of `inner` `[N, 2F]` from that of `silu_mul`, `[N, F]`."""
         found = torch.empty_like(inner)
         self._silu_mul_backward(inner.data_ptr(), given.data_ptr(), found.data_ptr(), *given.shape)
+        return found
+
+    def log_sums(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """log Σ e^logit over the first `vocab_size` of `logits` `[N, V]`: `[N]` float32."""
+        out = torch.empty(len(logits))
+        self._log_sums(logits.data_ptr(), logits.stride(0), out.data_ptr(), len(logits), vocab_size)
+        return out
+
+    def logprobs_backward(
+        self, logits: Tensor, log_sums: Tensor, given: Tensor, targets: Tensor, vocab_size: int
+    ) -> Tensor:
+        """The gradient of `logits` `[N, V]` from those `given` of the log-probabilities of `targets`, all `[N]`.
+
+        `log_sums` `[N]` is over all ranks' parts of the vocabulary; a target below 0 is in another's.
+        """
+        found = torch.empty_like(logits)
+        addresses = (tensor.data_ptr() for tensor in (logits, log_sums, given, targets, found))
+        self._logprobs_backward(*addresses, *logits.shape, vocab_size)
         return found
 
     def attend(

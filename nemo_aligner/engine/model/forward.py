@@ -47,7 +47,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, wanted: Tensor, vocab_size: 
     logits: `[1, N, V/TP]` of the N wanted positions, this rank's part of the padded vocabulary; rows past `vocab_size`
     get no probability mass. targets: `[N]` int64, the tokens after them. wanted: `[B, S]` bool.
     """
-    found = TokenLogprobs.apply(logits[0], targets, vocab_size)
+    found = TokenLogprobs.apply(logits.squeeze(0), targets, vocab_size)
     return torch.zeros(wanted.shape, device=wanted.device).masked_scatter(wanted.roll(1, dims=1), found)
 
 
@@ -65,7 +65,7 @@ class _Stream:
     def output(self, model: nn.Module, raw: Tensor, vocab_size: int) -> Tensor:
         """The model's output by rows, from its `raw` one by this rank's places; all that share them get the same."""
         if unwrap_model(model).gives_rewards:
-            found = raw[0].index_select(0, self.ends.clamp(min=0)).masked_fill(self.ends[:, None] < 0, 0)
+            found = raw.squeeze(0).index_select(0, self.ends.clamp(min=0)).masked_fill(self.ends[:, None] < 0, 0)
         else:
             # sequence parallelism cuts the stream until after the output layer, which then is of every place
             logits = raw[:, self.places] if self.params.wanted is None else raw

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_aligner.algorithms.vocabulary import rows_together
+from nemo_aligner.engine.kernels.library import cpu_kernels
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -24,12 +25,10 @@ class TokenLogprobs(torch.autograd.Function):
 
         Padding, from `vocab_size` on, has no probability.
         """
+        logits = logits.contiguous()
         first = parallel_state.get_tensor_model_parallel_rank() * logits.size(1)
         real = min(max(vocab_size - first, 0), logits.size(1))
-        log_sums = torch.full((len(logits),), -torch.inf, device=logits.device)
-        if real:
-            for rows in _parts(logits):
-                log_sums[rows] = logits[rows, :real].float().logsumexp(-1)
+        log_sums = log_sums_of(logits, real)
         own = (targets - first).where((targets >= first) & (targets < first + real), -1)
         found = logits.gather(1, own.clamp(min=0)[:, None]).squeeze(1).float() * (own >= 0)
         log_sums, found = _log_sum_over_ranks(log_sums), _sum_over_ranks(found)
@@ -41,6 +40,9 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [given] = gradients
         logits, own, log_sums = ctx.saved_tensors
+        kernels = cpu_kernels(logits.dtype, logits.device)
+        if kernels is not None:
+            return kernels.logprobs_backward(logits, log_sums, given.contiguous(), own, ctx.real), None, None
         found = torch.empty_like(logits)
         for rows in _parts(logits):
             # not to be named: it would be there until the next is made
@@ -53,6 +55,18 @@ class TokenLogprobs(torch.autograd.Function):
         target = given[:, None] * -torch.expm1(logits.gather(1, at).float() - log_sums[:, None])
         found.scatter_(1, at, target.to(found.dtype).where(is_mine, found.gather(1, at)))
         return found, None, None
+
+
+def log_sums_of(logits: Tensor, vocab_size: int) -> Tensor:
+    """log Σ e^logit over the first `vocab_size` of `logits` `[N, V]`: `[N]` float32, −∞ of none."""
+    kernels = cpu_kernels(logits.dtype, logits.device)
+    if kernels is not None and vocab_size:
+        return kernels.log_sums(logits, vocab_size)
+    found = torch.full((len(logits),), -torch.inf, device=logits.device)
+    if vocab_size:
+        for rows in _parts(logits):
+            found[rows] = logits[rows, :vocab_size].float().logsumexp(-1)
+    return found
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:

@@ -51,6 +51,26 @@ def test_gate_and_its_gradient(kernels: CpuKernels, dtype: torch.dtype, shape: t
     checked(SiluGate.apply(*inputs, kernels), F.silu(gate) * value, inputs, exact)
 
 
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 1, 1), (3, 300, 257), (40, 320, 320), (5, 17, 3)])
+def test_log_sums_and_the_gradient_of_log_probabilities(
+    kernels: CpuKernels, dtype: torch.dtype, rows: int, width: int, vocabulary: int
+) -> None:
+    logits = normal(dtype, rows, width, scale=4.0)
+    logits[:, vocabulary:] = 99.0  # padding, not looked at
+    logits[0, vocabulary - 1] = 40.0  # as good as certain
+    exact = logits[:, :vocabulary].double().requires_grad_()
+    log_sums = kernels.log_sums(logits, vocabulary)
+    torch.testing.assert_close(log_sums.double(), exact.detach().logsumexp(1), rtol=1e-6, atol=1e-6)
+    targets, given = torch.arange(rows) % vocabulary, normal(torch.float32, rows)
+    targets[-1] = -1  # in another rank's part
+    found = kernels.logprobs_backward(logits, log_sums, given, targets, vocabulary)
+    wanted = exact.gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * (targets >= 0) - exact.logsumexp(1)
+    [right] = torch.autograd.grad(wanted, exact, given.double())
+    share = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found[:, :vocabulary].double(), right, rtol=share, atol=1e-6)
+    assert not found[:, vocabulary:].any()
+
+
 def rows_of_all_kinds() -> list[list[int]]:
     """Long and short, alike at first in two ways, one that others begin with, and more than one block of queries."""
     rng = random.Random(1)

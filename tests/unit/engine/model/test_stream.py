@@ -24,7 +24,7 @@ from nemo_aligner.engine.model.forward import forward_outputs, run_objective
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.stages.reinforce.loop import reinforce_objective
 from nemo_aligner.stages.supervised.loop import ranking_objective
-from tests.tiny import ARCH, EXPERTS, trainable
+from tests.tiny import ARCH, EXPERTS, OPTIM, trainable
 
 SHAPES = {
     "grouped queries": ARCH,
@@ -145,7 +145,8 @@ def test_fifty_steps_with_and_without_sharing_lie_on_each_other(
     cluster: MegatronCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losses() -> list[float]:
-        model = trainable(cluster)
+        # with Adam's own eps a gradient that is 0 but for rounding makes whole steps
+        model = trainable(cluster, optim=replace(OPTIM, eps=1e-3))
         return [model.train_step([microbatch(step)], reinforce_objective).loss for step in range(50)]
 
     torch.manual_seed(1)
@@ -154,7 +155,7 @@ def test_fifty_steps_with_and_without_sharing_lie_on_each_other(
     torch.manual_seed(1)
     alone = losses()
     assert max(shared) - min(shared) > 1.0, "it is no flat line"
-    assert alone == pytest.approx(shared, rel=1e-2, abs=1e-2), "Adam makes more of rounding, step by step"
+    assert alone == pytest.approx(shared, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 4])
