@@ -264,10 +264,10 @@ def _saved_at_ends(arch: Architecture, layout: Layout, work: Work, stage: int) -
 
 
 def _logits(arch: Architecture, layout: Layout, work: Work, answers: int, *, backward: bool) -> int:
-    """Of `answers` tokens: logits, those of some tokens in float32, and on the way back their gradient."""
+    """Of `answers` tokens: logits, on a GPU those of some tokens in float32, and on the way back their gradient."""
     shard, item = padded_vocab_size(arch, layout.tp) // layout.tp, work.item
     raw = (answers if not (layout.sequence_parallel and layout.tp > 1) else work.tokens + answers) * shard * item
-    part = min(answers, rows_together(shard, on_cpu=work.on_cpu)) * shard * _FP32
+    part = 0 if work.on_cpu else min(answers, rows_together(shard, on_cpu=False)) * shard * _FP32
     if not backward:
         return raw + 3 * part
     gradient = answers * shard * item + part * (1 if item == _FP32 else 2)

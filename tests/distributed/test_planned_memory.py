@@ -172,6 +172,7 @@ def test_without_what_a_cpu_adds_it_takes_what_is_planned_for_a_gpu(
     """A GPU attends in bf16, has norms of one operation as torch's layer norm is, and updates all weights at once."""
     monkeypatch.setattr(attention, "_computed", lambda tensor: tensor)
     monkeypatch.setattr(fused, "kernels_for", lambda tensor: None)
+    monkeypatch.setattr(logprobs, "cpu_kernels", lambda dtype, device: None)
     monkeypatch.setattr(logprobs, "rows_together", lambda vocabulary, on_cpu: rows_together(vocabulary, on_cpu=False))
     arch = replace(LLAMA, normalization="layernorm")
     work = Work(tokens, tokens, item=2, sharded=False)
