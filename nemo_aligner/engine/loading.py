@@ -195,8 +195,9 @@ def _load(
         nemo_archive.check_base(path, base, arch, cluster, key=key)
         run = replace(run, lora=LoraTuning.from_nemo(adapter))
     arch = replace(arch, reward_model_type=new_head or arch.reward_model_type)
-    base_has_head = nemo_archive.read_architecture(base, key=key).reward_model_type is not None
-    head_is_new = arch.reward_model_type is not None and not base_has_head
+    head_is_new = arch.reward_model_type is not None and (
+        nemo_archive.read_architecture(base, key=key).reward_model_type is None
+    )
     # what stays in memory is all of a model: neither a new head nor adapters, be they new or an archive's, are there
     digest = None if run.lora is not None or head_is_new else resident.digest_of(path, cluster)
     stayed = resident.take(arch, digest, run.dtype, cluster, run.vpp)

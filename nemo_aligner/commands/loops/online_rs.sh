@@ -44,8 +44,9 @@ if [[ $KEEP_BEST != [01] ]]; then
   echo "error: KEEP_BEST=$KEEP_BEST is not 0 or 1" >&2
   exit 1
 fi
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; }
 for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE SEED KEEP_SAMPLES; do
-  if [[ ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
+  if ! is_number "${!name}"; then
     echo "error: $name=${!name} is not a whole number" >&2
     exit 1
   fi
@@ -163,7 +164,7 @@ attended() {
 
 iter=0
 if [[ -f $ITER_LOG_PATH ]]; then iter=$(<"$ITER_LOG_PATH"); fi
-if [[ ! $iter =~ ^(0|[1-9][0-9]*)$ ]]; then
+if ! is_number "$iter"; then
   echo "error: $ITER_LOG_PATH: the number of finished iterations is needed, not '$iter'" >&2
   exit 1
 fi

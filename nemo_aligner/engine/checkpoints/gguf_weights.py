@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture, RopeScaling
 from nemo_aligner.engine.checkpoints.gguf_tokenizer import checked_tokenizer, tokenizer_json, tokenizer_settings
-from nemo_aligner.engine.checkpoints.hf_weights import shape_of
+from nemo_aligner.engine.checkpoints.hf_weights import check_shape
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors, lazily
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
 from nemo_aligner.errors import CheckpointError
@@ -161,9 +161,7 @@ def _hf_order(name: str, value: LazyTensor, arch: Architecture) -> LazyTensor:
     """Raises CheckpointError for a query or key of another shape than the model's."""
     for part, heads in ((".attn_q.", arch.num_attention_heads), (".attn_k.", arch.query_groups)):
         if part in name:
-            has, wanted = list(value.meta.shape), list(shape_of(arch, _hf_name(name)))
-            if has != wanted:  # its rows could not be told apart
-                raise CheckpointError(f"{name} is {has}, and the model's {wanted}")
+            check_shape(arch, _hf_name(name), value, said=name)  # the rows of another could not be told apart
             return lazily(functools.partial(unpermuted, heads=heads), value)
     return value
 

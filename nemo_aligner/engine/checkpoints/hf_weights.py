@@ -88,6 +88,13 @@ def shape_of(arch: Architecture, name: str) -> tuple[int, ...]:
     return shape[:1] if kind == "bias" else shape
 
 
+def check_shape(arch: Architecture, name: str, tensor: LazyTensor, said: str = "") -> None:
+    """Raises CheckpointError where a tensor that Hugging Face calls `name`, and its file `said`, is not the model's."""
+    has, wanted = list(tensor.meta.shape), list(shape_of(arch, name))
+    if has != wanted:
+        raise CheckpointError(f"{said or name} is {has}, and the model's {wanted}")
+
+
 def layer_of(name: str) -> int | None:
     """Which layer, from 0, a tensor of Hugging Face's names belongs to."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -107,9 +114,7 @@ def to_megatron(arch: Architecture, hf: Mapping[str, Tensor], padded_vocab: int)
         if name not in given:
             raise CheckpointError(f"the checkpoint has no tensor {name}")
         used.add(name)
-        has, wanted = list(given[name].meta.shape), list(shape_of(arch, name))
-        if has != wanted:
-            raise CheckpointError(f"{name} is {has}, and the model's {wanted}")
+        check_shape(arch, name, given[name])
         return given[name]
 
     def rows(name: str) -> LazyTensor:

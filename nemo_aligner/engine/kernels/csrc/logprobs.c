@@ -25,9 +25,7 @@ void log_sums(const real *logits, long stride, float *out, long N, long V) {
 #pragma omp parallel for schedule(static) if (N * V > 8192)
     for (long row = 0; row < N; row++) {
         const real *l = logits + row * stride;
-        float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-        for (long i = 0; i < V; i++) largest = wide(l[i]) > largest ? wide(l[i]) : largest;
+        const float largest = largest_number(l, V);
         double total = 0;
         for (long i = 0; i < V; i += TOKENS) total += sum_of_powers(l + i, V - i < TOKENS ? V - i : TOKENS, largest);
         out[row] = largest + log(total);

@@ -101,6 +101,14 @@ static inline void restore(unsigned before) {
 #endif
 }
 
+/* −∞ of none; NaN is passed over, and found in the sums that follow */
+static inline float largest_number(const real *from, long count) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (long i = 0; i < count; i++) largest = wide(from[i]) > largest ? wide(from[i]) : largest;
+    return largest;
+}
+
 static inline float sum_of(floats values) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += values[i];

@@ -41,9 +41,7 @@ static float block_weights(const real *logits, long first, long count, float lar
 
 /* largest logit of what is not excluded */
 static float largest_of(const real *logits, long V, Excluded excluded) {
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (long i = 0; i < V; i++) largest = wide(logits[i]) > largest ? wide(logits[i]) : largest;
+    float largest = largest_number(logits, V);
     int hit = 0;
     for (long j = 0; j < excluded.n; j++) hit |= wide(logits[excluded.ids[j]]) == largest;
     if (!hit) return largest;
