@@ -6,7 +6,7 @@
     ├── CheckpointError             a .nemo archive or a training checkpoint cannot be read or written
     ├── OutputError                 an output place is not writable, or holds the work of another run
     ├── LaunchError                 processes, devices or ports do not fit what was asked for
-    ├── ServerError                 the reward server cannot start, is not there, or does not answer
+    ├── ServerError                 a server cannot start or go on, is not there, or does not answer
     ├── MissingExtraError           a package of an extra, such as [server], is not installed
     ├── RewardError                 a reward function cannot be loaded, or fails on everything
     └── TrainingError               training cannot go on (loss not finite, nothing to train on)
@@ -58,7 +58,7 @@ class LaunchError(AlignerError):
 
 
 class ServerError(AlignerError):
-    """The reward server cannot be started or reached."""
+    """A server cannot be started or reached, or cannot go on."""
 
 
 class MissingExtraError(AlignerError):

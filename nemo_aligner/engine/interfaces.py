@@ -147,6 +147,9 @@ class Desk(Protocol):
     def finished(self, response: Response) -> None:
         """A response that is done."""
 
+    def failed(self, uids: Sequence[int]) -> None:
+        """Requests that met a fault, and will have no response; the log says which."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -246,6 +249,7 @@ class Policy(TrainableModel, Protocol):
         """Draw what `desk` orders until it has had enough; a request joins those being drawn at the next step.
 
         Collective: every rank of the one replica calls it, rank 0 with the desk. Requests bring their own `sampling`.
+        Raises ServerError when it cannot go on.
         """
 
     def logprobs(

@@ -16,6 +16,7 @@ from nemo_aligner.engine.checks import check_is_policy
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.rows import RowForward
 from nemo_aligner.engine.generation.scheduler import Generator
+from nemo_aligner.engine.generation.serving import Server
 from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Microbatch, Response
 from nemo_aligner.engine.loading import load_for_inference, load_for_training
 from nemo_aligner.engine.model.forward import forward_outputs
@@ -63,8 +64,8 @@ class MegatronPolicy(MegatronTrainable):
         self.module.eval()
         forward = CachedForward(self.module, self.arch)
         unbounded = SamplingParams(max_tokens=self.max_sequence_length)
-        generator = Generator(forward, self.tokenizer, unbounded, max_slots, self.max_sequence_length)
-        generator.serve(desk, self.cluster.broadcast)
+        server = Server(forward, self.tokenizer, unbounded, max_slots, self.max_sequence_length)
+        server.serve(desk, self.cluster.broadcast, alone=self.cluster.world_size == 1)
 
     def logprobs(
         self, rows: Sequence[Sequence[int]], micro_batch_size: int, starts: Sequence[int] | None = None

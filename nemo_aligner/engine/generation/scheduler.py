@@ -9,8 +9,7 @@ Every rank of a replica runs the same bookkeeping; the last pipeline stage draws
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt
 from nemo_aligner.engine.generation.slots import Kind, Kinds, Rows, Slots
 from nemo_aligner.engine.generation.transfers import upload
-from nemo_aligner.engine.interfaces import Desk, GenerationRequest, Orders, Response, Tokenizer, TopLogprobs
+from nemo_aligner.engine.interfaces import GenerationRequest, Response, Tokenizer, TopLogprobs
 from nemo_aligner.engine.model.forward import from_last_stage
 
 PREFILL_TOKENS = 4096
@@ -42,9 +41,13 @@ class Generator:
         self._capacity, self._max_length = max_slots, max_length
         self._kinds = Kinds(tokenizer, forward.device)
         self._default = self._kinds.of(sampling)  # held, so that it is not made anew for every batch
-        self._cache = forward.new_cache(max_slots)
-        self._slots = Slots(max_slots, max(1, sampling.max_tokens))
-        self._fed = torch.zeros(max_slots, dtype=torch.int64, device=forward.device)  # newest token by slot
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nothing is drawn, nothing is kept."""
+        self._cache = self._forward.new_cache(self._capacity)
+        self._slots = Slots(self._capacity, max(1, self._sampling.max_tokens))
+        self._fed = torch.zeros(self._capacity, dtype=torch.int64, device=self._forward.device)  # newest token by slot
         self._seen: Tensor | None = None  # [slots, V] bool, only with a repetition penalty
         self._newest: Prefilled = {}  # the newest prompt: its next samples may come first
 
@@ -63,41 +66,12 @@ class Generator:
                         return
                 yield from self._finished(self._decode())
 
-    def serve(self, desk: Desk | None, share: Callable[[Orders | None], Orders | None]) -> None:
-        """Draw what `desk` orders, who has it; `share` gives every rank the orders of the one that has the desk."""
-        waiting: deque[GenerationRequest] = deque()
-        with self._forward.ready():
-            while True:
-                idle = not waiting and not self._slots.requests
-                orders = share(None if desk is None else desk.orders(idle=idle))
-                if orders is None:
-                    return
-                waiting.extend(orders.new)
-                if orders.dropped:
-                    gone = set(orders.dropped)
-                    waiting = deque(request for request in waiting if request.uid not in gone)
-                    for slot in [slot for slot, request in self._slots.requests.items() if request.uid in gone]:
-                        self._drop(slot)
-                if waiting and self._slots.free:
-                    batch = [waiting.popleft() for _ in range(min(len(waiting), self._slots.free))]
-                    self._report(desk, self._admit(batch))
-                if self._slots.requests:
-                    self._report(desk, self._decode())
-
-    def _report(self, desk: Desk | None, slots: np.ndarray) -> None:
-        """Tell the desk which of `slots` are done, and what there is of the others."""
-        done = list(self._finished(slots))
-        if desk is None:
-            return
-        for response in done:
-            desk.finished(response)
-        held = self._slots.requests
-        streams = [slot for slot in slots.tolist() if slot in held and held[slot].streams]
-        desk.drawn([self._slots.progress(slot) for slot in streams])
-
     def _admit(self, batch: Sequence[GenerationRequest]) -> np.ndarray:
         """Give each request a slot: its prompt's keys and values, and its first token. Returns the slots."""
-        prompts = self._prefill(batch)
+        return self._begin(batch, self._prefill(batch))
+
+    def _begin(self, batch: Sequence[GenerationRequest], prompts: Prefilled) -> np.ndarray:
+        """`_admit` with prompts that are prefilled."""
         mine = [prompts[self._prompt_key(request)] for request in batch]
         slots = np.array([self._take_slot(request, prompt) for request, prompt in zip(batch, mine, strict=True)])
         logits = [prompt.logits for prompt in mine if prompt.logits is not None]
@@ -111,8 +85,7 @@ class Generator:
         return request.prompt_tokens, scored
 
     def _take_slot(self, request: GenerationRequest, prompt: CachedPrompt) -> int:
-        params = request.sampling or self._sampling
-        kind = self._default if request.sampling is None else self._kinds.of(params)
+        params, kind = request.sampling or self._sampling, self._kind(request)
         room = self._max_length - len(request.prompt_tokens)
         asked = params.max_tokens if request.max_tokens is None else request.max_tokens
         limit = min(asked, params.max_tokens, self._sampling.max_tokens, room)
@@ -121,6 +94,9 @@ class Generator:
         if kind.penalises:
             self._mark_prompt_seen(slot, request.prompt_tokens)
         return slot
+
+    def _kind(self, request: GenerationRequest) -> Kind:
+        return self._default if request.sampling is None else self._kinds.of(request.sampling)
 
     def _prefill(self, batch: Sequence[GenerationRequest]) -> Prefilled:
         """The prompts of a batch, the newest one before it included; PREFILL_TOKENS or one prompt at a time."""
@@ -207,16 +183,28 @@ class Generator:
 
     def _finished(self, slots: np.ndarray) -> Iterator[Response]:
         """Take out those of `slots` that are done."""
+        for slot in self._suspects(slots):
+            response = self._response(slot)
+            if response is not None:
+                yield response
+                self._drop(slot)
+
+    def _suspects(self, slots: np.ndarray) -> list[int]:
+        """Those of `slots` that may be done."""
         state = self._slots
         newest = state.tokens[slots, state.count[slots] - 1]
         suspects = state.count[slots] >= state.limit[slots]
         for kind, where in state.by_kind(slots):
             suspects[where] |= kind.may_end(newest[where])
-        for slot in slots[suspects].tolist():
-            stopped = state.is_over(slot)
-            if stopped or state.count[slot] >= state.limit[slot]:
-                yield state.response(slot, "stop" if stopped else "length")
-                self._drop(slot)
+        return slots[suspects].tolist()
+
+    def _response(self, slot: int) -> Response | None:
+        """That of a slot which is done; None of one that is not."""
+        state = self._slots
+        stopped = state.is_over(slot)
+        if not stopped and state.count[slot] < state.limit[slot]:
+            return None
+        return state.response(slot, "stop" if stopped else "length")
 
     def _drop(self, slot: int) -> None:
         self._cache.drop(slot)

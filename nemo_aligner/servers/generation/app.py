@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nemo_aligner.servers.generation.answers import Json
 from nemo_aligner.servers.generation.clerk import Clerk, Served
-from nemo_aligner.servers.generation.desk import Closing, FrontDesk
+from nemo_aligner.servers.generation.desk import Failed, FrontDesk
 from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody, RequestFault
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -52,20 +56,35 @@ def make_app(served: Served, desk: FrontDesk) -> FastAPI:
         return await clerk.generate(body, request)
 
     _answer_faults(app)
+    app.add_middleware(Contained)
     return app
 
 
+class Contained:
+    """Answers faults that are nobody's but ours. The framework would cut the connection under the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = False
+
+        async def noted(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception:
+            if began:
+                raise
+            log.exception("%s %s fails", scope.get("method"), scope.get("path"))
+            await answer(Failed())(scope, receive, send)
+
+
 def answer(fault: RequestFault) -> JSONResponse:
-    """As OpenAI's clients read it."""
-    kind = "invalid_request_error" if fault.status < 500 else "server_error"
-    message, param = _whole_characters(fault.message), fault.param and _whole_characters(fault.param)
-    error = {"message": message, "type": kind, "param": param, "code": fault.code}
-    return JSONResponse({"error": error}, status_code=fault.status)
-
-
-def _whole_characters(text: str) -> str:
-    """Of what a client wrote, halves of characters, which JSON allows and UTF-8 does not, as their escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return JSONResponse({"error": fault.error()}, status_code=fault.status)
 
 
 def refusal(said: str, status: int) -> JSONResponse:
@@ -87,10 +106,6 @@ def _answer_faults(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, fault: HTTPException) -> JSONResponse:
         return answer(RequestFault(f"{request.method} {request.url.path}: {fault.detail}", status=fault.status_code))
-
-    @app.exception_handler(Closing)
-    async def closing(request: Request, fault: Closing) -> JSONResponse:
-        return answer(RequestFault("the server is closing", status=503))
 
 
 def _first_fault(fault: RequestValidationError) -> RequestFault:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,11 @@ from nemo_aligner.data.prompts import with_bos
 from nemo_aligner.engine.interfaces import GenerationRequest, Progress, Response, Tokenizer
 from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.answers import Head, Json, Scored
-from nemo_aligner.servers.generation.desk import Closing, FrontDesk, Job
+from nemo_aligner.servers.generation.desk import Failed, FrontDesk, Job
 from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody, RequestFault
 from nemo_aligner.servers.generation.streaming import StreamedChoice
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -258,8 +261,11 @@ class Clerk:
                 if body.stream_options is not None and body.stream_options.include_usage:
                     yield _event(head.with_choices([], answers.usage(prompts, drawn)))
                 yield "data: [DONE]\n\n"
-            except Closing:
-                yield _event({"error": {"message": "the server is closing", "type": "server_error"}})
+            except RequestFault as fault:
+                yield _event({"error": fault.error()})
+            except Exception:
+                log.exception("a stream fails")
+                yield _event({"error": Failed().error()})
             finally:
                 self._desk.cancel(job)
 

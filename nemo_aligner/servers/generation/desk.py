@@ -12,10 +12,27 @@ import queue
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
-
-Event = Progress | Response | None  # None: nothing more will come, the server is closing
+from nemo_aligner.servers.generation.requests import RequestFault
+from nemo_aligner.servers.wire import SERVER_FAILED
 
 _IDLE_WAIT_S = 0.2
+
+
+class Closing(RequestFault):
+    """The server is going down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is closing", status=503)
+
+
+class Failed(RequestFault):
+    """A response cannot be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__(SERVER_FAILED, status=500)
+
+
+Event = Progress | Response | Closing | Failed  # with the last two nothing more will come
 
 
 class Job:
@@ -26,18 +43,14 @@ class Job:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Progress | Response]:
-        """Until every response is done. Raises Closing when the server does before that."""
+        """Until every response is done. Raises Closing when the server does before that, Failed when one cannot be."""
         missing = len(self.requests)
         while missing:
             event = await self.events.get()
-            if event is None:
-                raise Closing
+            if isinstance(event, Exception):
+                raise event
             missing -= isinstance(event, Response)
             yield event
-
-
-class Closing(Exception):
-    """The server is going down."""
 
 
 class FrontDesk:
@@ -99,6 +112,9 @@ class FrontDesk:
     def finished(self, response: Response) -> None:
         self._call(self._deliver, [response])
 
+    def failed(self, uids: Sequence[int]) -> None:
+        self._call(self._fail, uids)
+
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
@@ -110,8 +126,14 @@ class FrontDesk:
             if job is not None:
                 job.events.put_nowait(event)
 
+    def _fail(self, uids: Sequence[int]) -> None:
+        """Whole jobs are of no use without a response, so the rest of theirs need not be drawn."""
+        for job in {job for uid in uids if (job := self._jobs.get(uid)) is not None}:
+            job.events.put_nowait(Failed())
+            self.cancel(job)
+
     def _close(self) -> None:
         self._closed = True
         for job in set(self._jobs.values()):
-            job.events.put_nowait(None)
+            job.events.put_nowait(Closing())
         self._jobs.clear()

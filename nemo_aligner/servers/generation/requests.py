@@ -32,6 +32,17 @@ class RequestFault(Exception):
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
 
+    def error(self) -> dict[str, str | None]:
+        """As OpenAI's clients read it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message, param = _whole_characters(self.message), self.param and _whole_characters(self.param)
+        return {"message": message, "type": kind, "param": param, "code": self.code}
+
+
+def _whole_characters(text: str) -> str:
+    """Of what a client wrote, halves of characters, which JSON allows and UTF-8 does not, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 def _checked_ends(ends: Any) -> Any:
     """The text or texts that end a response. Raises ValueError where there are too many, or no tokenizer takes one."""

@@ -13,6 +13,7 @@ from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.generation.decode import CachedForward
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt
 from nemo_aligner.engine.generation.scheduler import Generator
+from nemo_aligner.engine.generation.serving import Server
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
 from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.processes.cluster import start_cluster
@@ -54,6 +55,7 @@ class Script:
         self._turns, self._expected = list(turns), expected
         self.responses: list[Response] = []
         self.progress: list[Progress] = []
+        self.lost: list[int] = []
         self.turn = 0
         self.idle_turns = 0
 
@@ -62,7 +64,7 @@ class Script:
         self.idle_turns += idle
         if self._turns:
             return self._turns.pop(0)
-        return None if len(self.responses) == self._expected else Orders()
+        return None if len(self.responses) + len(self.lost) == self._expected else Orders()
 
     def drawn(self, progress: Sequence[Progress]) -> None:
         self.progress += progress
@@ -70,15 +72,26 @@ class Script:
     def finished(self, response: Response) -> None:
         self.responses.append(response)
 
+    def failed(self, uids: Sequence[int]) -> None:
+        self.lost += uids
+
 
 def generator(model: torch.nn.Module, slots: int, sampling: SamplingParams | None = None) -> Generator:
     sampling = sampling or SamplingParams(max_tokens=LENGTH)
     return Generator(CachedForward(model, ARCH), ByteTokenizer(), sampling, slots, LENGTH)
 
 
-def serve(model: torch.nn.Module, slots: int, turns: Sequence[Orders], expected: int) -> Script:
-    desk = Script(turns, expected)
-    generator(model, slots).serve(desk, lambda orders: orders)
+def serve(
+    model: torch.nn.Module,
+    slots: int,
+    turns: Sequence[Orders],
+    expected: int,
+    tokenizer: ByteTokenizer | None = None,
+    alone: bool = True,
+) -> Script:
+    desk, unbounded = Script(turns, expected), SamplingParams(max_tokens=LENGTH)
+    server = Server(CachedForward(model, ARCH), tokenizer or ByteTokenizer(), unbounded, slots, LENGTH)
+    server.serve(desk, lambda orders: orders, alone=alone)
     return desk
 
 

@@ -360,7 +360,7 @@ def test_a_stream_ends_with_an_error_where_the_server_closes() -> None:
 
     events, _ = answered(complete(prompt="x", stream=True), ClosesAtOnce(lambda: False))
     assert [json.loads(event) for event in events] == [
-        {"error": {"message": "the server is closing", "type": "server_error"}}
+        {"error": {"message": "the server is closing", "type": "server_error", "param": None, "code": None}}
     ]
 
 

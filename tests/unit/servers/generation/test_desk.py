@@ -9,7 +9,7 @@ import pytest
 
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
 from nemo_aligner.servers.generation import desk
-from nemo_aligner.servers.generation.desk import Closing, FrontDesk
+from nemo_aligner.servers.generation.desk import Closing, Failed, FrontDesk
 
 REQUESTS = [GenerationRequest(0, sample, (1, 2)) for sample in range(3)]
 
@@ -63,6 +63,24 @@ def test_who_waits_when_the_desk_closes_is_told_and_nobody_comes_after() -> None
             [event async for event in job]
         with pytest.raises(Closing):
             desk.submit(REQUESTS)
+
+    asyncio.run(story())
+
+
+def test_a_job_of_which_one_fails_is_over_and_the_rest_of_it_is_dropped() -> None:
+    async def story() -> None:
+        desk = FrontDesk(lambda: False)
+        job, other = desk.submit(REQUESTS), desk.submit(REQUESTS[:1])
+        desk.orders(idle=False)
+        first, second, third = job.requests
+        desk.finished(response(first))
+        desk.failed([second, third, 99])
+        told = aiter(job)
+        assert await anext(told) == response(first)
+        with pytest.raises(Failed):
+            await anext(told)
+        assert desk.orders(idle=False) == Orders([], [second, third])
+        assert desk.unfinished == len(other.requests)
 
     asyncio.run(story())
 
