@@ -7,6 +7,7 @@ Requests of several clients are scored together; a request that is refused takes
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -18,6 +19,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from nemo_aligner.config.serving import ServingConfig
+from nemo_aligner.errors import AlignerError, ServerError
 from nemo_aligner.rewards.interfaces import Candidate, Judgement
 from nemo_aligner.servers.triton import Spec, running_triton
 from nemo_aligner.servers.wire import (
@@ -51,31 +53,62 @@ Judge = Callable[[list[Candidate], list[list[int]]], list[Judgement]]
 
 
 class MainThread:
-    """Runs `score` for the handler on the thread that calls `run`: collectives, signals and the GPU belong to it."""
+    """Runs `score` for the handler on the thread that calls `run`: collectives, signals and the GPU belong to it.
 
-    def __init__(self, score: Score) -> None:
-        self._score = score
+    A fault of `score` is for who asked, where this process is `alone`; others may be amidst what failed.
+    """
+
+    def __init__(self, score: Score, *, alone: bool = True) -> None:
+        self._score, self._alone, self._over = score, alone, False
         self._queue: queue.SimpleQueue[tuple[list[list[int]], Future[list[float]]]] = queue.SimpleQueue()
 
     def score(self, rows: list[list[int]]) -> list[float]:
-        """Called by the handler; waits for the answer. Raises what scoring raised."""
+        """Called by the handler; waits for the answer. Raises what scoring raised, ServerError after `run`."""
         answer: Future[list[float]] = Future()
         self._queue.put((rows, answer))
+        if self._over:
+            self._turn_away()
         return answer.result()
 
     def run(self, stopped: Callable[[], bool], idle: Callable[[], None] = lambda: None) -> None:
-        """Score what is asked until `stopped()`; `idle` is called in between."""
-        while not stopped():
-            try:
-                rows, answer = self._queue.get(timeout=0.2)
-            except queue.Empty:
-                idle()
-                continue
-            try:
-                answer.set_result(self._score(rows))
-            except BaseException as fault:
-                answer.set_exception(fault)
+        """Score what is asked until `stopped()`, and call `idle` in between. Raises ServerError if it cannot go on."""
+        try:
+            while not stopped():
+                try:
+                    rows, answer = self._queue.get(timeout=0.2)
+                except queue.Empty:
+                    idle()
+                    continue
+                self._answer(rows, answer)
+        finally:
+            self._over = True
+            self._turn_away()
+
+    def _answer(self, rows: list[list[int]], answer: Future[list[float]]) -> None:
+        try:
+            answer.set_result(self._score(rows))
+            return
+        except BaseException as fault:
+            answer.set_exception(fault)
+            if not isinstance(fault, Exception):
                 raise
+            if not self._alone:
+                raise _no_more(fault) from fault
+        # behind the block, where nothing holds the memory of what failed any more
+        try:
+            self._score([[0]])
+        except Exception as fault:
+            raise _no_more(fault) from fault
+
+    def _turn_away(self) -> None:
+        """Nobody waits for a thread that is gone."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()[1].set_exception(ServerError("the server has ended"))
+
+
+def _no_more(fault: Exception) -> ServerError:
+    return ServerError(f"the model can score no more: {type(fault).__name__}: {' '.join(str(fault).split())}")
 
 
 def answer_requests(
@@ -84,7 +117,8 @@ def answer_requests(
     """The answers to requests that Triton put into one batch, all scored together.
 
     What cannot be scored costs nothing else in the batch its reward: it has none, and says why. A fault in scoring is
-    for the server's own log; clients hear that there was one. With `judge`, answers tell what each source says too.
+    for the server's own log; clients hear that there was one, those alone whose requests meet it by themselves. With
+    `judge`, answers tell what each source says too.
     """
     texts: list[Texts | str] = []
     for request in requests:
@@ -105,7 +139,9 @@ def answer_requests(
             judgements = judge([c for t in read for c, row in zip(t.candidates, t.rows, strict=True) if row], rows)
             rewards = iter([math.nan if j.reward is None else j.reward for j in judgements])
     except Exception as fault:
-        log.error("scoring failed: %s", fault)
+        if len(requests) > 1:
+            return [found for request in requests for found in answer_requests([request], reader, score, judge)]
+        log.error("scoring failed: %s", fault, exc_info=not isinstance(fault, AlignerError))
         return [refusal(SERVER_FAILED, request, reader.archive) for request in requests]
 
     def own(found: Texts) -> list[float]:

@@ -146,7 +146,7 @@ def talk_to_clients(
         model.archive_hash(),
         RowTexts(None, "input", ChatTemplate.of(model.tokenizer, cfg, _TEMPLATE), _TEMPLATE),
     )
-    main, heartbeat = MainThread(scorer.score), Heartbeat(scorer.beat, _HEARTBEAT_S)
+    main, heartbeat = MainThread(scorer.score, alone=scorer.alone), Heartbeat(scorer.beat, _HEARTBEAT_S)
     judge = None if functions is None else both(cfg.reward_plan, functions, main.score)
 
     def run() -> None:
@@ -175,6 +175,7 @@ class SharedScorer:
     ) -> None:
         self._model, self._cluster, self._micro_batch_size = model, cluster, micro_batch_size
         self._standardization = standardization
+        self.alone = cluster.world_size == 1
 
     def score(self, rows: list[list[int]]) -> list[float]:
         """The first reward of each row, in their order; rank 0 alone calls it, the others are in `follow`."""

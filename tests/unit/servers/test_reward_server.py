@@ -8,6 +8,7 @@ import socket
 import sysconfig
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,7 @@ def test_of_a_fault_in_scoring_clients_hear_that_there_was_one_and_nothing_of_it
     def fail(rows: list[list[int]]) -> list[float]:
         raise RuntimeError("/home/somebody/secret.py")
 
-    found = answer_requests([sentences(b"abc", b"d"), sentences(b"")], READER, fail)
+    found = answer_requests([sentences(b"abc", b"d"), sentences(b"e")], READER, fail)
     assert [answer["error"].tolist() for answer in found] == [
         [[SERVER_FAILED.encode()]] * 2,
         [[SERVER_FAILED.encode()]],
@@ -112,17 +113,51 @@ def test_the_main_thread_answers_the_handler_until_it_is_stopped() -> None:
     assert [future.result() for future in asked] == [[float(n)] for n in range(1, 20)]
 
 
-def test_a_fault_in_scoring_reaches_the_one_who_waits_and_ends_the_run() -> None:
-    def fail(rows: list[list[int]]) -> list[float]:
-        raise RuntimeError("out of memory")
+def failing(bad: Callable[[list[list[int]]], bool]) -> Callable[[list[list[int]]], list[float]]:
+    """Scores all but those rows together that are `bad`."""
 
-    main = MainThread(fail)
+    def score(rows: list[list[int]]) -> list[float]:
+        if bad(rows):
+            raise RuntimeError("out of\nmemory")
+        return length(rows)
+
+    return score
+
+
+def test_a_fault_in_scoring_reaches_the_one_who_waits_and_nobody_else() -> None:
+    main, stopped = MainThread(failing(lambda rows: len(rows[0]) == 3)), threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(main.score, [[1]])
-        with pytest.raises(RuntimeError, match="out of memory"):
+        asked = [pool.submit(main.score, [[1] * n]) for n in range(1, 6)]
+        asked[-1].add_done_callback(lambda _: stopped.set())
+        main.run(stopped.is_set)
+    assert isinstance(asked.pop(2).exception(), RuntimeError)
+    assert [future.result() for future in asked] == [[1.0], [2.0], [4.0], [5.0]]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_nothing_can_be_scored_any_more_or_others_take_part_the_run_ends_in_one_line(alone: bool) -> None:
+    main = MainThread(failing(lambda rows: alone or len(rows[0]) == 3), alone=alone)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(main.score, [[1] * 3]) for _ in range(2)]
+        with pytest.raises(ServerError, match=r"^the model can score no more: RuntimeError: out of memory$"):
             main.run(lambda: False)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            waiting.result()
+        faults = [future.exception(timeout=20) for future in waiting]
+    assert {type(fault) for fault in faults} == {RuntimeError, ServerError}
+
+
+def test_who_asks_a_thread_that_is_gone_does_not_wait_for_it() -> None:
+    main = MainThread(length)
+    main.run(lambda: True)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ServerError, match="the server has ended"):
+        pool.submit(main.score, [[1]]).result(timeout=20)
+
+
+def test_a_request_that_cannot_be_scored_takes_none_of_its_batch_along(caplog: pytest.LogCaptureFixture) -> None:
+    score = failing(lambda rows: [98] * 3 in rows)
+    found = answer_requests([sentences(b"a", b"aaaa"), sentences(b"a", b"bbb"), sentences(b"aa")], READER, score)
+    assert [answer["error"].tolist() for answer in found] == [[[b""]] * 2, [[SERVER_FAILED.encode()]] * 2, [[b""]]]
+    assert [answer["rewards"][:, 0].tolist() for answer in (found[0], found[2])] == [[1.0, 4.0], [2.0]]
+    assert len(caplog.records) == 1
 
 
 def test_the_main_thread_beats_while_nobody_asks() -> None:
