@@ -24,12 +24,13 @@ CORPUS = [
 
 @functools.cache
 def vocabulary(kind: str) -> ArchiveTokenizer:
-    """`bytes`, `sentencepiece` (as Llama 2 has it), `metaspace` (the same as a tokenizer.json), `llama3`."""
+    """`bytes`, `sentencepiece` (as Llama 2 has it), `metaspace` (that as a tokenizer.json), `llama3`, `wordpiece`."""
     if kind == "bytes":
         return FastTokenizer(byte_tokenizer(), BYTE_TOKENIZER)
     if kind == "sentencepiece":
         return SentencePieceTokenizer(sentencepiece_model(), {})
-    return FastTokenizer(tokenizer_json(kind), {"eos_token": "</s>", "bos_token": "<s>"})
+    content = wordpiece_json() if kind == "wordpiece" else tokenizer_json(kind)
+    return FastTokenizer(content, {"eos_token": "</s>", "bos_token": "<s>"})
 
 
 def sentencepiece_model() -> bytes:
@@ -41,6 +42,17 @@ def sentencepiece_model() -> bytes:
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
+
+
+def wordpiece_json() -> bytes:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
+    special = ["[UNK]", "<s>", "</s>"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str().encode()
 
 
 def tokenizer_json(kind: str) -> bytes:

@@ -14,6 +14,9 @@ from typing import Any, Protocol, cast
 CONTEXT = 8
 """Tokens before a text that are decoded together with it, at most."""
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""What a vocabulary calls a token of one byte, for letters that it lacks."""
+
 _FRONTS = ("|", "0", "~", "\n", "x")
 """Texts that may stand before another without becoming one token with its beginning."""
 
@@ -76,12 +79,27 @@ def token_bytes(tokenizer: TextTokenizer, token: int) -> bytes:
     """The UTF-8 of a token's own text; of a part of a character as the vocabulary names it: <0xE6>, GPT-2's letters."""
     text, piece = own_text(tokenizer, token), tokenizer.piece(token)
     if "\N{REPLACEMENT CHARACTER}" in text:
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        if _BYTE.fullmatch(piece):
             return bytes.fromhex(piece[3:5])
         letters = _byte_letters()
         if letters.keys() >= set(piece):
             return bytes(letters[letter] for letter in piece)
     return text.encode()
+
+
+def spoiling_bytes(tokenizer: TextTokenizer) -> frozenset[int]:
+    """The tokens of single bytes, <0x41>, where the decoder has no letter left of a run of them that is no UTF-8.
+
+    So Hugging Face's byte fallback; SentencePiece's own leaves those letters that are whole.
+    """
+    return _spoiling_bytes(cast(Hashable, tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _spoiling_bytes(tokenizer: Any) -> frozenset[int]:
+    found = {piece: token for token in range(tokenizer.vocab_size) if _BYTE.fullmatch(piece := tokenizer.piece(token))}
+    some = found.get("<0x41>"), found.get("<0xFF>")
+    return frozenset() if None in some or "A" in tokenizer.decode(some) else frozenset(found.values())
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nemo_aligner.algorithms.sampling import EOS_ALIAS
-from nemo_aligner.data.token_texts import added_text
+from nemo_aligner.data.token_texts import added_text, spoiling_bytes
 from nemo_aligner.engine.interfaces import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -33,6 +33,7 @@ class StopCondition:
         self._tokenizer, self.min_tokens = tokenizer, min_tokens
         self.stop_ids: set[int] = set(tokenizer.stop_ids)
         self._texts: list[str] = []
+        self._spoiling = spoiling_bytes(tokenizer)
         for end in end_strings:
             ids = tokenizer.encode(end)
             if len(ids) == 1 and tokenizer.decode(ids) == "":
@@ -62,20 +63,21 @@ class StopCondition:
         if start == 0:  # a decoder may drop the blank before a text, but this one goes on from another
             return 0, added_text(self._tokenizer, prompt, response)
         text = self._tokenizer.decode(response[start:])
-        while text.startswith(_BROKEN) and start < first + _BYTES - 1:  # it begins inside a character
+        # it begins inside a character
+        while text.startswith(_BROKEN) and start < first + _BYTES - 1 and response[start] not in self._spoiling:
             start += 1
             text = self._tokenizer.decode(response[start:])
         return start, text
 
     def _window_start(self, response: Sequence[int]) -> int:
-        """Where the last `_window` tokens that have a text begin."""
+        """Where the last `_window` tokens that have a text begin, or the run of bytes that the first of them is in."""
         left = self._window
         for start in range(len(response) - 1, 0, -1):
             token = response[start]
             if token not in self._says:
                 self._says[token] = self._tokenizer.decode([token]) != ""
             left -= self._says[token]
-            if not left:
+            if left <= 0 and self._says[token] and token not in self._spoiling:
                 return start
         return 0
 

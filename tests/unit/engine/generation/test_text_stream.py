@@ -6,10 +6,12 @@ import random
 
 import pytest
 
+from nemo_aligner.data.token_texts import added_text
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.generation.stopping import StopCondition
 from nemo_aligner.engine.generation.text_stream import TextStream
 from tests.fakes import EOS, ByteTokenizer
+from tests.vocabularies import vocabulary
 
 TEXTS = ["plain", "a film 🎬 of 東京, naïve", "ab</s>cd", "no end </", "x\n\nUser: y", "é" * 9, "\ufffd lone", ""]
 ENDS = ["</s>", "\nUser:"]
@@ -72,3 +74,26 @@ def test_a_decoder_that_drops_a_leading_blank_keeps_those_inside() -> None:
     stream = TextStream(tokenizer, [])
     tokens = [1, 0, 2, 0, 0, 3]
     assert [stream.more(tokens[: n + 1]) for n in range(6)] == ["w1", "", " w2", "", "", " w3"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "metaspace", "llama3", "wordpiece"])
+def test_whatever_is_drawn_the_pieces_are_the_text_and_it_is_cut_where_drawing_stopped(kind: str) -> None:
+    tokenizer, rng = vocabulary(kind), random.Random(3)
+    every = range(tokenizer.vocab_size)
+    parts = [t for t in every if "\ufffd" in tokenizer.decode([t]) or tokenizer.piece(t).startswith("<0x")] or every
+    some = [*tokenizer.encode("the film, a日本é: 中文 100\n"), *parts[::9]]
+    for _ in range(1500):
+        pool = rng.choice([every, parts, some])
+        prompt, drawn = ([rng.choice(pool) for _ in range(rng.randint(0, most))] for most in (12, 24))
+        ends, least = rng.choice([[], ["a"], ["é", "\n"], ["the", " w"], ["R", "\0"]]), rng.choice([0, 0, 3])
+        stop = StopCondition(tokenizer, ends, least)
+        count = next((n for n in range(1, len(drawn) + 1) if stop.is_stop(drawn[:n], prompt)), None)
+        tokens = drawn[:count]
+        text = stop.text_of(tokens, prompt)
+        stream, pieces = TextStream(tokenizer, ends, prompt, least), []
+        for n in sorted(rng.sample(range(1, max(1, len(tokens))), rng.randint(0, max(0, len(tokens) - 1)))):
+            pieces.append(stream.more(tokens[:n]))
+        assert "".join(pieces) + stream.rest(text) == text
+        by_text = count is not None and tokens[-1] not in stop.stop_ids
+        if count is None or by_text:
+            assert (text != added_text(tokenizer, prompt, tokens)) is by_text
