@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_aligner.config.chat import ChatKeys
 from nemo_aligner.config.fixed import GENERATION, GENERATION_INFERENCE, check_amp_o2, check_fixed
-from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig
+from nemo_aligner.config.schema import MISSING, InferenceConfig, ParallelConfig, TrainerConfig, at_least
 from nemo_aligner.errors import ConfigError
 
 
@@ -17,6 +17,11 @@ class EvalInferenceConfig(InferenceConfig):
     compute_logprob: bool = False  # nothing is generated: the log-probabilities of the prompts themselves
     all_probs: bool = False
     auth_token_file: str | None = None  # of the server: clients must send the token in it; null = nobody must
+    max_concurrent_requests: int = 256  # of the server: more at once are refused, with HTTP status 429
+
+    def validate(self) -> None:
+        super().validate()
+        at_least(1, inference__max_concurrent_requests=self.max_concurrent_requests)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nemo_aligner.errors import ServerError
 
@@ -28,6 +29,12 @@ _CLOSING_S = 5
 
 _BODY_S = 300.0
 """How long a client may take to send the body of a request."""
+
+_ANSWER_S = 300.0
+"""How long a client may take nothing of its answer."""
+
+_SILENT_S = 60.0
+"""How long a connection may be open without a request; each is a file of the process."""
 
 _DROPPED = 32
 """Bounds that a body may fill before the connection is closed under it."""
@@ -57,6 +64,7 @@ class Door:
     token: str | None = None
     max_bytes: int = 16 << 20  # of the body of a request
     max_requests: int = 256  # that are answered at once
+    busy: int = 503  # the status of those above it
     host_key: str = "host"
     model: str | None = None  # that is served, where the server has a name for it
     refusal: Callable[[str, int], Response] = plain_refusal  # of a message and a status, as clients here expect it
@@ -88,7 +96,7 @@ class Guard:
         elif scope["path"] in _PROBES:
             await self._let_in(door, scope, receive, send)
         elif self._inside[door.port] >= door.max_requests:
-            refusal = door.refusal(f"more than {door.max_requests} requests at once; send it again", 503)
+            refusal = door.refusal(f"more than {door.max_requests} requests at once; send it again", door.busy)
             refusal.headers["Retry-After"] = "1"
             await refusal(scope, receive, send)
         else:
@@ -105,7 +113,10 @@ class Guard:
             await door.refusal(f"the body did not come within {_BODY_S:.0f} s", 408)(scope, receive, send)
             return
         if isinstance(body, bytes):
-            await self._app(scope, _again(body, receive), send)
+            try:
+                await self._app(scope, _again(body, receive), _in_time(send))
+            except _TooSlow:
+                log.warning("a client took nothing of its answer for %.0f s, and is left", _ANSWER_S)
         elif body:
             await door.refusal(f"more than {door.max_bytes} bytes", 413)(scope, receive, send)
 
@@ -155,12 +166,47 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
+class _TooSlow(Exception):
+    """A client takes nothing of its answer."""
+
+
+def _in_time(send: Send) -> Send:
+    """What the application sends by, no longer than a client may take."""
+
+    async def in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await send(message)
+        except TimeoutError:
+            raise _TooSlow from None
+
+    return in_time
+
+
+class _Connection(H11Protocol):
+    """Closed where no request comes by it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_SILENT_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
 @contextmanager
 def open_doors(app: ASGIApp, doors: list[Door]) -> Iterator[None]:
     """Answer clients at every door inside the block. Raises ServerError where one is taken."""
     sockets = [_listen(door) for door in doors]
     server = uvicorn.Server(
-        uvicorn.Config(Guard(app, doors), log_level="warning", lifespan="off", timeout_graceful_shutdown=_CLOSING_S)
+        uvicorn.Config(
+            Guard(app, doors),
+            http=_Connection,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
     )
     thread = threading.Thread(target=server.run, args=(sockets,), name="web server", daemon=True)
     thread.start()

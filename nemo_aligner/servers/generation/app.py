@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nemo_aligner.servers.generation.answers import Json
 from nemo_aligner.servers.generation.clerk import Clerk, Served
 from nemo_aligner.servers.generation.desk import Failed, FrontDesk
-from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody, RequestFault
+from nemo_aligner.servers.generation.requests import TOO_MANY, ChatBody, CompletionBody, GenerateBody, RequestFault
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ class Contained:
 
 
 def answer(fault: RequestFault) -> JSONResponse:
-    return JSONResponse({"error": fault.error()}, status_code=fault.status)
+    again = {"Retry-After": "1"} if fault.status == TOO_MANY else None
+    return JSONResponse({"error": fault.error()}, fault.status, again)
 
 
 def refusal(said: str, status: int) -> JSONResponse:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jinja2
 from fastapi import Request
@@ -25,7 +23,7 @@ from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.answers import Head, Json, Scored
 from nemo_aligner.servers.generation.desk import Failed, FrontDesk, Job
 from nemo_aligner.servers.generation.requests import ChatBody, CompletionBody, GenerateBody, RequestFault
-from nemo_aligner.servers.generation.streaming import StreamedChoice
+from nemo_aligner.servers.generation.streaming import EventStream, StreamedChoice, event_of
 
 log = logging.getLogger(__name__)
 
@@ -246,34 +244,30 @@ class Clerk:
     ) -> StreamingResponse:
         """Server-sent events: a piece of text each, and at the end the usage where it is asked for, and [DONE]."""
 
-        async def events() -> AsyncIterator[str]:
+        async def events() -> AsyncGenerator[str, None]:
             texts = {uid: StreamedChoice(i, self._tokenizer, r) for i, (uid, r) in enumerate(job.requests.items())}
             drawn: list[Sequence[int]] = []
             try:
                 for one in opening:
-                    yield _event(head.with_choices([one]))
+                    yield event_of(head.with_choices([one]))
                 async for event in _events(job):
                     piece = texts[event.uid].piece(event)
                     if isinstance(event, Response):
                         drawn.append(event.tokens)
                     if piece is not None:
-                        yield _event(head.with_choices([choice(*piece)]))
+                        yield event_of(head.with_choices([choice(*piece)]))
                 if body.stream_options is not None and body.stream_options.include_usage:
-                    yield _event(head.with_choices([], answers.usage(prompts, drawn)))
+                    yield event_of(head.with_choices([], answers.usage(prompts, drawn)))
                 yield "data: [DONE]\n\n"
             except RequestFault as fault:
-                yield _event({"error": fault.error()})
+                yield event_of({"error": fault.error()})
             except Exception:
                 log.exception("a stream fails")
-                yield _event({"error": Failed().error()})
+                yield event_of({"error": Failed().error()})
             finally:
                 self._desk.cancel(job)
 
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-
-def _event(content: Any) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+        return EventStream(events(), lambda: self._desk.cancel(job))
 
 
 async def _events(job: Job) -> AsyncIterator[Progress | Response]:

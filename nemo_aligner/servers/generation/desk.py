@@ -12,10 +12,13 @@ import queue
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
-from nemo_aligner.servers.generation.requests import RequestFault
+from nemo_aligner.servers.generation.requests import TOO_MANY, RequestFault
 from nemo_aligner.servers.wire import SERVER_FAILED
 
 _IDLE_WAIT_S = 0.2
+
+MOST_UNFINISHED = 1 << 15
+"""Responses that clients wait for, all together."""
 
 
 class Closing(RequestFault):
@@ -32,6 +35,9 @@ class Failed(RequestFault):
         super().__init__(SERVER_FAILED, status=500)
 
 
+_ALL = -1
+"""In the place of a uid: every request of a job."""
+
 Event = Progress | Response | Closing | Failed  # with the last two nothing more will come
 
 
@@ -40,13 +46,27 @@ class Job:
 
     def __init__(self, requests: Sequence[GenerationRequest]) -> None:
         self.requests = {request.uid: request for request in requests}
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: dict[int, Event] = {}  # by uid, the newest: some clients read more slowly than is drawn
+        self._came = asyncio.Event()
+
+    def tell(self, uid: int, event: Event) -> None:
+        """What comes of request `uid`, in the place of what came of it before and was not taken yet."""
+        self._events[uid] = event
+        self._came.set()
+
+    @property
+    def untaken(self) -> int:
+        """How many requests have something new."""
+        return len(self._events)
 
     async def __aiter__(self) -> AsyncIterator[Progress | Response]:
         """Until every response is done. Raises Closing when the server does before that, Failed when one cannot be."""
         missing = len(self.requests)
         while missing:
-            event = await self.events.get()
+            while not self._events:
+                self._came.clear()
+                await self._came.wait()
+            event = self._events.pop(next(iter(self._events)))
             if isinstance(event, Exception):
                 raise event
             missing -= isinstance(event, Response)
@@ -70,9 +90,11 @@ class FrontDesk:
         return len(self._jobs)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Job:
-        """Have these drawn. Raises Closing."""
+        """Have these drawn. Raises RequestFault where the server is closing, or others have asked for enough."""
         if self._closed:
             raise Closing
+        if self.unfinished + len(requests) > MOST_UNFINISHED:
+            raise RequestFault(f"more than {MOST_UNFINISHED} responses at once; send it again", status=TOO_MANY)
         self._loop = asyncio.get_running_loop()
         job = Job([dataclasses.replace(request, uid=next(self._uids)) for request in requests])
         self._jobs.update(dict.fromkeys(job.requests, job))
@@ -124,16 +146,16 @@ class FrontDesk:
             over = isinstance(event, Response)
             job = self._jobs.pop(event.uid, None) if over else self._jobs.get(event.uid)
             if job is not None:
-                job.events.put_nowait(event)
+                job.tell(event.uid, event)
 
     def _fail(self, uids: Sequence[int]) -> None:
         """Whole jobs are of no use without a response, so the rest of theirs need not be drawn."""
         for job in {job for uid in uids if (job := self._jobs.get(uid)) is not None}:
-            job.events.put_nowait(Failed())
+            job.tell(_ALL, Failed())
             self.cancel(job)
 
     def _close(self) -> None:
         self._closed = True
         for job in set(self._jobs.values()):
-            job.events.put_nowait(Closing())
+            job.tell(_ALL, Closing())
         self._jobs.clear()

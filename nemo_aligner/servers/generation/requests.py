@@ -19,6 +19,9 @@ Count = Annotated[int, Field(ge=1, le=1024)]
 MOST_RESPONSES = 2048
 """Of one request: a small body could otherwise ask for millions, and those of all other clients would wait for them."""
 
+TOO_MANY = 429
+"""The HTTP status of what may be sent again when others are done."""
+
 MOST_ENDS, LONGEST_END = 16, 256
 """Texts that end a response: how many, and the characters of each; they are looked for after every token."""
 
@@ -35,8 +38,10 @@ class RequestFault(Exception):
     def error(self) -> dict[str, str | None]:
         """As OpenAI's clients read it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message, param = _whole_characters(self.message), self.param and _whole_characters(self.param)
-        return {"message": message, "type": kind, "param": param, "code": self.code}
+        message, param, code = _whole_characters(self.message), self.param and _whole_characters(self.param), self.code
+        if self.status == TOO_MANY:
+            kind, code = "rate_limit_error", "rate_limit_exceeded"
+        return {"message": message, "type": kind, "param": param, "code": code}
 
 
 def _whole_characters(text: str) -> str:

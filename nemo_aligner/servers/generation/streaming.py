@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from nemo_aligner.data.token_texts import CONTEXT
 from nemo_aligner.engine.generation.text_stream import TextStream
 from nemo_aligner.engine.interfaces import GenerationRequest, Progress, Response, Tokenizer
@@ -30,3 +37,22 @@ class StreamedChoice:
         begins, new = self._characters, scored.after(self._tokens)
         self._characters, self._tokens = self._text.length, len(event.tokens)
         return self._index, text, new, event.finish_reason if isinstance(event, Response) else None, begins
+
+
+class EventStream(StreamingResponse):
+    """`events`, and `over` when they are, or nobody hears them any more, which may be before the first."""
+
+    def __init__(self, events: AsyncGenerator[str, None], over: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._over = events, over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
+            await self._events.aclose()
+
+
+def event_of(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

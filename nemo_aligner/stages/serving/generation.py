@@ -148,6 +148,7 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
         from nemo_aligner.servers.generation.app import make_app, refusal
         from nemo_aligner.servers.generation.clerk import Served
         from nemo_aligner.servers.generation.desk import FrontDesk
+        from nemo_aligner.servers.generation.requests import TOO_MANY
 
         served = Served(
             name=cfg.model_name or Path(cfg.gpt_model_file).name.removesuffix(".nemo"),
@@ -159,9 +160,14 @@ def serve(cfg: GenerationConfig, policy: Policy, cluster: Cluster, token: str | 
             add_bos=cfg.inference.add_BOS,
             seed=cfg.seed,
         )
-        doors = [Door(cfg.host, cfg.port, "port", token=token, refusal=refusal)]
+        shared: dict[str, Any] = {
+            "refusal": refusal,
+            "max_requests": cfg.inference.max_concurrent_requests,
+            "busy": TOO_MANY,
+        }
+        doors = [Door(cfg.host, cfg.port, "port", token=token, **shared)]
         if cfg.web_server:
-            doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password, refusal=refusal))
+            doors.append(Door(cfg.host, cfg.web_port, "web_port", cfg.username, cfg.password, **shared))
         desk = FrontDesk(stopped=lambda: stop.name is not None)
         with open_doors(make_app(served, desk), doors):
             try:

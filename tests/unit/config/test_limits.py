@@ -111,6 +111,7 @@ def loaded(name: str) -> Any:
         (EVAL, "expert_model_parallel_size", [1, 0, -1], [2]),
         (EVAL, "context_parallel_size", [1], [2]),
         (EVAL, "inference.tokens_to_generate", [1], [0]),
+        (EVAL, "inference.max_concurrent_requests", [1], [0]),
         (EVAL, "trainer.devices", [1], [0]),
         (EVAL, "hparams_file", [None], ["x"]),
         (EVAL, "checkpoint_name", [None], ["x"]),

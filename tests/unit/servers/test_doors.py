@@ -7,12 +7,14 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 
 from nemo_aligner.ports import free_port
 from nemo_aligner.servers import doors as doors_module
@@ -145,3 +147,55 @@ def test_a_slow_client_keeps_nobody_waiting_and_is_told_when_its_time_is_over(
             answer += slow.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert answer.endswith(b'{"error":"the body did not come within 0 s"}')
+
+
+def test_who_takes_nothing_of_an_answer_loses_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doors_module, "_ANSWER_S", 0.3)
+    app = FastAPI()
+
+    @app.get("/much")
+    async def much() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            while True:
+                yield b"x" * 65536
+
+        return StreamingResponse(pieces())
+
+    @app.get("/little")
+    async def little() -> str:
+        return "done"
+
+    port = free_port()
+    with (
+        open_doors(app, [Door("127.0.0.1", port, "port", max_requests=1)]),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as slow,
+    ):
+        slow.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert slow.recv(100)
+        found = []
+        while not found or (found[-1] == 503 and len(found) < 200):
+            time.sleep(0.05)
+            found.append(HTTP.get(f"http://127.0.0.1:{port}/little").status_code)
+        assert (found[0], found[-1]) == (503, 200)
+    assert "a client took nothing of its answer for 0 s, and is left" in caplog.text
+
+
+def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors_module, "_SILENT_S", 0.3)
+    app = FastAPI()
+
+    @app.get("/slow")
+    async def slow() -> str:
+        await asyncio.sleep(1)
+        return "done"
+
+    port = free_port()
+    with open_doors(app, [Door("127.0.0.1", port, "port")]), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(HTTP.get, f"http://127.0.0.1:{port}/slow", timeout=20)
+        for begun in (b"", b"GET /slow HT"):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+                silent.sendall(begun)
+                assert silent.recv(100) == b""
+        assert asked.result().json() == "done", "who asked is not silent"

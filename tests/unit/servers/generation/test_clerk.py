@@ -38,10 +38,15 @@ class Drawing(FrontDesk):
     def submit(self, requests: Sequence[GenerationRequest]) -> Job:
         job = super().submit(requests)
         self.asked += job.requests.values()
+        self._telling = asyncio.create_task(self._tell(job))
+        return job
+
+    async def _tell(self, job: Job) -> None:
         for request in reversed(job.requests.values()):
             for event in drawn(request):
-                job.events.put_nowait(event)
-        return job
+                while job.untaken:
+                    await asyncio.sleep(0)
+                job.tell(request.uid, event)
 
 
 def drawn(request: GenerationRequest) -> list[Progress | Response]:
@@ -362,6 +367,26 @@ def test_a_stream_ends_with_an_error_where_the_server_closes() -> None:
     assert [json.loads(event) for event in events] == [
         {"error": {"message": "the server is closing", "type": "server_error", "param": None, "code": None}}
     ]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_stream_that_cannot_be_sent_is_drawn_no_more(count: int) -> None:
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if len(sent) == count:
+            raise TimeoutError
+
+    async def talk() -> None:
+        desk = FrontDesk(lambda: False)
+        asked = complete(prompt="x", stream=True, echo=True, n=4, max_tokens=4)
+        stream = await asked(Clerk(Served("tiny", WithBos(), 20, 258, CHAT, (), False, SEED), desk))
+        assert desk.unfinished == 4
+        with pytest.raises(TimeoutError):
+            await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, Client().receive, send)
+        assert desk.unfinished == 0
+
+    sent: list[dict[str, Any]] = []
+    asyncio.run(talk())
 
 
 def test_a_model_is_described_as_openai_does() -> None:

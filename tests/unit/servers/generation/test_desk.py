@@ -10,6 +10,7 @@ import pytest
 from nemo_aligner.engine.interfaces import GenerationRequest, Orders, Progress, Response
 from nemo_aligner.servers.generation import desk
 from nemo_aligner.servers.generation.desk import Closing, Failed, FrontDesk
+from nemo_aligner.servers.generation.requests import RequestFault
 
 REQUESTS = [GenerationRequest(0, sample, (1, 2)) for sample in range(3)]
 
@@ -46,9 +47,11 @@ def test_a_job_hears_of_its_own_requests_alone_and_ends_with_the_last() -> None:
         [c] = others.requests
         progress = Progress(b, [5], [-1.0], [])
         desk.drawn([progress])
+        told = aiter(mine)
+        assert await anext(told) == progress
         for uid in (c, b, a):
             desk.finished(response(uid))
-        assert [event async for event in mine] == [progress, response(b), response(a)]
+        assert [event async for event in told] == [response(b), response(a)]
         assert desk.unfinished == 0
 
     asyncio.run(story())
@@ -63,6 +66,44 @@ def test_who_waits_when_the_desk_closes_is_told_and_nobody_comes_after() -> None
             [event async for event in job]
         with pytest.raises(Closing):
             desk.submit(REQUESTS)
+
+    asyncio.run(story())
+
+
+def test_a_client_that_reads_slowly_is_kept_the_newest_of_each_response_alone() -> None:
+    async def story() -> None:
+        desk = FrontDesk(lambda: False)
+        job = desk.submit(REQUESTS[:2])
+        a, b = job.requests
+        for n in range(1, 500):
+            desk.drawn([Progress(uid, [5] * n, [-1.0] * n, []) for uid in (a, b)])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert job.untaken == 2
+        told = aiter(job)
+        assert await anext(told) == Progress(a, [5] * 499, [-1.0] * 499, [])
+        desk.finished(response(b))
+        desk.finished(response(a))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert [event async for event in told] == [response(b), response(a)]
+
+    asyncio.run(story())
+
+
+def test_more_responses_than_there_is_room_for_are_refused_until_others_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story() -> None:
+        made = FrontDesk(lambda: False)
+        monkeypatch.setattr(desk, "MOST_UNFINISHED", 4)
+        first = made.submit(REQUESTS)
+        with pytest.raises(RequestFault, match="more than 4 responses at once; send it again") as refused:
+            made.submit(REQUESTS[:2])
+        assert refused.value.status == 429
+        made.submit(REQUESTS[:1])
+        made.cancel(first)
+        assert len(made.submit(REQUESTS).requests) == 3
 
     asyncio.run(story())
 
@@ -119,7 +160,7 @@ def test_progress_is_told_to_nobody_where_there_is_none() -> None:
         made.finished(response(99))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert job.events.empty()
+        assert job.untaken == 0
         assert made.unfinished == 1
 
     asyncio.run(story())

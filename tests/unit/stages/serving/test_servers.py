@@ -136,6 +136,28 @@ def test_without_a_seed_of_their_own_requests_are_drawn_with_the_servers(
     assert unseeded == same != other
 
 
+def test_more_requests_than_the_config_says_wait_until_others_are_done_or_gone(archives: Archives, alone: None) -> None:
+    cfg = config(archives)
+    cfg.inference.max_concurrent_requests = 1
+
+    def talk(client: openai.OpenAI) -> None:
+        asked: Any = {"model": "policy", "prompt": TEXTS[0]}
+        for _ in range(3):
+            with client.completions.create(**asked, max_tokens=50, stream=True, n=8) as stream:
+                next(iter(stream))
+                with pytest.raises(openai.RateLimitError, match="more than 1 requests at once; send it again") as full:
+                    client.completions.create(**asked, max_tokens=1)
+                assert full.value.code == "rate_limit_exceeded"
+                assert full.value.response.headers["Retry-After"] == "1"
+            # it waits as long as the server says, and the place of who went away is free by then
+            assert client.with_options(max_retries=2).completions.create(**asked, max_tokens=1).choices
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.01).completions.create(**asked, max_tokens=50, n=512)
+        assert client.with_options(max_retries=3).completions.create(**asked, max_tokens=1).choices
+
+    serving(cfg, talk)
+
+
 def reward_config(archives: Archives) -> ServerConfig:
     cfg = ServerConfig(rm_model_file=str(archives.judge))
     cfg.trainer.accelerator, cfg.trainer.precision, cfg.inference.port = "cpu", "32", free_port()
