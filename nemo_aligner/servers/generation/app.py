@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,20 +45,25 @@ def make_app(served: Served, desk: FrontDesk) -> FastAPI:
         return clerk.model()
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody, request: Request) -> Json | StreamingResponse:
-        return await clerk.complete(body, request)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await _rendered(await clerk.complete(body, request))
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatBody, request: Request) -> Json | StreamingResponse:
-        return await clerk.chat(body, request)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        return await _rendered(await clerk.chat(body, request))
 
     @app.put("/generate", response_model=None)
-    async def generate(body: GenerateBody, request: Request) -> Json:
-        return await clerk.generate(body, request)
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        return await _rendered(await clerk.generate(body, request))
 
     _answer_faults(app)
     app.add_middleware(Contained)
     return app
+
+
+async def _rendered(found: Json | StreamingResponse) -> Response:
+    """On a thread of its own: log-probabilities of many responses take long to write."""
+    return await asyncio.to_thread(JSONResponse, found) if isinstance(found, dict) else found
 
 
 class Contained:

@@ -44,7 +44,10 @@ class Served:
 
 
 class Clerk:
-    """Turns bodies into requests, and what was drawn into answers."""
+    """Turns bodies into requests, and what was drawn into answers.
+
+    What may take long is done on threads of its own: whoever else is answered would wait for it.
+    """
 
     def __init__(self, served: Served, desk: FrontDesk) -> None:
         self._served, self._desk, self._tokenizer = served, desk, served.tokenizer
@@ -63,10 +66,7 @@ class Clerk:
 
     async def complete(self, body: CompletionBody, request: Request) -> Json | StreamingResponse:
         self.check_model(body.model)
-        prompts = [
-            self._of_ids(one) if isinstance(one, list) else (one, self._encode(one, self._served.add_bos))
-            for one in body.prompts()
-        ]
+        prompts = await asyncio.to_thread(self._read, body.prompts(), self._served.add_bos)
         params = body.sampling(
             seed=self._served.seed,
             end_strings=self._served.end_strings,
@@ -105,7 +105,8 @@ class Clerk:
             }
 
         responses = await self._all(job, request)
-        return head.with_choices(
+        return await asyncio.to_thread(
+            head.with_choices,
             itertools.starmap(whole, enumerate(responses)),
             answers.usage(tokens, [response.tokens for response in responses]),
         )
@@ -119,7 +120,7 @@ class Clerk:
             text = self._served.chat_template.render(messages, generation_prompt=True)
         except jinja2.TemplateError as fault:
             raise RequestFault(f"the chat template refuses the conversation: {fault}", "messages") from None
-        tokens = self._encode(text, self._served.add_bos)
+        tokens = await asyncio.to_thread(self._encode, text, self._served.add_bos)
         params = body.sampling(
             seed=self._served.seed,
             end_strings=self._served.end_strings,
@@ -153,13 +154,14 @@ class Clerk:
             }
 
         responses = await self._all(job, request)
-        return Head("chat.completion", self._served.name).with_choices(
+        return await asyncio.to_thread(
+            Head("chat.completion", self._served.name).with_choices,
             itertools.starmap(whole, enumerate(responses)),
             answers.usage([tokens], [response.tokens for response in responses]),
         )
 
     async def generate(self, body: GenerateBody, request: Request) -> Json:
-        prompts = [(text, self._encode(text, body.add_BOS)) for text in body.sentences]
+        prompts = await asyncio.to_thread(self._read, body.sentences, body.add_BOS)
         params, scored = body.sampling(seed=self._served.seed), body.compute_logprob or body.logprob
         tokens = [ids for _, ids in prompts]
         requests = self._requests(
@@ -171,7 +173,11 @@ class Clerk:
             param="sentences",
         )
         responses = await self._all(self._desk.submit(requests), request)
-        return answers.nemo_answer(self._tokenizer, prompts, responses, scored)
+        return await asyncio.to_thread(answers.nemo_answer, self._tokenizer, prompts, responses, scored)
+
+    def _read(self, prompts: Sequence[str | list[int]], add_bos: bool) -> list[tuple[str, tuple[int, ...]]]:
+        """The text and the tokens of each."""
+        return [(one, self._encode(one, add_bos)) if isinstance(one, str) else self._of_ids(one) for one in prompts]
 
     def _encode(self, text: str, add_bos: bool) -> tuple[int, ...]:
         half = half_character(text)
@@ -256,6 +262,7 @@ class Clerk:
                         drawn.append(event.tokens)
                     if piece is not None:
                         yield event_of(head.with_choices([choice(*piece)]))
+                        await asyncio.sleep(0)  # to a client that is gone sending takes no time: others may go on
                 if body.stream_options is not None and body.stream_options.include_usage:
                     yield event_of(head.with_choices([], answers.usage(prompts, drawn)))
                 yield "data: [DONE]\n\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -10,8 +13,10 @@ import openai
 import pytest
 
 from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.servers.generation import answers
 from nemo_aligner.servers.generation.clerk import Clerk
 from nemo_aligner.servers.generation.streaming import StreamedChoice
+from tests.fakes import ByteTokenizer
 from tests.unit.servers.generation.test_app import Shop, shop, unfinished, wait_until
 
 __all__ = ["shop"]  # a fixture
@@ -92,3 +97,26 @@ def test_a_fault_outside_of_drawing_has_the_same_form(shop: Shop, monkeypatch: p
         assert (answer.status_code, answer.json()) == (500, {"error": TOLD})
     wait_until(lambda: unfinished(shop) == 0)
     assert drawn(shop) == before
+
+
+@pytest.mark.parametrize("slow", ["completion_logprobs", "encode"])
+def test_what_takes_long_for_one_keeps_nobody_else_waiting(
+    shop: Shop, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, began = (answers if slow == "completion_logprobs" else ByteTokenizer), threading.Event()
+    plain = getattr(of, slow)
+
+    def slowly(*arguments: Any) -> Any:
+        began.set()
+        time.sleep(1.5)
+        return plain(*arguments)
+
+    monkeypatch.setattr(of, slow, slowly)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(shop.client.completions.create, model="tiny", prompt="x", max_tokens=2, logprobs=1)
+        assert began.wait(20)
+        begin = time.monotonic()
+        assert shop.http.get("/health").status_code == 200
+        assert time.monotonic() - begin < 1
+        assert not asked.done()
+        assert asked.result().choices
