@@ -117,6 +117,8 @@ def placed(tokenizer: TextTokenizer, before: Sequence[int], tokens: Sequence[int
     neighbours, however long the text is.
     """
     settled, pending, settled_end, begins = list(before[-CONTEXT:]), list[int](), 0, 0
+    if not tokenizer.decode([*settled, *tokens]).startswith(tokenizer.decode(settled)):
+        settled = []  # as added_text has it where the two meet inside a character
     for token in tokens:
         if own_text(tokenizer, token) == "":
             yield begins, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nemo_aligner.servers.generation.answers import Json
 from nemo_aligner.servers.generation.clerk import Clerk, Served
 from nemo_aligner.servers.generation.desk import Failed, FrontDesk
-from nemo_aligner.servers.generation.requests import TOO_MANY, ChatBody, CompletionBody, GenerateBody, RequestFault
+from nemo_aligner.servers.generation.requests import (
+    NOT_OFFERED,
+    TOO_MANY,
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    RequestFault,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +35,22 @@ def make_app(served: Served, desk: FrontDesk) -> FastAPI:
     app = FastAPI(title="NeMo-Aligner", docs_url="/docs", redoc_url=None)
     clerk = Clerk(served, desk)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Json:
         return {"status": "ok", "unfinished": desk.unfinished}
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> Json:
         return {"object": "list", "data": [clerk.model()]}
 
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
         clerk.check_model(name)
@@ -89,9 +101,9 @@ class Contained:
             await answer(Failed())(scope, receive, send)
 
 
-def answer(fault: RequestFault) -> JSONResponse:
-    again = {"Retry-After": "1"} if fault.status == TOO_MANY else None
-    return JSONResponse({"error": fault.error()}, fault.status, again)
+def answer(fault: RequestFault, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    again = {"Retry-After": "1"} if fault.status == TOO_MANY else {}
+    return JSONResponse({"error": fault.error()}, fault.status, {**(headers or {}), **again})
 
 
 def refusal(said: str, status: int) -> JSONResponse:
@@ -112,15 +124,31 @@ def _answer_faults(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, fault: HTTPException) -> JSONResponse:
-        return answer(RequestFault(f"{request.method} {request.url.path}: {fault.detail}", status=fault.status_code))
+        if isinstance(fault.__cause__, RecursionError | ValueError):  # of the reader of JSON
+            return answer(RequestFault("the body is not valid JSON: no UTF-8, too deep, or numbers too long"))
+        said = f"{request.method} {request.url.path}: {fault.detail}"
+        return answer(RequestFault(said, status=fault.status_code), fault.headers)
+
+
+def _telling(errors: Sequence[Json]) -> Json:
+    """The first, or of a text or a list, of which each tells its own, what is wrong with the one that was given."""
+    first = errors[0]
+    if first["loc"][-1] != "str":
+        return first
+    others = [error for error in errors[1:] if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    if others and others[0]["type"] == "list_type":
+        return {**first, "msg": "neither a text nor a list"}
+    return others[0] if others else first
 
 
 def _first_fault(fault: RequestValidationError) -> RequestFault:
-    error = fault.errors()[0]
-    names = [str(part) for part in error["loc"][1:]]
+    error = _telling(fault.errors())
+    names = [part for part in map(str, error["loc"][1:]) if part != "str" and not part.startswith("list[")]
     param = names[0] if names else None
     if error["type"] == "json_invalid":
         return RequestFault(f"the body is not valid JSON: {error['ctx']['error']}")
+    if param in NOT_OFFERED:
+        return RequestFault(f"{param}: not offered by this server; leave it out", param)
     if error["type"] == "extra_forbidden":
         return RequestFault(f"Unrecognized request argument supplied: {'.'.join(names)}", ".".join(names))
     said = error["msg"].removeprefix("Value error, ")

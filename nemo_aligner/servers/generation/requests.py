@@ -28,6 +28,16 @@ MOST_ENDS, LONGEST_END = 16, 256
 Penalty = Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])]
 
 
+NOT_OFFERED = frozenset(
+    {
+        *("presence_penalty", "frequency_penalty", "logit_bias", "service_tier", "store", "metadata"),
+        *("best_of", "suffix", "response_format", "tools", "tool_choice", "modalities"),
+        *("all_probs", "task_ids", "neighbors"),
+    }
+)
+"""Fields that have no value but the one that changes nothing."""
+
+
 class RequestFault(Exception):
     """A request that is refused, as OpenAI's clients expect it: status, and `error` with these fields."""
 
@@ -76,6 +86,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class _OpenAIBody(_Body):
@@ -89,7 +100,9 @@ class _OpenAIBody(_Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # a name for the client's own books
+    user: str | None = None  # names for the client's own books
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     top_k: int = Field(0, ge=0)
     repetition_penalty: Penalty = 1.0
@@ -199,14 +212,26 @@ class TextPart(_Body):
 
 
 class Message(_Body):
+    """A turn; what an answer of the server has besides, and has nothing in, may come back with it."""
+
     role: str
     content: str | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_parts(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value or name not in _PARTS_OF_ANSWERS}
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text, **({} if self.name is None else {"name": self.name})}
+
+
+_PARTS_OF_ANSWERS = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls"})
 
 
 class ResponseFormat(_Body):
@@ -224,6 +249,7 @@ class ChatBody(_OpenAIBody):
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none"] | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> ChatBody:
