@@ -9,6 +9,8 @@ import asyncio
 import base64
 import hmac
 import logging
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -197,7 +199,11 @@ class _Connection(H11Protocol):
 
 @contextmanager
 def open_doors(app: ASGIApp, doors: list[Door]) -> Iterator[None]:
-    """Answer clients at every door inside the block. Raises ServerError where one is taken."""
+    """Answer clients at every door inside the block. Raises ServerError where one is taken.
+
+    Where nobody answers any more, for a fault of the web server's own, the process is told to stop as by SIGTERM, and
+    the end of the block raises ServerError.
+    """
     sockets = [_listen(door) for door in doors]
     server = uvicorn.Server(
         uvicorn.Config(
@@ -208,12 +214,23 @@ def open_doors(app: ASGIApp, doors: list[Door]) -> Iterator[None]:
             timeout_graceful_shutdown=_CLOSING_S,
         )
     )
-    thread = threading.Thread(target=server.run, args=(sockets,), name="web server", daemon=True)
+
+    def answer() -> None:
+        try:
+            server.run(sockets)
+        except BaseException:
+            log.exception("the web server fails")
+        if not server.should_exit:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=answer, name="web server", daemon=True)
     thread.start()
     for door in doors:
         log.info("serving %son http://%s:%d", f"{door.model} " if door.model else "", door.host, door.port)
     try:
         yield
+        if not thread.is_alive():
+            raise ServerError("the web server has ended by itself; the log says why")
     finally:
         server.should_exit = True
         thread.join(timeout=2 * _CLOSING_S)

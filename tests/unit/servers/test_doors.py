@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
+from nemo_aligner.errors import ServerError
 from nemo_aligner.ports import free_port
 from nemo_aligner.servers import doors as doors_module
 from nemo_aligner.servers.doors import Door, open_doors
+from nemo_aligner.stages.run_control import StopSignal
 
 TOKEN, LIMIT = "s3cr3t" * 6, 1000
 HTTP = httpx.Client(verify=False)  # one, as each reads all of the machine's certificates
@@ -199,3 +202,19 @@ def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch: pytest.Monkey
                 silent.sendall(begun)
                 assert silent.recv(100) == b""
         assert asked.result().json() == "done", "who asked is not silent"
+
+
+def test_where_nobody_answers_any_more_the_process_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        raise SystemExit("no files left")
+
+    def serve() -> None:
+        with open_doors(FastAPI(), [Door("127.0.0.1", free_port(), "port")]):
+            for _ in range(200):
+                if stop.name is None:
+                    time.sleep(0.05)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    with StopSignal() as stop, pytest.raises(ServerError, match="the web server has ended by itself; the log says why"):
+        serve()
+    assert stop.name == "SIGTERM"
