@@ -104,7 +104,7 @@ def chat_logprobs(tokenizer: Tokenizer, scored: Scored) -> Json:
 
     def entry(token: int, value: float | None) -> Json:
         text = token_text(tokenizer, token)
-        return {"token": text, "logprob": value, "bytes": list(token_bytes(tokenizer, token) or text.encode())}
+        return {"token": text, "logprob": value, "bytes": list(token_bytes(tokenizer, token))}
 
     return {
         "content": [

@@ -168,6 +168,19 @@ def test_log_probabilities_of_a_chat_have_the_bytes_of_every_token() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_the_tokens_of_a_chat_together_are_its_text(kind: str) -> None:
+    tokenizer = vocabulary(kind)
+    before, special = tokenizer.encode("the"), tokenizer.eos_id
+    tokens = [*tokenizer.encode(" film"), special, *tokenizer.encode(" 日 é"), special]
+    nothing = [None] * len(tokens)
+    found = chat_logprobs(tokenizer, Scored(tokens, nothing, nothing, before))["content"]
+    assert bytes(itertools.chain(*(entry["bytes"] for entry in found))).decode() == added_text(
+        tokenizer, before, tokens
+    )
+    assert found[-1]["token"] == tokenizer.piece(special)
+
+
 def test_nemos_answer_goes_over_prompt_and_response_of_each_sentence() -> None:
     prompts = [(" an", [1]), ("é an", [2, 4])]
     drawn = [response([2], "é", [-0.1], PromptScores([], [])), response([1, EOS], " an", [-1.0, -2.0])]
