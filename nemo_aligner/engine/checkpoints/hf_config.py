@@ -80,12 +80,19 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
         raise CheckpointError(f"{where}: {name} is not supported: it has {NOT_SUPPORTED[name]}")
     if name not in SUPPORTED:
         raise CheckpointError(f"{where}: architecture {name} is not one of {', '.join(SUPPORTED)}")
+    kind = settings.get("model_type")
+    if kind not in (None, _model_type(name)):  # transformers goes by it, and not by the architecture's name
+        raise CheckpointError(f"{where}: model_type={kind} is not {_model_type(name)}, that of {name}")
     settings = Settings({**_LEFT_OUT.get(name, {}), **config}, where)
+    if settings.get("is_causal") is False:
+        raise CheckpointError(f"{where}: is_causal=False is not supported: tokens would see those after them")
     activation = settings.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(f"{where}: hidden_act={activation} is not one of {', '.join(ACTIVATIONS)}")
     length, biased = settings.needed("max_position_embeddings"), bool(settings.get("attention_bias"))
     base, fraction, scaling = _rope(settings, where)
+    if fraction != 1.0 and name != "Phi3ForCausalLM":  # transformers' others turn whole heads, whatever it says
+        raise CheckpointError(f"{where}: partial_rotary_factor={fraction} is not 1, and {name} turns whole heads")
     window, window_layers = _windows(name, settings)
     arch = Architecture(
         **_experts(name, settings, where),
@@ -117,6 +124,11 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     return arch
 
 
+def _model_type(name: str) -> str:
+    """The `model_type` of an architecture."""
+    return name.removesuffix("ForCausalLM").replace("Moe", "_moe").lower()
+
+
 def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
     """What an architecture with experts says of them; nothing of others."""
     if name not in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
@@ -124,7 +136,7 @@ def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
     given = [settings.get(key) for key in ("num_local_experts", "num_experts")]
     found: dict[str, Any] = {
         "num_moe_experts": next((count for count in given if count), None),
-        "moe_router_topk": settings.needed("num_experts_per_tok"),
+        "moe_router_topk": settings.whole("num_experts_per_tok"),
         "moe_ffn_hidden_size": settings.get("moe_intermediate_size", settings.get("intermediate_size")),
         "moe_aux_loss_coeff": settings.get("router_aux_loss_coef") or 0.0,
     }
@@ -133,13 +145,17 @@ def _experts(name: str, settings: Settings, where: str) -> dict[str, Any]:
     if settings.get("router_jitter_noise"):
         raise CheckpointError(f"{where}: router_jitter_noise={settings['router_jitter_noise']} is not 0")
     if name == "Qwen3MoeForCausalLM":
-        step, dense = settings.get("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
+        step, dense = settings.whole("decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
         layers = range(settings.needed("num_hidden_layers"))
         sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
         if not any(sparse):
             raise CheckpointError(f"{where}: decoder_sparse_step={step}, mlp_only_layers={dense}: no layer has experts")
         found["moe_layer_freq"] = 1 if all(sparse) else sparse
         found["moe_router_pre_softmax"] = not settings.get("norm_topk_prob", False)
+    if found["moe_router_topk"] == 1 and not found.get("moe_router_pre_softmax"):
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok=1 is not above 1, and one weight that is normed is always 1"
+        )
     return found
 
 
@@ -205,7 +221,7 @@ def to_hf_config(arch: Architecture, torch_dtype: str) -> dict[str, Any]:
         rope |= vars(arch.rope_scaling)
     return {
         "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").replace("Moe", "_moe").lower(),
+        "model_type": _model_type(name),
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,

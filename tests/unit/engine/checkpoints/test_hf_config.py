@@ -98,6 +98,9 @@ def test_a_shape_that_is_none_of_them_says_why(changes: dict[str, Any], what: st
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' is not one of default, linear, llama3"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 2}}, "rope_scaling: beta=2 is not understood"),
         ({"unheard_of": 2}, "unheard_of=2 is not understood"),
+        ({"model_type": "gemma"}, "model_type=gemma is not llama, that of LlamaForCausalLM"),
+        ({"is_causal": False}, "is_causal=False is not supported: tokens would see those after them"),
+        ({"model_type": "qwen3"}, "model_type=qwen3 is not llama, that of LlamaForCausalLM"),
     ],
 )
 def test_a_config_that_is_not_understood_is_named_with_its_file(changes: dict[str, Any], said: str) -> None:
@@ -108,6 +111,17 @@ def test_a_config_that_is_not_understood_is_named_with_its_file(changes: dict[st
         architecture_of(config, "other")
 
 
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if name != "Phi3ForCausalLM"])
+@pytest.mark.parametrize("block", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
+def test_heads_are_turned_in_part_where_transformers_does_so_and_nowhere_else(name: str, block: dict[str, Any]) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2} if name.startswith(("Mixtral", "Qwen3Moe")) else {}
+    config = {**SHAPE, **experts, "num_key_value_heads": 2, "architectures": [name]}
+    with pytest.raises(CheckpointError, match=rf"^config\.json: partial_rotary_factor=0.5 is not 1, and {name} turns"):
+        architecture_of({**config, **block})
+    assert architecture_of({**config, "partial_rotary_factor": 1.0}).rotary_percentage == 1.0
+    assert architecture_of({**SHAPE, "architectures": ["Phi3ForCausalLM"], **block}).rotary_percentage == 0.5
+
+
 @pytest.mark.parametrize("name", sorted(SHAPE.keys() - {"architectures"}))
 def test_a_size_that_is_missing_is_named(name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^config\.json has no {name}$"):
@@ -116,6 +130,7 @@ def test_a_size_that_is_missing_is_named(name: str) -> None:
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it() -> None:
     arch = architecture_of(SHAPE)
+    assert architecture_of({**SHAPE, "is_causal": True}) == arch
     assert (arch.query_groups, arch.head_dim, arch.activation, arch.attention_dropout) == (4, 8, "fast-swiglu", 0.0)
     assert not any((arch.qkv_bias, arch.has_proj_bias, arch.has_mlp_bias, arch.share_embeddings_and_output_weights))
 
