@@ -182,8 +182,8 @@ def gguf_file(**other: Any) -> bytes:
         for name, value in values.items():
             if value is None or value == []:
                 continue
-            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-            add[type(value)](name, value)
+            numbers = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            ({str: writer.add_string, list: writer.add_array} | numbers)[type(value)](name, value)
         writer.add_tensor("token_embd.weight", np.zeros((2, 8), np.float32))
         for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
             step()

@@ -17,7 +17,7 @@ _EXPRESSIONS = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "q
 _GPT2 = ("gpt-2", "smollm")  # GPT-2's expression; smollm takes digits one by one before it
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is that token, whatever the merges say
 
-_CONTROL = 3
+_SPECIAL, _USER_DEFINED = (2, 3), 4  # of `tokenizer.ggml.token_type`: unknown and control; text that is one token
 
 
 def checked_tokenizer(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -64,8 +64,10 @@ def tokenizer_json(values: Mapping[str, Any]) -> bytes:
         steps.insert(0, pre_tokenizers.Split(Regex(_EXPRESSIONS[split]), behavior="isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, sort in zip(tokens, values["token_type"], strict=True) if sort == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    added = [AddedToken(token, normalized=False) for token in tokens]
+    sorts = values["token_type"]
+    tokenizer.add_special_tokens([token for token, sort in zip(added, sorts, strict=True) if sort in _SPECIAL])
+    tokenizer.add_tokens([token for token, sort in zip(added, sorts, strict=True) if sort == _USER_DEFINED])
     return tokenizer.to_str().encode()
 
 

@@ -111,6 +111,11 @@ def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int)
     head_dim = settings.whole("attention.key_length", max(1, hidden // heads))
     if settings.get("attention.value_length", head_dim) != head_dim:
         raise CheckpointError("attention.key_length and attention.value_length differ, which is not supported")
+    turned = settings.whole("rope.dimension_count", head_dim)
+    if turned % 2 or turned > head_dim:
+        raise CheckpointError(f"rope.dimension_count={turned} is not an even number up to the {head_dim} of a head")
+    if settings.get("attention.causal") is False:
+        raise CheckpointError("attention.causal=False is not supported: tokens would see those after them")
     return Architecture(
         num_layers=settings.needed("block_count"),
         hidden_size=hidden,
@@ -122,7 +127,7 @@ def _architecture(settings: Settings, tensors: Collection[str], vocabulary: int)
         encoder_seq_length=settings.needed("context_length"),
         max_position_embeddings=settings["context_length"],
         rotary_base=settings.get("rope.freq_base", 10000.0),
-        rotary_percentage=settings.whole("rope.dimension_count", head_dim) / head_dim,
+        rotary_percentage=turned / head_dim,
         rope_scaling=_scaling(settings),
         layernorm_epsilon=_rounded(settings.needed("attention.layer_norm_rms_epsilon")),
         window_size=settings.get("attention.sliding_window"),
@@ -162,11 +167,16 @@ def _hf_order(name: str, value: LazyTensor, arch: Architecture) -> LazyTensor:
     for part, heads in ((".attn_q.", arch.num_attention_heads), (".attn_k.", arch.query_groups)):
         if part in name:
             check_shape(arch, _hf_name(name), value, said=name)  # the rows of another could not be told apart
-            return lazily(functools.partial(unpermuted, heads=heads), value)
+            turned = round(arch.head_dim * arch.rotary_percentage)
+            return lazily(functools.partial(unpermuted, heads=heads, turned=turned), value)
     return value
 
 
-def unpermuted(weight: Tensor, heads: int) -> Tensor:
-    """Undo GGUF's row order of q and k: `[heads, D/2, 2]` (interleaved rotary pairs) → `[heads, 2, D/2]` (halves)."""
-    shape = weight.shape
-    return weight.view(heads, shape[0] // heads // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+def unpermuted(weight: Tensor, heads: int, turned: int) -> Tensor:
+    """Undo GGUF's row order of q and k, in the first `turned` rows of each of `heads`, which the embedding turns.
+
+    `[T/2, 2]` (rotary pairs side by side) → `[2, T/2]` (halves).
+    """
+    rows = weight.unflatten(0, (heads, -1))
+    pairs = rows[:, :turned].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((pairs, rows[:, turned:]), dim=1).flatten(0, 1)

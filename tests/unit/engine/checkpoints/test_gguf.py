@@ -14,7 +14,7 @@ import transformers
 
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine.checkpoints.gguf_tokenizer import tokenizer_json, tokenizer_settings
-from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf
+from nemo_aligner.engine.checkpoints.gguf_weights import read_gguf, unpermuted
 from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
 from nemo_aligner.engine.checkpoints.tokenizer import FastTokenizer
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size
@@ -142,6 +142,32 @@ def test_logits_equal_those_of_the_model_it_was_made_from(case: str, tmp_path: P
     torch.testing.assert_close(found, hidden @ output.T, atol=1e-4, rtol=1e-4)
 
 
+def turned_by(angles: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """`pairs` `[..., T/2, 2]`, each turned by its angle."""
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles))
+
+
+@pytest.mark.parametrize("turned", [2, 4, 8])
+def test_of_heads_that_are_turned_in_part_the_rows_are_those_that_the_file_turns(turned: int) -> None:
+    """llama.cpp turns rows 0 and 1, 2 and 3, ... of a head's first `turned`; here row i goes with i + turned/2."""
+    heads, width = 3, 8
+    query, key = torch.randn(2, heads, width)
+    angles = torch.rand(turned // 2)
+
+    def in_file(vector: torch.Tensor) -> torch.Tensor:
+        first = turned_by(angles, vector[:, :turned].unflatten(1, (-1, 2))).flatten(1)
+        return torch.cat((first, vector[:, turned:]), dim=1)
+
+    def here(vector: torch.Tensor) -> torch.Tensor:
+        rows = unpermuted(vector.flatten(), heads, turned).view(heads, width)
+        first = turned_by(angles, rows[:, :turned].unflatten(1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(1)
+        return torch.cat((first, rows[:, turned:]), dim=1)
+
+    score = (in_file(query) * key).sum(1)
+    unturned = unpermuted(key.flatten(), heads, turned).view(heads, width)
+    torch.testing.assert_close((here(query) * unturned).sum(1), score)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
@@ -244,6 +270,19 @@ def test_letters_are_merged_as_the_file_says_and_whole_words_where_its_kind_know
     assert [tokenizer.piece(i) for i in tokenizer.encode("the</s>")] == ["the", "</s>"]
     assert [tokenizer.piece(i) for word in ("the", "at") for i in tokenizer.encode(word)] == tokens
     assert tokenizer.decode(tokenizer.encode("the é  at</s>")) == "the é  at"
+
+
+def test_a_token_that_the_file_gives_as_one_is_never_cut_and_stays_in_the_text() -> None:
+    vocabulary = [*byte_tokens(), "<think>", "\t\t", "<unused>", "<unk>"]
+    types = [1] * 256 + [3] * 3 + [4, 4, 5, 2]
+    content = tokenizer_json({"model": "gpt2", "pre": "gpt-2", "tokens": vocabulary, "merges": [], "token_type": types})
+    tokenizer = FastTokenizer(content, {"eos_token": "</s>"})
+    assert [tokenizer.piece(i) for i in tokenizer.encode("a<think>\t\t</s><unk>")] == [
+        *("a", "<think>", "\t\t", "</s>", "<unk>"),
+    ]
+    assert len(tokenizer.encode("<unused>")) == 8
+    assert tokenizer.decode(tokenizer.encode("a<think>\t\tb</s><unk>")) == "a<think>\t\tb"
+    assert tokenizer.vocab_size == len(vocabulary)
 
 
 def test_a_way_of_splitting_that_is_not_known_is_refused() -> None:
