@@ -106,6 +106,7 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
     vocabulary = _vocabulary(tokenizer_json, named(key, folder / TOKENIZER))
     older = read_json(folder / _ADDED, key=key) if (folder / _ADDED).is_file() else {}
     _check_added_tokens(vocabulary, _added_tokens(by_name, older), named(key, folder))
+    _check_splitting(json.loads(tokenizer_json).get("pre_tokenizer"), by_name[0], named(key, folder))
 
     def refused(name: str, value: Any, wanted: str) -> CheckpointError:
         return CheckpointError(f"{named(key, folder)}: {name}={str(value)[:80]} is not {wanted}")
@@ -162,6 +163,15 @@ def _check_added_tokens(vocabulary: Tokenizer, given: Iterable[tuple[str, Any]],
         for flag in flags:
             if flag in own and own[flag] != getattr(known[text], flag):
                 raise CheckpointError(f"{where}: {name}: {text} has {flag}={own[flag]}, other than in {TOKENIZER}")
+
+
+def _check_splitting(splits: Any, settings: dict[str, Any], where: str) -> None:
+    """Raises CheckpointError for settings by which transformers splits texts otherwise than `splits` of the file."""
+    if settings.get("split_special_tokens"):
+        raise CheckpointError(f"{where}: split_special_tokens=True is not supported: special tokens in texts are whole")
+    name, own = "add_prefix_space", splits if isinstance(splits, dict) else {}
+    if name in own and settings.get(name) not in (None, own[name]):
+        raise CheckpointError(f"{where}: {name}={settings[name]}, other than in {TOKENIZER}; change it there")
 
 
 def _vocabulary(tokenizer_json: bytes, where: str) -> Tokenizer:
