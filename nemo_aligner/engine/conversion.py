@@ -27,7 +27,7 @@ from nemo_aligner.engine.checkpoints.nemo_archive import (
 from nemo_aligner.engine.checkpoints.peft_folder import read_peft_folder, write_peft_folder
 from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer, load_tokenizer
-from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive
+from nemo_aligner.engine.loading import described_archive, load_for_inference, start_for_archive, with_vocabulary
 from nemo_aligner.engine.model.build import RunOptions, build_model, parse_precision
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.processes.launch import launch_local_ranks
@@ -63,8 +63,10 @@ def random_checkpoint(shape: Path) -> Checkpoint:
     Raises ConfigError, CheckpointError.
     """
     given = read_mapping(shape, "--random-init")
-    arch = Architecture.from_nemo({**given, "tokenizer": BYTE_TOKENIZER}, f"--random-init {shape}")
-    return Checkpoint(arch, None, byte_tokenizer())
+    where = f"--random-init {shape}"
+    return Checkpoint(
+        Architecture.from_nemo({**given, "tokenizer": BYTE_TOKENIZER}, where), None, byte_tokenizer(), where
+    )
 
 
 def with_first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
@@ -117,7 +119,8 @@ def write_part(checkpoint: Checkpoint, output: Path, cluster: MegatronCluster, *
     run = RunOptions(dtype=parse_precision(precision), tp=cluster.tp, shapes_only=given is not None)
     with placed(checkpoint.where):
         weights = None if given is None else to_megatron(arch, given, rows)
-    tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
+        tokenizer = FastTokenizer(checkpoint.tokenizer_json, arch.tokenizer)
+        arch = with_vocabulary(arch, tokenizer, checkpoint.where)
     save_archive(output, build_model(cut, run), replace(arch, precision=precision), tokenizer, cluster, weights)
 
 
@@ -131,7 +134,7 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
     with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
         with open_archive(base, cluster, key="--base") as opened, placed(f"--base {base}"):
             tokenizer = load_tokenizer(opened, arch)
-        arch = replace(arch, vocab_size=arch.vocab_size or tokenizer.vocab_size)
+        arch = with_vocabulary(arch, tokenizer, f"--base {base}")
         model = build_model(arch, RunOptions(dtype=parse_precision(precision), lora=lora))
         _, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected, unexpected

@@ -204,7 +204,7 @@ def _load(
     if stayed is not None:
         if cluster.is_main:
             log.info("%s is in memory already", path)
-        arch, tokenizer = _with_vocabulary(path, arch, stayed.tokenizer, key)
+        arch, tokenizer = with_vocabulary(arch, stayed.tokenizer, named(key, path)), stayed.tokenizer
         module = build_model(arch, run)
         resident.fill(module, stayed.weights)
         return LoadedModel(module, arch, tokenizer, run, source, digest=digest)
@@ -225,20 +225,18 @@ def _opened(path: str | Path, folder: Path, arch: Architecture, key: str) -> tup
     """The shape with its vocabulary, and the tokenizer, of an opened archive."""
     with placed(named(key, path)):
         tokenizer = load_tokenizer(folder, arch)
-    return _with_vocabulary(path, arch, tokenizer, key)
+    return with_vocabulary(arch, tokenizer, named(key, path)), tokenizer
 
 
-def _with_vocabulary(
-    path: str | Path, arch: Architecture, tokenizer: ArchiveTokenizer, key: str
-) -> tuple[Architecture, ArchiveTokenizer]:
-    """The shape with its vocabulary, which archives of NeMo leave to the tokenizer, and this tokenizer."""
-    if not arch.vocab_size:
-        arch = replace(arch, vocab_size=tokenizer.vocab_size)
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise CheckpointError(
-            f"{named(key, path)}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}"
-        )
-    return arch, tokenizer
+def with_vocabulary(arch: Architecture, tokenizer: ArchiveTokenizer, where: str) -> Architecture:
+    """The shape with its vocabulary, which archives of NeMo leave to the tokenizer.
+
+    Raises CheckpointError where `tokenizer` has tokens that the model does not.
+    """
+    if tokenizer.vocab_size > (arch.vocab_size or tokenizer.vocab_size):
+        last = tokenizer.vocab_size - 1
+        raise CheckpointError(f"{where}: the tokenizer has ids up to {last}, the model up to {arch.vocab_size - 1}")
+    return replace(arch, vocab_size=arch.vocab_size or tokenizer.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class FastTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.files = {HF_FILE: content}
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # not how many there are: some vocabularies leave ids out
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.chat_template: str | None = settings.get("chat_template")
         eos = self._id(settings.get("eos_token"))
         if eos is None:
@@ -101,11 +102,11 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [i for i in ids if not self._processor.is_control(i)]
+        kept = [i for i in ids if i < self.vocab_size and not self._processor.is_control(i)]
         return self._processor.decode(kept)
 
     def piece(self, token: int) -> str:
-        return self._processor.id_to_piece(token)
+        return self._processor.id_to_piece(token) if token < self.vocab_size else ""
 
 
 BYTE_TOKENIZER = {"library": "huggingface", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}

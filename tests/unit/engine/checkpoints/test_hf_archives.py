@@ -14,7 +14,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import archive_hash, read_architecture
 from nemo_aligner.engine.checks import check_is_reward_model
-from nemo_aligner.engine.conversion import export_hf
+from nemo_aligner.engine.conversion import export_hf, read_checkpoint, write_part
 from nemo_aligner.engine.policy import load_policy, load_policy_for_training
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.reward_model import load_reward_model_for_training
@@ -85,6 +85,20 @@ def test_a_reward_model_grows_from_a_folder_and_a_folder_is_none(folder: Path, c
     assert torch.equal(ours, theirs)
     with pytest.raises(CheckpointError, match="is a language model, not a reward model"):
         check_is_reward_model(folder, "gpt_model_file")
+
+
+def test_a_token_without_a_row_of_weights_is_refused_and_never_read_as_padding(
+    folder: Path, cluster: MegatronCluster, tmp_path: Path
+) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 301  # the 300 rows are padded to 384
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    said = r": the tokenizer has ids up to 301, the model up to 299$"
+    with pytest.raises(CheckpointError, match=rf"^{KEY}={folder}{said}"):
+        load_policy(folder, cluster, precision="32", key=KEY)
+    with pytest.raises(CheckpointError, match=rf"^--input {folder}{said}"):
+        write_part(read_checkpoint(folder), tmp_path / "m.nemo", cluster, precision="32")
+    assert not (tmp_path / "m.nemo").exists()
 
 
 def test_faults_name_the_key_and_the_folder(folder: Path, cluster: MegatronCluster, tmp_path: Path) -> None:

@@ -77,13 +77,19 @@ def test_texts_are_neither_cut_nor_padded_nor_given_special_tokens() -> None:
     assert [plain.piece(i) for i in (257, 300)] == ["<|eos|>", ""]
 
 
+def test_a_vocabulary_ends_behind_its_last_id_also_where_some_are_left_out() -> None:
+    content = json.loads(byte_tokenizer())
+    content["model"]["vocab"]["a"] = 5000
+    assert FastTokenizer(json.dumps(content).encode(), BYTE_TOKENIZER).vocab_size == 5001
+
+
 def test_a_sentencepiece_model_knows_its_own_special_tokens() -> None:
     padded = SentencePieceTokenizer(piece_model(pad_id=3), {"chat_template": "{{ x }}"})
     assert (padded.bos_id, padded.eos_id, padded.pad_id, padded.stop_ids) == (1, 2, 3, {2})
     assert padded.chat_template == "{{ x }}"
     assert [padded.piece(i) for i in range(padded.vocab_size)].index("</s>") == 2
-    with pytest.raises(IndexError):
-        padded.piece(padded.vocab_size)
+    more = [padded.vocab_size, *padded.encode("the film"), padded.vocab_size + 9]  # of rows that only pad a model's
+    assert (padded.piece(more[0]), padded.decode(more)) == ("", "the film")
     bare = SentencePieceTokenizer(piece_model(bos_id=-1), {}, "a.model")
     assert (bare.bos_id, bare.pad_id, bare.chat_template) == (None, bare.eos_id, None)
     first = SentencePieceTokenizer(piece_model(bos_id=0, unk_id=1, pad_id=3), {})
