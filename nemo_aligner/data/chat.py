@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.data.conversations import Messages, messages_of, template_values
+from nemo_aligner.data.conversations import NO_CHARACTERS, Messages, messages_of, template_values
 from nemo_aligner.data.jsonl import Row
 from nemo_aligner.data.token_texts import TextTokenizer
 from nemo_aligner.errors import ConfigError, DataError
@@ -30,8 +30,8 @@ class ChatTokenizer(TextTokenizer, Protocol):
     chat_template: str | None
 
 
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-"""Around what `{% generation %}` holds; Unicode gives these to nobody, so that no text has them."""
+_BEGIN, _END, _PROBE = NO_CHARACTERS
+"""Around what `{% generation %}` holds, and an answer that no template has a use for."""
 
 
 class _Generation(Extension):
@@ -55,6 +55,15 @@ _FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErr
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
     """Jinja's own escapes for HTML and sorts."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+_UNKNOWN = {
+    name: jinja2.StrictUndefined(
+        f"it writes {name}, which is not known here; the template has to have the token itself"
+    )
+    for name in ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
+}
+"""What transformers gives a template besides BOS and EOS; left out, it would be written as nothing."""
 
 
 def _refuse(message: str) -> None:
@@ -98,9 +107,6 @@ def check_template(given: ChatKeys, key: str) -> None:
 
 _OWN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
 
-_PROBE = "\ufdd2"
-"""An answer that no template has a use for."""
-
 
 @dataclass(frozen=True)
 class Frame:
@@ -139,8 +145,9 @@ class ChatTemplate:
 
     def _marked(self, messages: Messages, generation_prompt: bool, values: Mapping[str, Any] | None = None) -> str:
         own = {"messages": messages, "add_generation_prompt": generation_prompt, **self._special}
+        given = {"tools": None, "documents": None, **_UNKNOWN, **self._options, **(values or {}), **own}
         try:
-            return self._template.render({"tools": None, "documents": None, **self._options, **(values or {}), **own})
+            return self._template.render(given)
         except _FAULTS as fault:
             raise jinja2.TemplateError(str(fault)) from None
 

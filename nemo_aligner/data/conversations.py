@@ -13,6 +13,9 @@ from nemo_aligner.records import TEMPLATE_FIELDS, Turns
 Messages = list[dict[str, Any]]
 """[{role, content}, ...], as chat templates take them."""
 
+NO_CHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2")
+"""Unicode gives these to nobody; they mark places in what a template renders, so that no turn may have them."""
+
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant"}
 _SYSTEM, _TOOLS, _VALUES = TEMPLATE_FIELDS
 
@@ -33,6 +36,8 @@ def messages_of(row: Row, path: str | Path, line: int | None) -> Messages:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
             raise DataError(f"the turn {message!r} lacks a role or a text", path, line)
+        if found := set(NO_CHARACTERS).intersection(message["content"]):
+            raise DataError(f"a turn holds U+{ord(min(found)):04X}, which is no character", path, line)
         if message.get("weight", 1) not in (0, 1):
             raise DataError(f"a turn's weight is 0 or 1, not {message['weight']!r}", path, line)
     return messages

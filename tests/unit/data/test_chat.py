@@ -157,6 +157,32 @@ def test_a_turn_without_a_role_or_a_text_is_named_with_its_line(tokenizer: FastT
         ChatTemplate(PLAIN, tokenizer, "k").segments({"messages": [*MESSAGES, turn]}, "rows.jsonl", 7)
 
 
+@pytest.mark.parametrize("name", ["pad_token", "unk_token", "additional_special_tokens"])
+def test_a_token_that_is_not_known_is_never_written_as_nothing(name: str, tokenizer: FastTokenizer) -> None:
+    rows = {"messages": MESSAGES}
+    said = rf"^p:2: the chat template refuses the conversation: it writes {name}, which is not known here"
+    chat = ChatTemplate(f"{{{{ {name} }}}}" + PLAIN, tokenizer, "k")
+    for render in (chat.whole, chat.prompt, chat.frame, chat.segments):
+        with pytest.raises(DataError, match=said):
+            render(rows, "p", 2)
+    asking = ChatTemplate(f"{{% if {name} is defined %}}x{{% endif %}}" + PLAIN, tokenizer, "k")
+    assert asking.whole(rows, "p", 2) == ChatTemplate(PLAIN, tokenizer, "k").whole(rows, "p", 2)
+    given = ChatTemplate(f"{{{{ {name} }}}}" + PLAIN, tokenizer, "k", {name: "<x>"})
+    assert given.whole(rows, "p", 2).startswith("<x>")
+
+
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2"])
+def test_no_letter_of_a_turn_is_taken_for_a_mark_of_a_template(mark: str, tokenizer: FastTokenizer) -> None:
+    rows = {"messages": [{"role": "user", "content": f"a{mark}b"}, {"role": "assistant", "content": "c"}]}
+    for render in (
+        ChatTemplate(MARKED, tokenizer, "k").whole,
+        ChatTemplate(MARKED, tokenizer, "k").prompt,
+        ChatTemplate(MARKED, tokenizer, "k").segments,
+    ):
+        with pytest.raises(DataError, match=rf"^p:2: a turn holds U\+{ord(mark):04X}, which is no character$"):
+            render(rows, "p", 2)
+
+
 @pytest.mark.parametrize(
     "reach",
     [
