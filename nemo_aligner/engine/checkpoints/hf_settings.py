@@ -59,6 +59,8 @@ def weight_map(folder: Path, *, key: str = "--input") -> dict[str, str] | None:
     for name in sorted(set(found.values())):
         if "/" in name or "\0" in name or not (folder / name).is_file():
             raise CheckpointError(f"{named(key, folder)}: {INDEX} names {name}, which is not there")
+    if (folder / SINGLE).is_file() and set(found.values()) != {SINGLE}:  # which transformers would take in their place
+        raise CheckpointError(f"{named(key, folder)}: {INDEX} names other files beside {SINGLE}; take one of them away")
     return found
 
 

@@ -106,6 +106,16 @@ def test_the_index_decides_which_files_count(folder: Path) -> None:
         read_hf_folder(folder)
 
 
+def test_one_file_beside_an_index_of_others_is_refused_as_transformers_would_take_it_alone(folder: Path) -> None:
+    tensors = sharded(folder)
+    save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, folder / "model.safetensors")
+    said = r"model\.safetensors\.index\.json names other files beside model\.safetensors; take one of them away$"
+    with pytest.raises(CheckpointError, match=said):
+        read_hf_folder(folder)
+    write(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(tensors, "model.safetensors")})
+    assert not ours(folder).any()
+
+
 def test_several_files_without_an_index_are_refused(folder: Path) -> None:
     sharded(folder)
     (folder / "model.safetensors.index.json").unlink()
