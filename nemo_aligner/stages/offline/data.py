@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -83,9 +84,12 @@ class RowCheck:
         self._input_key, self._required = data.input_key, required
         self._answer = data.output_key if data.output_key in required else None
         self._plain = self._chats = self._both = 0
+        self._named = set(re.findall(r"\{(\w+)\}", data.prompt_template or "")) - {data.input_key}
+        self._unfilled = set[str]()
 
     def __call__(self, row: Row, path: Path, line: int) -> None:
         """Raises DataError."""
+        self._unfilled |= self._named & row.keys()
         turns = Turns.of(row, self._input_key)
         if turns is None or self._input_key not in self._required:
             self._plain += 1
@@ -98,6 +102,11 @@ class RowCheck:
         check_texts(row, {name: key for name, key in self._required.items() if name not in there}, path, line)
 
     def report(self, name: str) -> None:
+        for field in sorted(self._unfilled):
+            log.warning(
+                "%s: data.prompt_template leaves {%s} as it is, though rows have such a field: {%s} alone is filled in",
+                name, field, self._input_key,
+            )  # fmt: skip
         if self._chats and self._plain:
             log.info("%s: %d rows are conversations, %d are plain prompts", name, self._chats, self._plain)
         if self._both:

@@ -51,6 +51,19 @@ def test_the_samples_of_an_evaluation_are_not_written_over_what_it_samples_from(
         evaluation.run(cfg)
 
 
+def test_a_field_of_the_rows_that_a_template_names_and_does_not_fill_in_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(tmp_path, "a")
+    (tmp_path / "a").write_text('{"input": "x", "context": "y"}\n')
+    told = "data.prompt_template leaves {context} as it is, though rows have such a field: {input} alone is filled in"
+    for template, is_told in (("{context} {input}", True), ("\\boxed{answer} {input}", False), ("{input}", False)):
+        caplog.clear()
+        cfg.data.prompt_template = template
+        open_rows(cfg.data, {"input": "data.input_key"})
+        assert (told in caplog.text) is is_told
+
+
 def test_a_template_says_where_the_prompt_goes() -> None:
     check_templates(OfflineDataConfig())
     check_templates(OfflineDataConfig(prompt_template="Q: {text}", input_key="text"))
