@@ -9,7 +9,7 @@ from typing import Protocol
 from nemo_aligner.config.offline import OfflineDataConfig
 from nemo_aligner.data.chat import ChatTokenizer
 from nemo_aligner.data.jsonl import Row
-from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.prompts import bos_for, with_bos
 from nemo_aligner.data.row_texts import texts_of
 from nemo_aligner.data.token_texts import continuation, drawn_tokens, ids_key
 
@@ -47,6 +47,7 @@ class TextEncoder:
         self._texts = texts_of(data, model.tokenizer)
         self._limit = min(data.max_seq_length, model.max_sequence_length)
         self._eos = model.append_eod if data.add_eos is None else data.add_eos
+        self._bos = bos_for(model.tokenizer, data.add_bos, "data.add_bos")
         self._cut = self._unspelt = 0
 
     def tokens(self, row: Row, where: str = "") -> list[int]:
@@ -55,7 +56,7 @@ class TextEncoder:
         ids = self._as_drawn(row, where)
         if ids is None:
             ids = self._tokenizer.encode(self._texts.text(row, data.output_key, where))
-        ids = with_bos(ids, self._tokenizer.bos_id if data.add_bos else None)
+        ids = with_bos(ids, self._bos)
         found, cut = ended(ids, limit=self._limit, eos=self._tokenizer.eos_id if self._eos or not ids else None)
         self._cut += cut
         return found

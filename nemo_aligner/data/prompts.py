@@ -13,7 +13,8 @@ from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.conversations import check_turns
 from nemo_aligner.data.jsonl import Row, load_rows
 from nemo_aligner.data.row_texts import RowTexts
-from nemo_aligner.errors import DataError
+from nemo_aligner.data.token_texts import TextTokenizer
+from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.records import Turns
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,13 @@ class PromptRow:
     def shown(self) -> Row:
         """The prompt as rows for people have it."""
         return {"input": self.text} if self.turns is None else {self.turns.field: self.turns.given}
+
+
+def bos_for(tokenizer: TextTokenizer, asked: bool, key: str) -> int | None:
+    """BOS where it is `asked` for, which `key` says. Raises ConfigError where the tokenizer has none."""
+    if asked and tokenizer.bos_id is None:
+        raise ConfigError("the model's tokenizer has no BOS token", key)
+    return tokenizer.bos_id if asked else None
 
 
 def with_bos(tokens: Sequence[int], bos_id: int | None) -> list[int]:

@@ -20,7 +20,7 @@ from nemo_aligner.config.schema import InferenceConfig
 from nemo_aligner.data.blending import Blend, split_chunk
 from nemo_aligner.data.journal import Journal, refuse_other_run
 from nemo_aligner.data.jsonl import Row, write_jsonl
-from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.prompts import bos_for, with_bos
 from nemo_aligner.data.provenance import write_provenance
 from nemo_aligner.data.row_texts import texts_of
 from nemo_aligner.data.token_texts import ids_key, spelling
@@ -104,6 +104,7 @@ def sample(cfg: SamplerConfig, rows: Blend, policy: Policy, cluster: Cluster) ->
 
 def draw(cfg: SamplerConfig, rows: Blend, chunk: range, policy: Policy, journal: Journal, cluster: Cluster) -> None:
     """Fill the journal. Raises StoppedEarly."""
+    bos_for(policy.tokenizer, cfg.data.add_bos, "data.add_bos")  # an evaluation's is its reward model's too
     prompts = Prompts(cfg, rows, policy)
     places = range(cluster.dp_rank, len(chunk), cluster.dp_size)
     if not journal.done:  # else the run that began has looked at them
@@ -154,6 +155,8 @@ class Prompts:
     def __init__(self, cfg: SamplerConfig, rows: Blend, policy: Policy) -> None:
         self._cfg, self._rows, self._policy = cfg, rows, policy
         self._texts = texts_of(cfg.data, policy.tokenizer)
+        asked = bos_for(policy.tokenizer, cfg.inference.add_BOS, "inference.add_BOS")
+        self._bos = policy.tokenizer.bos_id if cfg.data.add_bos else asked
         self._encoded = lru_cache(_NEWEST)(self._encode)
 
     def tokens(self, position: int) -> tuple[int, ...]:
@@ -180,7 +183,7 @@ class Prompts:
         index = position % len(self._rows)
         row, where = self._rows[index], self._rows.where(index)
         ids = tokenizer.encode(self._texts.prompt(row, *where))
-        ids = with_bos(ids, tokenizer.bos_id if data.add_bos or self._cfg.inference.add_BOS else None)
+        ids = with_bos(ids, self._bos)
         is_plain, room = Turns.of(row, data.input_key) is None, self._policy.max_sequence_length - 1
         if not is_plain and len(ids) > min(room, data.max_seq_length):
             raise DataError(

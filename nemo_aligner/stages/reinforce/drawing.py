@@ -8,7 +8,7 @@ from nemo_aligner.algorithms.sampling import SamplingParams
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.data.blending import Blend
 from nemo_aligner.data.chat import ChatTemplate
-from nemo_aligner.data.prompts import PromptRow, encode_prompts
+from nemo_aligner.data.prompts import PromptRow, bos_for, encode_prompts
 from nemo_aligner.engine.interfaces import Policy
 from nemo_aligner.errors import ConfigError
 
@@ -21,7 +21,7 @@ def encode(cfg: ReinforceConfig, policy: Policy, rows: Blend, chat: ChatTemplate
     return encode_prompts(
         rows,
         tokenizer.encode,
-        bos_id=tokenizer.bos_id if cfg.model.ppo.sampling_params.add_BOS else None,
+        bos_id=bos_for(tokenizer, cfg.model.ppo.sampling_params.add_BOS, "model.ppo.sampling_params.add_BOS"),
         limit=cfg.model.data.seq_length or context_of(cfg, policy) // 2,
         key="model.data.data_prefix",
         chat=chat,

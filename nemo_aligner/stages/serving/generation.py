@@ -13,7 +13,7 @@ from nemo_aligner.config.auth import read_token
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
-from nemo_aligner.data.prompts import with_bos
+from nemo_aligner.data.prompts import bos_for, with_bos
 from nemo_aligner.data.row_texts import RowTexts
 from nemo_aligner.data.sources import files_read
 from nemo_aligner.engine.checks import check_is_policy, parallel_sizes
@@ -77,7 +77,7 @@ def encoded(cfg: GenerationConfig, prompts: Sequence[Prompt], policy: Policy) ->
     conversation without a chat template."""
     tokenizer, found = policy.tokenizer, []
     texts = RowTexts(None, INPUT, ChatTemplate.of(tokenizer, cfg, _TEMPLATE), _TEMPLATE)
-    bos, limit = tokenizer.bos_id if cfg.inference.add_BOS else None, policy.max_sequence_length - 1
+    bos, limit = bos_for(tokenizer, cfg.inference.add_BOS, "inference.add_BOS"), policy.max_sequence_length - 1
     for number, prompt in enumerate(prompts, 1):
         text = texts.prompt(prompt.row, prompt.path, prompt.line)
         tokens = tuple(with_bos(tokenizer.encode(text), bos))

@@ -11,6 +11,7 @@ from nemo_aligner.config.supervised import SFTConfig, SFTDatasetConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.conversations import check_conversation
 from nemo_aligner.data.jsonl import Rows, load_rows
+from nemo_aligner.data.prompts import bos_for
 from nemo_aligner.data.supervised import (
     Example,
     PromptTemplate,
@@ -142,6 +143,7 @@ def make_examples(
 ) -> list[Example]:
     """Conversations through `chat`; None: rows are plain."""
     answer_only = cfg.model.answer_only_loss
+    bos_for(policy.tokenizer, config.add_bos, f"{key}.add_bos")
     if chat is None:
         return sft_examples(
             rows, config, policy.tokenizer, answer_only=answer_only, max_length=policy.max_sequence_length, key=key
