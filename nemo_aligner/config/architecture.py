@@ -28,6 +28,7 @@ _FROM_1 = frozenset({
     "max_position_embeddings", "make_vocab_size_divisible_by", "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
 })  # fmt: skip
+_ABOVE_0 = frozenset({"rotary_base", "rotary_percentage", "factor"})
 _MOST = 2**31 - 1
 _KINDS = {
     bool: "True or False",
@@ -285,10 +286,11 @@ def _check_kinds(block: Any, where: str, names: Mapping[str, str], prefix: str) 
         value = getattr(block, name)
         kinds = get_args(annotation) if get_origin(annotation) not in (list, dict, None) else (annotation,)
         fits = any(value is None if kind is NoneType else _is_of(kind, value) for kind in kinds)
-        if not fits or (name in _FROM_1 and value == 0):
+        if not fits or (name in _FROM_1 | _ABOVE_0 and value == 0):
             kind = get_origin(kinds[0]) or kinds[0]
             wanted = _KINDS.get(kind, "a mapping")
             wanted = wanted.replace("from 0", "from 1") if name in _FROM_1 else wanted
+            wanted = wanted.replace("from 0 on", "above 0") if name in _ABOVE_0 else wanted
             raise CheckpointError(f"{where}: {prefix}{names.get(name, name)}={str(value)[:80]} is not {wanted}")
 
 

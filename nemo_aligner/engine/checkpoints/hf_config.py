@@ -54,6 +54,8 @@ _THEIRS = {  # ours → theirs
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
     "encoder_seq_length": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+    "rotary_percentage": "partial_rotary_factor",
     "layernorm_epsilon": "rms_norm_eps",
     "window_size": "sliding_window",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
@@ -166,14 +168,13 @@ def _rope(settings: Settings, where: str) -> tuple[float, float, RopeScaling | N
         raise CheckpointError(f"{where}: rope_scaling and rope_parameters differ; leave one of them out")
     rope = Settings(given[0] if given else {}, f"{where}: rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    base = rope.get("rope_theta", settings.get("rope_theta")) or 10000.0
-    fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
+    base, fraction = (rope.get(name, settings.get(name)) for name in ("rope_theta", "partial_rotary_factor"))
     if kind not in ("default", "llama3", "linear"):
         raise CheckpointError(f"{where}: rope_scaling type {kind!r} is not one of default, linear, llama3")
     scaling = _scaling(kind, rope, settings)
     # an export writes these for linear scaling too, which has no use for them
     rope.check_all_used(frozenset({"type", "rope_type", "low_freq_factor", "high_freq_factor"}))
-    return base, fraction, scaling
+    return 10000.0 if base is None else base, 1.0 if fraction is None else fraction, scaling
 
 
 def _scaling(kind: str, rope: Settings, settings: Settings) -> RopeScaling | None:
