@@ -217,6 +217,11 @@ class Architecture:
                 continue
             if getattr(self, size) % (getattr(self, parts) or 1):
                 raise CheckpointError(f"{where}: {told(size)} is not a multiple of {told(parts)}")
+        turned = int(self.head_dim * self.rotary_percentage) // 2
+        if self.rope_freq_factors is not None and not (
+            len(self.rope_freq_factors) == turned and all(self.rope_freq_factors)
+        ):
+            raise CheckpointError(f"{where}: {told('rope_freq_factors')} is not {turned} numbers above 0")
         if not self.takes_rows_of(self.encoder_seq_length):
             longest = told("max_position_embeddings")
             raise CheckpointError(

@@ -43,6 +43,7 @@ _THEIRS = {  # ours → theirs
     "num_query_groups": "attention.head_count_kv",
     "encoder_seq_length": "context_length",
     "rotary_base": "rope.freq_base",
+    "rope_freq_factors": "rope_freqs.weight",
     "layernorm_epsilon": "attention.layer_norm_rms_epsilon",
     "window_size": "attention.sliding_window",
 }

@@ -65,9 +65,14 @@ def byte_tokens() -> list[str]:
     return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<|eot|>"]
 
 
-def write_gguf(path: Path, model: transformers.LlamaForCausalLM, values: dict[str, Any] | None = None) -> Path:
-    """As llama.cpp's converter lays it out; `values` are more of the file's settings."""
-    config, tensors = model.config, model.state_dict()
+def write_gguf(
+    path: Path,
+    model: transformers.LlamaForCausalLM,
+    values: dict[str, Any] | None = None,
+    tensors: dict[str, list[float]] | None = None,
+) -> Path:
+    """As llama.cpp's converter lays it out; `values` are more of the file's settings, `tensors` more vectors."""
+    config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -86,7 +91,9 @@ def write_gguf(path: Path, model: transformers.LlamaForCausalLM, values: dict[st
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
     for name, value in (values or {}).items():
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](name, value)
-    for name, tensor in tensors.items():
+    for name, vector in (tensors or {}).items():
+        writer.add_tensor(name, np.array(vector, np.float32))
+    for name, tensor in weights.items():
         array, (stem, _, kind) = tensor.numpy(), name.rpartition(".")
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in stem:
@@ -183,6 +190,15 @@ def test_settings_that_are_not_understood_or_do_not_fit_the_weights_are_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=says):
         read_gguf(write_gguf(tmp_path / "m.gguf", llama(), values))
+
+
+@pytest.mark.parametrize("factors", [[1.0], [1.0] * 3, [1.0] * 8, [1.0, 0.0, 1.0, 1.0]])
+def test_frequencies_are_one_for_each_that_a_head_has(factors: list[float], tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", llama(), tensors={"rope_freqs.weight": factors})
+    with pytest.raises(CheckpointError, match=r"m\.gguf: llama: rope_freqs\.weight=\[.*\] is not 4 numbers above 0$"):
+        read_gguf(path)
+    right = write_gguf(tmp_path / "r.gguf", llama(), tensors={"rope_freqs.weight": [1.0, 2.0, 3.0, 4.0]})
+    assert read_gguf(right)[0].rope_freq_factors == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_settings_that_few_files_have_say_what_they_say(tmp_path: Path) -> None:
