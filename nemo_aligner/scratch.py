@@ -46,14 +46,14 @@ def _made(path: Path) -> int:
     """An open descriptor of the new folder, which holds its lock where the file system has any."""
     while True:
         path.mkdir(mode=0o700)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # until it was locked, another process may have taken it for one that was left
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # until it was locked, another may have taken it for one left
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            os.close(descriptor)
 
 
 def remove_leftovers(root: Path, prefix: str) -> list[str]:

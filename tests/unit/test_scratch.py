@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,20 +49,19 @@ def test_only_its_user_enters_a_folder_and_nothing_of_it_stays(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("step", ["flock", "open"])
 def test_a_folder_that_another_process_takes_away_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    lock, removed = scratch.fcntl.flock, []
+    library = {"flock": scratch.fcntl, "open": scratch.os}[step]
+    own, removed = getattr(library, step), []
 
-    def late(descriptor: int, how: int) -> None:
+    def late(*args: Any) -> Any:
         if not removed:
-            removed.append(remove_leftovers_of_another(tmp_path))
-        lock(descriptor, how)
+            removed.append((tmp_path / "own").rmdir())
+        return own(*args)
 
-    def remove_leftovers_of_another(root: Path) -> None:
-        (root / "own").rmdir()
-
-    monkeypatch.setattr(scratch.fcntl, "flock", late)
+    monkeypatch.setattr(library, step, late)
     with scratch_folder(tmp_path / "own"):
         assert (tmp_path / "own").is_dir()
         assert len(removed) == 1
