@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,6 +50,8 @@ KEY = "remote_critic_rm.reward_model"
 _THREADS = 4
 _TELL_EVERY_S = 10.0
 _REQUEST_TIMEOUT_S = 120.0
+_CONNECT_TIMEOUT_S = 5.0
+"""Of PyTriton's wait for a server that is away, in which it neither looks whether the run goes on nor tells of it."""
 _SURE_AFTER_S = 20.0
 _UNAUTHORIZED, _TOO_LARGE = 401, "413"  # HTTP
 _NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
@@ -267,15 +270,17 @@ class RewardClient:
         """PyTriton's client is not for several threads, so each has its own."""
         if not hasattr(self._local, "client"):
             from pytriton.client import ModelClient
+            from pytriton.client.warnings import NotSupportedTimeoutWarning
 
             logging.getLogger("pytriton").setLevel(logging.WARNING)
+            warnings.simplefilter("ignore", NotSupportedTimeoutWarning)  # answers may take longer
             timeout = min(_REQUEST_TIMEOUT_S, self._config.inference_timeout_s)
             connect = ModelClient if self._token is None else _client_with(self._token)
             self._local.client = connect(
                 self._url,
                 self._server.name,
                 lazy_init=True,
-                init_timeout_s=timeout,
+                init_timeout_s=min(_CONNECT_TIMEOUT_S, timeout),
                 inference_timeout_s=timeout,
             )
         return self._local.client

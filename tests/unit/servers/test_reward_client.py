@@ -199,7 +199,7 @@ def test_every_thread_has_a_connection_of_its_own_that_waits_no_longer_than_the_
         assert all(future.result(10) == [1.0] for future in futures)
     threads = [thread for thread, *_ in made]
     assert len(set(threads)) == len(threads) <= 4
-    options = {"lazy_init": True, "init_timeout_s": each, "inference_timeout_s": each}
+    options = {"lazy_init": True, "init_timeout_s": 5.0, "inference_timeout_s": each}
     assert all(found == ("http://10.0.0.7:77", "judge", options) for _, *rest in made for found in [tuple(rest)])
     client.close()
 
@@ -251,6 +251,17 @@ def test_waiting_ends_when_the_model_is_ready(clock: Clock, ready: tuple[int, li
     client_of(None, clock, port=port).wait_until_ready()
     assert paths == ["/v2/models/reward_model/ready"] * 3
     assert clock.pauses == [1.0, 1.0]
+
+
+def test_a_client_in_a_hurry_does_not_wait_for_a_server_that_is_there_but_not_ready(
+    ready: tuple[int, list[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_client, "_CONNECT_TIMEOUT_S", 0.2)
+    client = RewardClient(RemoteRewardModelConfig(ServerAddress(ip="127.0.0.1", port=ready[0])))
+    client.hurry()
+    with pytest.raises(ServerError, match=r"no answer from .* \(Waiting for server to be ready timed out\.\)"):
+        client.submit(["ab"]).result(20)
+    client.close()
 
 
 def test_a_model_that_is_never_ready_is_named_with_the_keys_to_change(
