@@ -47,7 +47,7 @@ SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,bf_continue,sched_min_interval=500000
+SchedulerParameters=bf_interval=1,bf_continue,sched_interval=1,sched_min_interval=500000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none

@@ -6,18 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nemo_aligner.ports import free_port
-from tests.functional.conftest import Workshop, run
+from tests.functional.conftest import Workshop, run, wait_for
 from tests.functional.test_commands import SAMPLER
 from tests.functional.test_launch import fails
 
 CLUSTER = "scripts/slurm/local_cluster.sh"
+UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+LIMIT_S = 240
+"""Of a job to come to work."""
 
 
 @pytest.fixture(scope="module")
@@ -65,35 +67,49 @@ def start(cluster: dict[str, str], *command: str, **settings: str) -> str:
     return run("sbatch", "--parsable", *command, **cluster, **settings).stdout.strip().split(";")[0]
 
 
-def wait_for(sign: Callable[[], bool]) -> None:
-    for _ in range(480):
-        if sign():
-            return
-        time.sleep(0.5)
-    pytest.fail("the job is not at work after 240 s")
+def shown(cluster: dict[str, str], job: str) -> str:
+    """What Slurm says of a job."""
+    return run("scontrol", "show", "job", job, **cluster).stdout
 
 
 def wait_for_end(cluster: dict[str, str], job: str) -> str:
-    for _ in range(360):
-        shown = run("scontrol", "show", "job", job, **cluster).stdout
-        if not any(f"JobState={state}" in shown for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")):
-            return shown
-        time.sleep(0.5)
-    subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=False)
-    raise AssertionError(f"the job is not done after three minutes:\n{shown}")
+    """What Slurm says of a job that has ended."""
+    try:
+        wait_for(lambda: not any(f"JobState={state}" in shown(cluster, job) for state in UNDER_WAY), 180)
+    except AssertionError:
+        subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=False)
+        raise
+    return shown(cluster, job)
+
+
+def goes_on(cluster: dict[str, str], job: str, restarts: int) -> None:
+    """Wait until a job is queued again and at work; Slurm would have it wait until its last credentials are too old.
+
+    New ones need to be of a later second than the end of the old ones.
+    """
+
+    def queued() -> bool:
+        said = shown(cluster, job)
+        signs = ("JobState=", f"Restarts={restarts} ", "JobState=PENDING")  # of every component of a hetjob
+        return len({said.count(sign) for sign in signs}) == 1
+
+    wait_for(queued, LIMIT_S)
+    run("scontrol", "update", f"JobId={job}", "StartTime=now+2", **cluster)
+    wait_for(lambda: "JobState=PENDING" not in shown(cluster, job), LIMIT_S)
+    assert "JobState=RUNNING" in shown(cluster, job)
 
 
 def test_the_hetjob_runs_server_and_actor_on_different_nodes(
     cluster: dict[str, str], workshop: Workshop, tmp_path: Path
 ) -> None:
     job, settings = hetjob(workshop, tmp_path, "trainer.ppo.max_steps=1", "~model.optim.sched", tasks=2)
-    shown = submit(cluster, *job, **settings)
+    ended = submit(cluster, *job, **settings)
     logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")} | {
         path.name: path.read_text() for path in tmp_path.rglob("*.err")
     }
-    assert shown.count("JobState=COMPLETED") == 2, (shown, logs)
-    assert "\n   NodeList=n0\n" in shown
-    assert "\n   NodeList=n1\n" in shown
+    assert ended.count("JobState=COMPLETED") == 2, (ended, logs)
+    assert "\n   NodeList=n0\n" in ended
+    assert "\n   NodeList=n1\n" in ended
     assert (tmp_path / "actor_results/checkpoints/megatron_gpt_rs_actor.nemo").exists()
     assert any("serving reward_model on http://0.0.0.0" in text for text in logs.values())
     said = (tmp_path / "job.log").read_text()
@@ -128,15 +144,11 @@ def test_a_loop_that_is_requeued_pre_empted_and_warned_goes_on_and_ends_with_the
         ("scancel", "--signal=USR1", job),  # to its steps, as --signal does before the time limit
     )
 
-    def runs_again(restarts: int) -> bool:
-        shown = run("scontrol", "show", "job", job, **cluster).stdout
-        return f"Restarts={restarts} " in shown and "JobState=RUNNING" in shown
-
     size = 0
     for restarts, blow in enumerate(blows, 1):
-        wait_for(lambda: written(result) > size)  # noqa: B023
+        wait_for(lambda: written(result) > size, LIMIT_S)  # noqa: B023
         run(*blow, **cluster)
-        wait_for(lambda: runs_again(restarts))  # noqa: B023
+        goes_on(cluster, job, restarts)
         size = written(result)
     assert "JobState=COMPLETED" in wait_for_end(cluster, job), log.read_text()
     said = log.read_text()
@@ -167,13 +179,11 @@ def test_a_hetjob_that_is_warned_and_pre_empted_goes_on_with_every_step_once(
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true")
     done = 0
     for restarts, blow in enumerate((("scancel", "--signal=USR1", job), ("sbatch", *urgent)), 1):
-        wait_for(lambda: len(steps(metrics)) > done)  # noqa: B023
+        wait_for(lambda: len(steps(metrics)) > done, LIMIT_S)  # noqa: B023
         run(*blow, **cluster)
-        wait_for(lambda: f"Restarts={restarts} " in run("scontrol", "show", "job", job, **cluster).stdout)  # noqa: B023
-        # Slurm looks for a place for a hetjob when something else has changed, which on a cluster is always
-        run("sbatch", "--begin=now+12", "--output=/dev/null", "--wrap=true", **cluster)
+        goes_on(cluster, job, restarts)
         done = len(steps(metrics))
-    wait_for(lambda: len(steps(metrics)) > done)
+    wait_for(lambda: len(steps(metrics)) > done, LIMIT_S)
     run("scancel", job, **cluster)
     assert "JobState=CANCELLED" in wait_for_end(cluster, job)
     assert "Traceback" not in log.read_text()
@@ -196,11 +206,11 @@ def written(result: Path) -> int:
 
 def test_a_server_that_fails_fails_the_job(cluster: dict[str, str], workshop: Workshop, tmp_path: Path) -> None:
     command, settings = hetjob(workshop, tmp_path)
-    shown = submit(cluster, *command, **{**settings, "RM_NEMO_FILE": str(tmp_path / "no_such.nemo")})
-    assert "JobState=FAILED" in shown
+    ended = submit(cluster, *command, **{**settings, "RM_NEMO_FILE": str(tmp_path / "no_such.nemo")})
+    assert "JobState=FAILED" in ended
     *_, told, first = (tmp_path / "job.log").read_text().splitlines()
     assert told == "error: the reward server ended with status 1 before the actor"
-    job = shown.partition("JobId=")[2].split()[0]
+    job = ended.partition("JobId=")[2].split()[0]
     assert first.startswith(f"{tmp_path}/critic_results/critic_error_{job}_0.err:error: rm_model_file=")
 
 
@@ -217,7 +227,7 @@ def test_after_scancel_the_actor_saves_and_every_log_ends_in_a_line_that_says_so
     command, settings = hetjob(workshop, tmp_path, *endless)
     job = start(cluster, *command, **settings)
     metrics = tmp_path / "actor_results/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and "train_optim" in metrics.read_text())
+    wait_for(lambda: bool(steps(metrics)), LIMIT_S)
     run("scancel", job, **cluster)
     assert "JobState=CANCELLED" in wait_for_end(cluster, job)
     logs = {path: path.read_text() for path in (*tmp_path.rglob("*.err"), tmp_path / "job.log")}
@@ -244,7 +254,7 @@ def test_after_scancel_the_loop_has_saved_its_stage_and_says_so_last(
         SAMPLER_ARGS="data.n=1 inference.tokens_to_generate=20 checkpoint_interval=1 trainer.precision=32",
     )
     journal = tmp_path / "generated_samples.jsonl_temp"
-    wait_for(lambda: any(path.stat().st_size for path in journal.glob("rank_*.json")))
+    wait_for(lambda: any(path.stat().st_size for path in journal.glob("rank_*.json")), LIMIT_S)
     run("scancel", job, **cluster)
     assert "JobState=CANCELLED" in wait_for_end(cluster, job)
     said = (tmp_path / "job.log").read_text()
