@@ -101,11 +101,49 @@ def check_template(given: ChatKeys, key: str) -> None:
     """
     if (text := template_text(given.chat_template, key)) is not None:
         _compiled(text, key)
-    for name in sorted(_OWN & (given.chat_template_kwargs or {}).keys()):
-        raise ConfigError("every template is given its own; leave it out", f"{key}_kwargs.{name}")
+    for name, value in sorted((given.chat_template_kwargs or {}).items()):
+        if name in _OWN:
+            raise ConfigError("every template is given its own; leave it out", f"{key}_kwargs.{name}")
+        try:
+            with_values("", {name: value})
+        except (TypeError, ValueError, jinja2.TemplateError):
+            raise ConfigError(
+                f"{value!r} is nothing that a chat template has by a name", f"{key}_kwargs.{name}"
+            ) from None
 
 
 _OWN = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+_ALWAYS = ("tools", "documents")
+"""Values that every template is given, none where there are none."""
+
+
+def with_values(template: str, values: Mapping[str, Any]) -> str:
+    """The template with `values` at its head, which hold where whoever renders it gives none of that name.
+
+    Any engine reads that. Raises ValueError, TypeError or jinja2.TemplateError for what Jinja cannot have.
+    """
+    head = "".join(_default(name, value) for name, value in values.items())
+    jinja2.Environment().parse(head)
+    # the line break is trimmed, and what comes is at the beginning of a line, where blanks before a block are trimmed
+    return template if not head or template.startswith(head) else f"{head}\n{template}"
+
+
+def _default(name: str, value: Any) -> str:
+    if not name.isidentifier():
+        raise ValueError(name)
+    missing = "none" if name in _ALWAYS else "not defined"
+    return f"{{% if {name} is {missing} %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja has it; in a text, what would end or begin a block is written in escapes."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(entry)}' for name, entry in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("%}", "%\\u007d").replace("{%", "\\u007b%")
 
 
 @dataclass(frozen=True)

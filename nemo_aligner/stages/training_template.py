@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-
 from nemo_aligner.config.chat import ChatKeys
-from nemo_aligner.data.chat import ChatTemplate, template_text
+from nemo_aligner.data.chat import ChatTemplate, template_text, with_values
 from nemo_aligner.engine.interfaces import TrainableModel
-
-log = logging.getLogger(__name__)
 
 TEMPLATE = "model.data.chat_template"
 
 
 def training_template(model: TrainableModel, given: ChatKeys) -> ChatTemplate | None:
-    """The template given, which is the model's own from now on and in its archive; else what it has. None: neither.
+    """The template given, else the model's own, with the values given for it. None where there is neither.
 
-    Whoever draws from the archive, or scores with it, renders conversations as it was trained on them. Raises
-    ConfigError.
+    It is the model's own from now on, and in its archive: whoever draws from the archive, or scores with it, renders
+    conversations as it was trained on them. Raises ConfigError.
     """
-    text = template_text(given.chat_template, TEMPLATE)
-    if text is not None:
+    own = model.tokenizer.chat_template
+    text = template_text(given.chat_template, TEMPLATE) or own
+    if text is None:
+        return None
+    text = with_values(text, given.chat_template_kwargs or {})
+    template = ChatTemplate(text, model.tokenizer, TEMPLATE)
+    if text != own:
         model.keep_chat_template(text)
-    if given.chat_template_kwargs:
-        log.info("%s_kwargs are not kept in the archive: who uses it has to be given them too", TEMPLATE)
-    return ChatTemplate.of(model.tokenizer, given, TEMPLATE)
+    return template

@@ -96,10 +96,11 @@ def trained(cfg: Any, stage: str, folder: Path, archive: str, lr: float, epochs:
 
 
 def tuned(
-    folder: Path, archive: str, rows: str, *, lr: float, epochs: int, batch: int, template: str | None = None
-) -> str:
+    folder: Path, archive: str, rows: str, *, lr: float, epochs: int, batch: int, template: str | None = None,
+    values: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
     cfg = trained(SFTConfig(), "sft", folder, archive, lr, epochs)
-    cfg.model.data.chat, cfg.model.data.chat_template = True, template
+    cfg.model.data.chat, cfg.model.data.chat_template, cfg.model.data.chat_template_kwargs = True, template, values
     ds = cfg.model.data.train_ds
     ds.file_path, ds.global_batch_size, ds.micro_batch_size, ds.shuffle = rows, batch, 2, False
     sft.run(cfg)
@@ -182,3 +183,24 @@ def test_a_conversation_is_the_same_tokens_from_sampler_to_sft(
         if response.finish_reason == "stop":
             assert example.rows[0][: len(prompt) + len(response.tokens)] == [*prompt, *response.tokens]
     assert any(drawn[divmod(place, 4)].finish_reason == "stop" for place in best)
+
+
+@pytest.mark.processes
+def test_the_archive_is_sampled_with_the_values_for_its_template_that_it_was_trained_with(
+    tmp_path: Path, seen: Seen, alone: None
+) -> None:
+    answers = jsonl(tmp_path / "chats", *({"messages": m, "output": "yes"} for m in ASKED))
+    prompts = jsonl(tmp_path / "prompts", *({"messages": m} for m in ASKED))
+    base, values = begun(tmp_path / "base.nemo", THINKING), {"enable_thinking": False}
+    policy = tuned(tmp_path / "sft", base, answers, lr=1e-3, epochs=1, batch=3, values=values)
+    learned = [example.rows[0][: example.masks[0].index(1)] for example in seen.trained]
+
+    def sampled(given: dict[str, Any] | None) -> list[list[int]]:
+        cfg = offline(SamplerConfig(), tmp_path / f"generated_{len(given or {})}", policy, prompts)
+        cfg.inference.tokens_to_generate, cfg.data.n, cfg.data.chat_template_kwargs = 1, 1, given
+        random_sampler.run(cfg)
+        return [list(tokens) for _, tokens in sorted(seen.prompts.items())]
+
+    assert sampled(None) == learned
+    thinking = sampled({"enable_thinking": True})
+    assert [len(row) < len(other) for row, other in zip(thinking, learned, strict=True)] == [True] * 3
