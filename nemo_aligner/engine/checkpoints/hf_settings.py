@@ -22,6 +22,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 TOKENS = ("bos", "eos", "pad")
+_ROLES = (*TOKENS, "unk", "sep", "cls", "mask")
+"""Of the tokens that transformers adds by their names."""
 _NAMED = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
 _ADDED = "added_tokens.json"
@@ -105,9 +107,9 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
         [read_json(folder / name, key=key) if (folder / name).is_file() else {} for name in names]
         for names in (_NAMED, _BY_ID)
     )
+    roles = _named_tokens(*by_name)
     vocabulary = _vocabulary(tokenizer_json, named(key, folder / TOKENIZER))
     older = read_json(folder / _ADDED, key=key) if (folder / _ADDED).is_file() else {}
-    _check_added_tokens(vocabulary, _added_tokens(by_name, older), named(key, folder))
     _check_splitting(json.loads(tokenizer_json).get("pre_tokenizer"), by_name[0], named(key, folder))
 
     def refused(name: str, value: Any, wanted: str) -> CheckpointError:
@@ -121,15 +123,15 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
             raise refused(name, found, "a token id, or a list of them")
         return [vocabulary.id_to_token(one) for one in ids]
 
+    for name, (_, given) in roles.items():
+        if not isinstance(given, str):
+            raise refused(name, given, "the text of a token")
+    given = ((f"{file}: {name}", text) for name, (file, text) in roles.items())
+    _check_added_tokens(vocabulary, [*_added_tokens(by_name, older), *given], named(key, folder))
+
     def token(kind: str) -> str | None:
         name = f"{kind}_token"
-        given = next((c[name] for c in by_name if c.get(name)), None)
-        if given is None:
-            return next(iter(of_ids(kind)), None)
-        text = given.get("content") if isinstance(given, dict) else given
-        if not isinstance(text, str):
-            raise refused(name, given, "the text of a token")
-        return text
+        return roles[name][1] if name in roles else next(iter(of_ids(kind)), None)
 
     settings: dict[str, Any] = {f"{kind}_token": token(kind) for kind in TOKENS}
     ends = [text for text in of_ids("eos") if text and text != settings["eos_token"]]
@@ -138,6 +140,20 @@ def _tokenizer_settings(folder: Path, tokenizer_json: bytes, key: str) -> dict[s
         **settings,
         **({"stop_tokens": ends} if ends else {}),
         "chat_template": _chat_template(folder, by_name[0].get("chat_template"), key),
+    }
+
+
+def _named_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """{bos_token: (the file that names it, its text), ...} as transformers has them; what is no text is as it is.
+
+    special_tokens_map.json goes first, but counts only beside a tokenizer_config.json without `added_tokens_decoder`.
+    """
+    sources = dict.fromkeys((f"{kind}_token" for kind in _ROLES), (_NAMED[0], config))
+    if "added_tokens_decoder" not in config:
+        sources |= {name: (_NAMED[1], legacy) for name in sources if name in legacy}
+    found = {name: (file, content.get(name)) for name, (file, content) in sources.items()}
+    return {
+        name: (file, one.get("content") if isinstance(one, dict) else one) for name, (file, one) in found.items() if one
     }
 
 

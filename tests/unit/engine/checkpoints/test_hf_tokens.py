@@ -108,3 +108,45 @@ def test_what_is_no_token_is_named(folder: Path, settings: dict[str, Any]) -> No
     configure(folder, **settings)
     with pytest.raises(CheckpointError, match=rf": {next(iter(settings))}: 3 is not the text of a token$"):
         ours(folder)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("token", ["<x>", "ab"])  # in no vocabulary, and in that of tokenizer.json without being added
+def test_a_token_with_a_role_that_transformers_would_add_is_refused(
+    folder: Path, file: str, name: str, token: str
+) -> None:
+    if token == "ab":
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["model"]["vocab"]["ab"], content["model"]["merges"] = 259, []
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    configure(folder)
+    text = f"a{token}c"
+    plain = transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    if file == "tokenizer_config.json":
+        configure(folder, **{name: token})
+    else:
+        (folder / file).write_text(json.dumps({name: {"content": token, "lstrip": False}}))
+    assert transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False) != plain
+    said = rf"^--input {folder}: {file}: {name}: {token} is not an added token of tokenizer\.json; add it there$"
+    with pytest.raises(CheckpointError, match=said):
+        ours(folder)
+
+
+@pytest.mark.parametrize(
+    ("older", "settings"),
+    [
+        ({"pad_token": "<|bos|>"}, {}),
+        ({"pad_token": {"content": "<|bos|>", "lstrip": True}, "eos_token": "<|pad|>"}, {}),
+        ({"pad_token": None}, {}),
+        ({"pad_token": "<x>", "unk_token": "<y>"}, {"added_tokens_decoder": {"256": KNOWN}}),
+    ],
+)
+def test_of_two_files_that_name_a_token_the_one_counts_that_transformers_reads(
+    folder: Path, older: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    configure(folder, pad_token="<|pad|>", **settings)
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    reference, named = transformers.AutoTokenizer.from_pretrained(folder), read_hf_architecture(folder).tokenizer
+    assert ours(folder) == theirs(folder)
+    assert (named["eos_token"], named["pad_token"]) == (reference.eos_token, reference.pad_token)
