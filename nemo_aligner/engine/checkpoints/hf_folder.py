@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nemo_aligner.engine.checkpoints.hf_settings import (
     TEMPLATE,
     TOKENIZER,
     TOKENS,
+    check_nothing_else_is_read,
     named,
     read_hf_architecture,
     read_json,
@@ -27,7 +28,7 @@ from nemo_aligner.engine.checkpoints.hf_weights import to_hf
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensor, LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
 from nemo_aligner.engine.checkpoints.tokenizer import HF_FILE, SENTENCEPIECE_FILE, ArchiveTokenizer
-from nemo_aligner.errors import CheckpointError, OutputError
+from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, write_atomically, writing
 
 SHARD_BYTES = 5_000_000_000
@@ -68,7 +69,7 @@ def write_hf_folder(
     others |= tokenizer_files
     if tokenizer.chat_template is not None:
         others[TEMPLATE] = tokenizer.chat_template
-    _check_nothing_else_is_read(folder, weights.keys() | others.keys())
+    check_nothing_else_is_read(folder, _READ, weights.keys() | others.keys())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # without it the folder is no model's, until all is written
@@ -97,16 +98,6 @@ def _texts(arch: Architecture, tokenizer: ArchiveTokenizer) -> dict[str, Mapping
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-
-
-def _check_nothing_else_is_read(folder: Path, written: Set[str]) -> None:
-    """Raises OutputError for another model's file, which would be read with those that are written, or before them."""
-    there = sorted(path.name for pattern in _READ for path in folder.glob(pattern))
-    for name in there:
-        if name not in written:
-            raise OutputError(
-                f"cannot write {folder}: its {name} would be read too; take it away, or give a new folder"
-            )
 
 
 def _files_of_weights(parts: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, LazyTensor]]:

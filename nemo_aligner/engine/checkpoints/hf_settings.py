@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of
 from nemo_aligner.engine.checkpoints.settings import placed
-from nemo_aligner.errors import CheckpointError
+from nemo_aligner.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,6 +84,19 @@ def files_that_count(folder: Path) -> Iterator[Path]:
     names = {*_NAMED, *_BY_ID, TOKENIZER, TEMPLATE, INDEX}
     yield from (folder / name for name in sorted(names) if (folder / name).is_file())
     yield from weight_files(folder, key="archive")
+
+
+def check_nothing_else_is_read(folder: Path, patterns: Iterable[str], written: Set[str]) -> None:
+    """Raises OutputError for another model's file, which would be read with those that are written, or before them.
+
+    `patterns` are those of the files that readers look at.
+    """
+    there = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    for name in there:
+        if name not in written:
+            raise OutputError(
+                f"cannot write {folder}: its {name} would be read too; take it away, or give a new folder"
+            )
 
 
 def read_json(path: Path, *, key: str = "--input") -> dict[str, Any]:

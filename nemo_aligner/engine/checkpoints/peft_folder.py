@@ -17,14 +17,18 @@ from torch import Tensor
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import ATTENTION, LoraTuning
-from nemo_aligner.engine.checkpoints.hf_settings import read_json
+from nemo_aligner.engine.checkpoints.hf_settings import INDEX, check_nothing_else_is_read, read_json
+from nemo_aligner.engine.checkpoints.hf_tensors import write_tensors
 from nemo_aligner.engine.checkpoints.hf_weights import fuse_qkv, shape_of, split_qkv
+from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.settings import Settings, placed
 from nemo_aligner.errors import CheckpointError
-from nemo_aligner.files import writing
+from nemo_aligner.files import fsync, write_atomically, writing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_READ = ("config.json", "adapter_*", "*.safetensors", INDEX)
+"""Files that readers of the folder would look at, but for a tokenizer's."""
 PREFIX = "adapters."
 """Of the names of our tensors in a model: adapters.<layer>.<linear>.linear_in and linear_out."""
 
@@ -53,9 +57,10 @@ _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def write_peft_folder(folder: Path, arch: Architecture, lora: LoraTuning, own: Mapping[str, Tensor]) -> None:
-    """Our tensors `own` as a folder that `peft.PeftModel.from_pretrained` loads. Raises OutputError."""
-    from safetensors.torch import save_file
+    """Our tensors `own` as a folder that `peft.PeftModel.from_pretrained` loads; an adapter there is replaced.
 
+    Raises OutputError, also where a whole model is there, which transformers would load with this adapter added.
+    """
     tensors = to_peft(arch, lora, own)
     modules = sorted({found[2].rpartition(".")[2] for name in tensors if (found := _NAME.fullmatch(name))})
     config = {
@@ -70,11 +75,13 @@ def write_peft_folder(folder: Path, arch: Architecture, lora: LoraTuning, own: M
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    check_nothing_else_is_read(folder, _READ, {CONFIG, WEIGHTS})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=1))
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+        (folder / CONFIG).unlink(missing_ok=True)  # without it the folder is no adapter's, until all is written
+        fsync(folder)
+        write_tensors(folder / WEIGHTS, LazyTensors.of(tensors).parts)
+    write_atomically(folder / CONFIG, [json.dumps(config, indent=1)])
 
 
 def to_peft(arch: Architecture, lora: LoraTuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture, save_archive
+from nemo_aligner.engine.checkpoints.peft_folder import write_peft_folder
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.checks import check_training
 from nemo_aligner.engine.conversion import export_adapter, export_hf, import_adapter
@@ -26,8 +29,9 @@ from nemo_aligner.engine.model.build import RunOptions, build_model
 from nemo_aligner.engine.policy import load_policy, load_policy_for_training
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.reward_model import load_reward_model, load_reward_model_for_training
-from nemo_aligner.errors import CheckpointError
+from nemo_aligner.errors import CheckpointError, OutputError
 from nemo_aligner.stages.supervised.loop import ranking_objective, sft_objective
+from tests.faulty_disk import FaultyDisk
 from tests.live_bytes import LiveBytes
 from tests.tiny import ARCHIVED, rows
 
@@ -202,6 +206,52 @@ def their_adapter(folder: Path, modules: Sequence[str] = ("q_proj", "v_proj"), *
     full = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": [*modules], "bias": "none", **config}
     (folder / "adapter_config.json").write_text(json.dumps(full))
     return tensors
+
+
+@pytest.fixture
+def own() -> dict[str, Tensor]:
+    """Tensors of an adapter on every layer of ARCHIVED."""
+    with processes():
+        shapes = build_model(ARCHIVED, RunOptions(lora=LORA)).state_dict()
+    return {name: torch.randn(w.shape) for name, w in shapes.items() if name.startswith("adapters.")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "adapter_model.bin"]
+)
+def test_an_adapter_is_not_written_into_the_folder_of_a_model(
+    name: str, tmp_path: Path, own: dict[str, Tensor]
+) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}: its {name} would be read too; take it away, or"):
+        write_peft_folder(tmp_path, ARCHIVED, LORA, own)
+    assert files(tmp_path) == {name: b"{}"}
+
+
+def test_an_adapter_that_is_cut_short_over_an_older_one_is_none_and_can_be_written_again(
+    tmp_path: Path, own: dict[str, Tensor]
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/tokenizer.json").write_text("kept")
+    for name, change in (("old", 1), ("new", 2)):
+        write_peft_folder(tmp_path / name, ARCHIVED, LORA, {key: change * tensor for key, tensor in own.items()})
+    old, new = files(tmp_path / "old"), files(tmp_path / "new") | {"tokenizer.json": b"kept"}
+    assert old.keys() == new.keys()
+    for at in range(1, 100):
+        folder = Path(shutil.copytree(tmp_path / "old", tmp_path / f"peft_{at}"))
+        try:
+            with FaultyDisk(folder, errno.ENOSPC, removals=True).failing_from(at):
+                write_peft_folder(folder, ARCHIVED, LORA, {key: 2 * tensor for key, tensor in own.items()})
+            break
+        except OutputError:
+            assert files(folder) in (old, new) or not (folder / "adapter_config.json").exists()
+        write_peft_folder(folder, ARCHIVED, LORA, {key: 2 * tensor for key, tensor in own.items()})
+        assert files(folder) == new
+    assert at > 4
 
 
 def test_an_adapter_of_some_parts_of_fused_layers_comes_back_as_it_was(base: Path, tmp_path: Path) -> None:
