@@ -18,9 +18,9 @@ from nemo_aligner.data.jsonl import Row, check_texts, load_rows
 from nemo_aligner.data.sources import files_read, source_sum
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 from nemo_aligner.engine.checks import parallel_sizes
-from nemo_aligner.errors import ConfigError
+from nemo_aligner.errors import ConfigError, DataError
 from nemo_aligner.files import Inputs, refuse_overwriting
-from nemo_aligner.records import Turns
+from nemo_aligner.records import TEMPLATE_FIELDS, Turns
 
 if TYPE_CHECKING:
     from nemo_aligner.engine.processes.cluster import MegatronCluster
@@ -82,6 +82,7 @@ class RowCheck:
 
     def __init__(self, data: OfflineDataConfig, required: Mapping[str, str]) -> None:
         self._input_key, self._required = data.input_key, required
+        self._written = {data.output_key: "data.output_key", data.reward_key: "data.reward_key"}
         self._answer = data.output_key if data.output_key in required else None
         self._plain = self._chats = self._both = 0
         self._named = set(re.findall(r"\{(\w+)\}", data.prompt_template or "")) - {data.input_key}
@@ -97,6 +98,9 @@ class RowCheck:
             check_texts(row, self._required, path, line)
             return
         self._chats += 1
+        for name, key in self._written.items():
+            if name in (turns.field, *TEMPLATE_FIELDS):
+                raise DataError(f"{name!r} is of the conversation, and {key} would take its place", path, line)
         check_turns(row, turns, output_key=self._answer, path=path, line=line)
         there = {self._input_key} | ({self._answer} if turns.answered else set())
         check_texts(row, {name: key for name, key in self._required.items() if name not in there}, path, line)

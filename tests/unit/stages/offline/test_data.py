@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,33 @@ def test_a_template_says_where_the_prompt_goes() -> None:
     check_templates(OfflineDataConfig(prompt_template="Q: {text}", input_key="text"))
     with pytest.raises(ConfigError, match=r"data\.prompt_template: 'Q: \{input\}' lacks \{text\}"):
         check_templates(OfflineDataConfig(prompt_template="Q: {input}", input_key="text"))
+
+
+@pytest.mark.parametrize("key", ["output_key", "reward_key"])
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "a"}]}),
+        ("prompt", {"prompt": [{"role": "user", "content": "a"}], "messages": "none"}),
+        ("system", {"conversations": [{"from": "User", "value": "a"}]}),
+    ],
+)
+def test_nothing_is_written_over_a_conversation(
+    tmp_path: Path, key: str, name: str, answered: bool, row: dict[str, Any]
+) -> None:
+    (field,) = (field for field, value in row.items() if isinstance(value, list))
+    if answered:
+        row = {**row, field: [*row[field], {"from": "assistant", "role": "assistant", "content": "b", "value": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(f'{{"input": "plain", "{name}": "x"}}\n{json.dumps(row)}\n')
+    data = OfflineDataConfig(file_names=[str(tmp_path / "rows.jsonl")])
+    setattr(data, key, name)
+    fields = {"input": "data.input_key"} | ({data.output_key: "data.output_key"} if answered else {})
+    if answered and key == "reward_key":
+        (tmp_path / "rows.jsonl").write_text(f'{{"input": "plain", "output": "x"}}\n{json.dumps(row)}\n')
+    said = rf"rows\.jsonl:2: {name!r} is of the conversation, and data\.{key} would take its place$"
+    with pytest.raises(DataError, match=said):
+        open_rows(data, fields)
 
 
 def test_files_are_blended_by_their_weights_and_the_number_of_rows_asked_for(tmp_path: Path) -> None:

@@ -65,27 +65,31 @@ class Judge:
         return [[float(len(row))] for row in rows]
 
 
-def through(folder: Path, tokenizer: ArchiveTokenizer, template: str, export: bool) -> tuple[list[Any], ...]:
-    """Tokens as drawn, scored and trained (prompt and response), and the responses' texts."""
+def through(
+    folder: Path, tokenizer: ArchiveTokenizer, template: str, export: bool, output: str = "output"
+) -> tuple[list[Any], ...]:
+    """Tokens as drawn, scored and trained (prompt and response), and the responses' texts in the field `output`."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"input": text}) + "\n" for text in PROMPTS * 6))
     sampler = SamplerConfig(gpt_model_file="m", output_file=str(folder / "samples.jsonl"))
     sampler.data.file_names, sampler.data.hf_dataset = [str(folder / "prompts.jsonl")], False
-    sampler.data.export_tokens = export
+    sampler.data.export_tokens, sampler.data.output_key = export, output
     policy, judge, cluster = Dice(tokenizer), Judge(tokenizer), OneProcess()
     sample(sampler, open_rows(sampler.data, {"input": "k"}), policy, cluster)  # type: ignore[arg-type]
     labeler = LabelerConfig(gpt_model_file="m", output_file=str(folder / "labeled.jsonl"))
     labeler.data.file_names, labeler.data.hf_dataset = [sampler.output_file], False
-    label(labeler, open_rows(labeler.data, {"input": "k", "output": "k"}), judge, cluster)  # type: ignore[arg-type]
-    rows = load_rows(labeler.output_file, required={"output": "k"})
-    settings = SFTDatasetConfig(prompt_template=template, add_eos=False)
+    labeler.data.output_key = output
+    label(labeler, open_rows(labeler.data, {"input": "k", output: "k"}), judge, cluster)  # type: ignore[arg-type]
+    rows = load_rows(labeler.output_file, required={output: "k"})
+    settings = SFTDatasetConfig(prompt_template=template, add_eos=False, label_key=output)
     examples = sft_examples(rows, settings, tokenizer, answer_only=True, max_length=400, key="k")
     drawn = [policy.drawn[i] for i in range(len(PROMPTS) * 6)]
-    return drawn, judge.scored, [example.rows[0] for example in examples], [row["output"] for row in rows]
+    return drawn, judge.scored, [example.rows[0] for example in examples], [row[output] for row in rows]
 
 
+@pytest.mark.parametrize("output", ["output", "messages"])
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "metaspace", "llama3"])
-def test_what_was_drawn_is_what_is_scored_and_trained(tmp_path: Path, kind: str) -> None:
-    drawn, scored, trained, _ = through(tmp_path, vocabulary(kind), "{input}{output}", export=True)
+def test_what_was_drawn_is_what_is_scored_and_trained(tmp_path: Path, kind: str, output: str) -> None:
+    drawn, scored, trained, _ = through(tmp_path, vocabulary(kind), f"{{input}}{{{output}}}", True, output)
     assert scored == drawn
     assert trained == drawn
 
