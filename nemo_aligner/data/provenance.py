@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.checksums import file_sum
+from nemo_aligner.checksums import known_sum
 from nemo_aligner.config.secrets import without_secrets
 from nemo_aligner.files import write_atomically
 
@@ -49,7 +49,7 @@ def write_provenance(
         "seed": settings.get("seed"),
         "config": without_secrets(settings),
         "inputs_sha256": dict(inputs),
-        "output_sha256": file_sum(output_file),
+        "output_sha256": known_sum(output_file),
         "counts": dict(counts),
         "versions": _versions(),
     }

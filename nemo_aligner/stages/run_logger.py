@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.checksums import file_sum
+from nemo_aligner.checksums import known_sum
 from nemo_aligner.config.loggers import LoggersConfig
 from nemo_aligner.config.offline import OfflineConfig
 from nemo_aligner.config.schema import ExpManagerConfig
@@ -55,7 +55,7 @@ def output_logger(cfg: OfflineConfig, cluster: Cluster, made_with: Mapping[str, 
     folder = Path(exp.explicit_log_dir or f"{cfg.output_file}_log")
     with _logger(exp, folder, config, 0, exp.log_samples, resumed=True, made_with=digest) as logger:
         yield logger
-        logger.note("output_sha256", file_sum(cfg.output_file))
+        logger.note("output_sha256", known_sum(cfg.output_file))
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,17 @@ def logging_as_before() -> Iterator[None]:
     for handler in set(root.handlers) - set(handlers):
         root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture
+def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the files that were read for their sums, one for each time."""
+    paths: list[str] = []
+    digest = hashlib.file_digest
+
+    def noted(stream: Any, name: str) -> Any:
+        paths.append(str(stream.name))
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    return paths

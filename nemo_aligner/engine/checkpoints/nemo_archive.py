@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from nemo_aligner.checksums import check_sums, write_sums
+from nemo_aligner.checksums import check_sums, known_sum, write_sums
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
@@ -401,8 +401,7 @@ def archive_hash(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return known_sum(path)
     digest = hashlib.sha256()
     entries = files_that_count(path) if is_hf_folder(path) else (p for p in path.rglob("*") if p.is_file())
     for entry in sorted(entries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_greedy_samples_are_what_the_model_says_after_the_template(
     assert read_rows(tmp_path / "out.jsonl") == expected
     own = {"key": "gpt_model_file", "tensor": 1, "pipeline": 1, "seed": 41}
     assert started == [{"devices": 1, "path": str(archives.policy), **own}]
+
+
+@pytest.mark.parametrize("task", ["sampler", "labeler"])
+def test_archive_and_output_are_read_once_for_their_sums(
+    archives: Archives, tmp_path: Path, hashed_files: list[str], task: str
+) -> None:
+    make, run = CONFIGS[task]
+    cfg = make(tmp_path, archives)
+    archive = shutil.copy(cfg.gpt_model_file, tmp_path / "own.nemo")
+    cfg.gpt_model_file, cfg.exp_manager.create_tensorboard_logger = str(archive), True
+    run(cfg)
+    assert [hashed_files.count(path) for path in (cfg.gpt_model_file, cfg.output_file)] == [1, 1]
 
 
 def test_rewards_are_those_of_prompt_and_response_under_the_template(

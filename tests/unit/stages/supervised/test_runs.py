@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from nemo_aligner import loggers
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig, SFTDatasetConfig
 from nemo_aligner.engine import policy, reward_model
+from nemo_aligner.engine.checkpoints import resident
 from nemo_aligner.engine.checkpoints.nemo_archive import read_architecture
 from nemo_aligner.errors import DataError
 from nemo_aligner.stages.supervised import reward_training, sft
@@ -69,6 +71,17 @@ def rm_config(folder: Path, archives: Archives) -> RMConfig:
         "validation": [write_rows(folder / "held_out.jsonl", HELD_OUT_PAIRS)],
     }
     return cfg
+
+
+def test_the_archives_of_a_run_are_read_once_for_their_sums_also_where_the_weights_stay(
+    archives: Archives, tmp_path: Path, hashed_files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_residents", {})
+    cfg = sft_config(tmp_path, archives)
+    base = cfg.model.restore_from_path = shutil.copy(str(archives.policy), str(tmp_path / "own.nemo"))
+    sft.run(cfg)
+    made = str(tmp_path / "log/checkpoints/m.nemo")
+    assert [hashed_files.count(path) for path in (base, made)] == [1, 1]
 
 
 def rates(steps: int) -> list[float]:
