@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive, resident
+from nemo_aligner.engine.checkpoints import archive_weights, nemo_archive, resident
 from nemo_aligner.engine.checkpoints.hf_settings import named
 from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
 from nemo_aligner.engine.checkpoints.settings import placed
@@ -174,7 +174,7 @@ def _begin_adapter(loaded: LoadedModel, path: str, cluster: MegatronCluster) -> 
     arch = nemo_archive.read_architecture(path, key=key)
     nemo_archive.check_base(path, loaded.source, arch, cluster, key=key)
     with nemo_archive.open_archive(path, cluster, key=key) as folder:
-        nemo_archive.load_adapter(loaded.module, folder, cluster, new_head=arch.reward_model_type is None)
+        archive_weights.load_adapter(loaded.module, folder, cluster, new_head=arch.reward_model_type is None)
 
 
 def _load(
@@ -211,10 +211,10 @@ def _load(
     with nemo_archive.open_archive(base, cluster, key=key) as folder:
         arch, tokenizer = _opened(path, folder, arch, key)
         module = build_model(arch, run)
-        nemo_archive.load_weights(module, folder, cluster, new_head=head_is_new, key=key)
+        archive_weights.load_weights(module, folder, cluster, new_head=head_is_new, key=key)
     if adapter is not None:
         with nemo_archive.open_archive(path, cluster, key=key) as folder:
-            nemo_archive.load_adapter(module, folder, cluster, new_head=not has_head)
+            archive_weights.load_adapter(module, folder, cluster, new_head=not has_head)
         if merge and module.adapters is not None:
             module.adapters.dissolve(module)
             arch = replace(arch, peft=None)
@@ -263,4 +263,4 @@ def described_archive(path: str | Path, cluster: MegatronCluster, *, key: str) -
     with nemo_archive.open_archive(path, cluster, key=key) as folder:
         arch, tokenizer = _opened(path, folder, arch, key)
         model = build_model(arch, RunOptions(dtype=parse_precision(arch.precision), shapes_only=True))
-        yield DescribedArchive(arch, tokenizer, nemo_archive.whole_tensors(model, folder))
+        yield DescribedArchive(arch, tokenizer, archive_weights.whole_tensors(model, folder))

@@ -13,8 +13,9 @@ from pathlib import Path
 from nemo_aligner.checksums import SUMS, check_sums, compare, file_sum, parse_sums, stream_sum
 from nemo_aligner.data.journal import FINGERPRINT, check_journal
 from nemo_aligner.data.jsonl import load_rows
+from nemo_aligner.engine.checkpoints.archive_tar import checked_members, open_tar, read_member
 from nemo_aligner.engine.checkpoints.checkpoint_folder import PARTIAL, STATE, check_whole, read_state
-from nemo_aligner.engine.checkpoints.nemo_archive import CONFIG, checked_members, open_tar, read_member
+from nemo_aligner.engine.checkpoints.nemo_archive import CONFIG
 from nemo_aligner.errors import AlignerError, DataError
 
 _NO_SUMS = "no sums are stored in it, so that only its form could be checked"

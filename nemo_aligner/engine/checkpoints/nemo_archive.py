@@ -22,20 +22,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner.checksums import check_sums, known_sum, write_sums
-from nemo_aligner.config.architecture import Architecture, padded_vocab_size
+from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.peft import LoraTuning
+from nemo_aligner.engine.checkpoints.archive_tar import checked_members, open_tar, pack, read_member
+from nemo_aligner.engine.checkpoints.archive_weights import ADAPTERS, PREFIX, WEIGHTS
 from nemo_aligner.engine.checkpoints.hf_settings import files_that_count, is_hf_folder, named, read_hf_architecture
 from nemo_aligner.errors import CheckpointError
 from nemo_aligner.files import fsync, writing
-from nemo_aligner.metrics import Progress
 from nemo_aligner.ranks import together
 from nemo_aligner.scratch import remove_leftovers, scratch_folder, scratch_root
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.transformer.module import MegatronModule
 
     from nemo_aligner.engine.checkpoints.lazy_tensors import LazyTensors
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "model_config.yaml"
-WEIGHTS = "model_weights"
-PREFIX = "model."
-_ADAPTERS = f"{PREFIX}adapters."
-_MOST_TEXT = 16 << 20
-_MB = 1_000_000
-_LONG = 1000 * _MB
-"""Bytes of an archive whose packing is worth a bar."""
 _OPENED = "nemo_aligner_archive_"
 
 
@@ -121,35 +114,6 @@ def check_base(path: str | Path, base: Path, arch: Architecture, cluster: Cluste
 
 
 @contextmanager
-def open_tar(path: Path, key: str) -> Iterator[tarfile.TarFile]:
-    if not path.exists():
-        raise CheckpointError(f"{named(key, path)}: no such file")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            yield tar
-    except (tarfile.TarError, EOFError) as fault:
-        raise CheckpointError(f"{named(key, path)}: not a .nemo archive, or truncated or corrupt ({fault})") from None
-    except PermissionError:
-        raise CheckpointError(f"{named(key, path)}: no permission to read it") from None
-
-
-def read_member(tar: tarfile.TarFile, name: str, path: Path, key: str) -> bytes:
-    for candidate in (name, f"./{name}"):  # NeMo's own writer puts ./ in front
-        try:
-            member = tar.getmember(candidate)
-        except KeyError:
-            continue
-        if member.size > _MOST_TEXT:
-            raise CheckpointError(
-                f"{named(key, path)}: {name} has {member.size} bytes, and none needs over {_MOST_TEXT}"
-            )
-        stream = tar.extractfile(member) if member.isfile() else None
-        if stream is not None:
-            return stream.read()
-    raise CheckpointError(f"{named(key, path)}: the archive has no {name}, so it is not a .nemo archive")
-
-
-@contextmanager
 def open_archive(path: str | Path, cluster: Cluster, *, key: str = "archive") -> Iterator[Path]:
     """The archive's folder: itself when already extracted, else a temporary one that is removed afterwards.
 
@@ -197,104 +161,11 @@ def _extract(path: Path, folder: Path, key: str) -> None:
         )
 
 
-def checked_members(
-    tar: tarfile.TarFile, path: Path, key: str, *, room: int | None = None
-) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive, in their order. Raises CheckpointError for one that no archive should have.
-
-    `room`: bytes that there are for all of them.
-    """
-    size, names = path.stat().st_size, set[str]()
-    for member in tar:
-        name = os.path.normpath(member.name)
-        fault = None
-        if not (member.isfile() or member.isdir()) or member.issparse():
-            fault = "is a link, a device or sparse; archives hold files"
-        elif member.name.startswith("/") or ".." in Path(member.name).parts:
-            fault = "would leave the archive's folder"
-        elif member.offset_data + member.size > size:
-            fault = f"claims {member.size} bytes, which the file, truncated or corrupt, has not"
-        elif room is not None and member.size > room:
-            fault = f"has {member.size} bytes, and the disk of {tempfile.gettempdir()} has room for {room}"
-        elif name in names:
-            fault = "is there twice"
-        if fault is not None:
-            raise CheckpointError(f"{named(key, path)}: member {member.name!r} {fault}")
-        names.add(name)
-        if room is not None:
-            room -= member.size
-        yield member
-
-
 def _check_sums(path: Path, folder: Path, key: str) -> None:
     try:
         check_sums(folder)
     except CheckpointError as fault:
         raise CheckpointError(f"{named(key, path)}: {fault}") from None
-
-
-def load_weights(
-    model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False, key: str = "archive"
-) -> None:
-    """Read an opened archive's weights into `model`, whatever TP and PP wrote them.
-
-    `new_head`: the archive is a policy's and the model a reward model whose head keeps its random values.
-    """
-    from nemo_aligner.engine.checkpoints.sharded import without_extra_state
-
-    state = without_extra_state(model.sharded_state_dict(prefix=PREFIX))
-    state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
-    if new_head:
-        state = {name: value for name, value in state.items() if ".rm_head." not in name}
-    if is_hf_folder(folder):
-        _fill_from_hf(state, folder, model.config.tensor_model_parallel_size, key)
-        cluster.barrier()
-        return
-    may_stay = ["_extra_state", *(["output_layer.weight"] if hasattr(model, "rm_head") or new_head else [])]
-    _fill(model, state, folder, may_stay)
-    cluster.barrier()
-
-
-def load_adapter(model: MegatronModule, folder: Path, cluster: Cluster, *, new_head: bool = False) -> None:
-    """Read an opened adapter's archive into the adapters of `model`, and into its reward head unless `new_head`."""
-    from nemo_aligner.engine.checkpoints.sharded import without_extra_state, without_frozen
-
-    state = without_frozen(without_extra_state(model.sharded_state_dict(prefix=PREFIX)), model, PREFIX)
-    if new_head:
-        state = {name: value for name, value in state.items() if ".rm_head." not in name}
-    _fill(model, state, folder, ["_extra_state"])
-    cluster.barrier()
-
-
-def _fill(model: MegatronModule, state: dict[str, Any], folder: Path, may_stay: list[str]) -> None:
-    """The weights of `model` that `state` names, from an opened archive."""
-    from nemo_aligner.engine.checkpoints.sharded import load_sharded
-
-    loaded = load_sharded(state, folder / WEIGHTS, may_stay=may_stay)
-    weights = {name.removeprefix(PREFIX): value for name, value in loaded.items() if name.startswith(PREFIX)}
-    _, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected:
-        raise CheckpointError(f"the archive's weights do not fit the model: {', '.join(unexpected[:4])}")
-
-
-def _fill_from_hf(state: ShardedStateDict, folder: Path, tp: int, key: str) -> None:
-    from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder
-    from nemo_aligner.engine.checkpoints.hf_weights import to_megatron
-    from nemo_aligner.engine.checkpoints.whole_weights import fill
-
-    arch, tensors, _ = read_hf_folder(folder, key=key)
-    try:
-        fill(state, to_megatron(arch, tensors, padded_vocab_size(arch, tp)), PREFIX)
-    except CheckpointError as fault:
-        raise CheckpointError(f"{named(key, folder)}: {fault}") from None
-
-
-def whole_tensors(model: MegatronModule, folder: Path) -> LazyTensors:
-    """An opened archive's weights as whole Megatron tensors, read when they are asked for; `model` is the whole one."""
-    from nemo_aligner.engine.checkpoints.sharded import without_extra_state
-    from nemo_aligner.engine.checkpoints.whole_weights import archive_tensors
-
-    return archive_tensors(folder / WEIGHTS, without_extra_state(model.sharded_state_dict(prefix=PREFIX)), PREFIX)
 
 
 def save_archive(
@@ -326,7 +197,7 @@ def save_archive(
         if arch.peft is not None:
             state = without_frozen(state, model, PREFIX)
         else:
-            state = {name: value for name, value in state.items() if not name.startswith(_ADAPTERS)}
+            state = {name: value for name, value in state.items() if not name.startswith(ADAPTERS)}
         if weights is not None:
             from nemo_aligner.engine.checkpoints.whole_weights import save_whole
 
@@ -344,7 +215,7 @@ def save_archive(
                 for name, content in tokenizer.files.items():
                     (staging / name).write_bytes(content)
                 write_sums(staging)
-                _pack(staging, partial)
+                pack(staging, partial, first=CONFIG)
                 os.replace(partial, path)
                 fsync(path.parent)
     finally:
@@ -354,44 +225,6 @@ def save_archive(
                 partial.unlink()
     if cluster.is_main:
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
-
-
-def _pack(folder: Path, target: Path) -> None:
-    """The same bytes whoever packs the same files, and whenever."""
-
-    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.uid = member.gid = member.mtime = 0
-        member.uname = member.gname = ""
-        member.mode = 0o755 if member.isdir() else 0o644
-        return member
-
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    megabytes = -(-size // _MB)
-    with (
-        target.open("wb") as stream,
-        Progress("packing", megabytes, show=size >= _LONG, unit="MB") as progress,
-    ):
-        with tarfile.open(fileobj=_Counted(stream, progress), mode="w") as tar:  # type: ignore[call-overload]
-            for name in (CONFIG, *sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)):
-                tar.add(folder / name, arcname=name, filter=anonymous)
-        progress.advance(megabytes)  # what is left of the last
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-class _Counted:
-    """What a tar is written to; `progress` counts its megabytes."""
-
-    def __init__(self, stream: BinaryIO, progress: Progress) -> None:
-        self._stream, self._progress, self._bytes = stream, progress, 0
-        self.tell = stream.tell
-
-    def write(self, data: bytes) -> int:
-        self._bytes += len(data)
-        if self._bytes >= _MB:
-            self._progress.advance(self._bytes // _MB)
-            self._bytes %= _MB
-        return self._stream.write(data)
 
 
 def archive_hash(path: str | Path) -> str:

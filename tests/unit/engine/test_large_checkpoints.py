@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
 from nemo_aligner.config.schema import ModelOverrides, OptimConfig, TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints import archive_tar
 from nemo_aligner.engine.checkpoints.hf_settings import INDEX
 from nemo_aligner.engine.conversion import export_hf, read_checkpoint, with_first_layers, write_archive
 from nemo_aligner.engine.policy import load_policy_for_training
@@ -33,7 +33,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_through_an_archive_and_back_every_tensor_is_the_same_bits_in_files_of_any_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nemo_archive, "_LONG", 1)
+    monkeypatch.setattr(archive_tar, "_LONG", 1)
     write_random_hf_folder(tmp_path / "hf", SHAPE, shard_bytes=50_000)
     write_archive(read_checkpoint(tmp_path / "hf"), tmp_path / "m.nemo", precision="bf16", seed=1)
     export_hf(tmp_path / "m.nemo", tmp_path / "back", shard_bytes=30_000)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints import archive_tar, nemo_archive
 from nemo_aligner.engine.checkpoints.nemo_archive import open_archive, read_architecture, save_archive
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.model.build import RunOptions, build_model
@@ -174,10 +174,10 @@ def test_what_cannot_be_written_is_said_on_every_rank(tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match="said by rank 0"):
         save(path, Rank(fault=OutputError("said by rank 0"), is_main=False))
 
-    def full_disk(*args: object) -> None:
+    def full_disk(*args: object, **how: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nemo_archive, "_pack", full_disk)
+    monkeypatch.setattr(nemo_archive, "pack", full_disk)
     with pytest.raises(OutputError, match=rf"^cannot write {path}: No space left on device$"):
         save(path, Rank())
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
@@ -263,7 +263,7 @@ def test_an_archive_for_which_the_disk_has_no_room_is_not_begun(
 
 
 def test_a_config_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nemo_archive, "_MOST_TEXT", 100)
+    monkeypatch.setattr(archive_tar, "_MOST_TEXT", 100)
     path = packed(tmp_path / "m.nemo", {"model_config.yaml": CONFIG})
     with pytest.raises(CheckpointError, match=r"model_config\.yaml has \d+ bytes, and none needs over 100$"):
         read_architecture(path, key="k")

@@ -14,17 +14,12 @@ import transformers
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.schema import TrainerConfig
+from nemo_aligner.engine.checkpoints.archive_weights import load_weights, whole_tensors
 from nemo_aligner.engine.checkpoints.hf_config import architecture_of, to_hf_config
 from nemo_aligner.engine.checkpoints.hf_folder import read_hf_folder
 from nemo_aligner.engine.checkpoints.hf_tensors import load_tensors
 from nemo_aligner.engine.checkpoints.hf_weights import to_hf, to_megatron
-from nemo_aligner.engine.checkpoints.nemo_archive import (
-    load_weights,
-    open_archive,
-    read_architecture,
-    save_archive,
-    whole_tensors,
-)
+from nemo_aligner.engine.checkpoints.nemo_archive import open_archive, read_architecture, save_archive
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.conversion import Checkpoint, with_first_layers
 from nemo_aligner.engine.model.build import RunOptions, build_model, padded_vocab_size

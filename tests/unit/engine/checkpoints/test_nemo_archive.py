@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints import archive_weights, nemo_archive
 from nemo_aligner.engine.checkpoints.sharded import check_metadata
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.loading import load_for_inference
@@ -162,10 +162,10 @@ def test_a_save_that_fails_leaves_the_old_archive_whole(
     before = nemo_archive.archive_hash(path)
     (tmp_path / ".m.nemo.saving").mkdir()  # what an earlier kill may have left
 
-    def full_disk(*args: object) -> None:
+    def full_disk(*args: object, **how: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nemo_archive, "_pack", full_disk)
+    monkeypatch.setattr(nemo_archive, "pack", full_disk)
     with pytest.raises(OutputError, match="No space left"):
         save(path, cluster, seed=2)
     assert nemo_archive.archive_hash(path) == before
@@ -178,8 +178,8 @@ def test_a_reward_model_starts_from_a_policys_weights_with_a_head_of_its_own(
     model = build_model(replace(ARCHIVED, reward_model_type="binary_ranking"), RunOptions())
     with nemo_archive.open_archive(archive, cluster) as folder:
         with pytest.raises(CheckpointError, match="rm_head"):
-            nemo_archive.load_weights(model, folder, cluster)
-        nemo_archive.load_weights(model, folder, cluster, new_head=True)
+            archive_weights.load_weights(model, folder, cluster)
+        archive_weights.load_weights(model, folder, cluster, new_head=True)
     policy = load_for_inference(archive, cluster, precision="32", key="k").module
     assert torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, policy.decoder.layers[0].mlp.linear_fc2.weight)
 

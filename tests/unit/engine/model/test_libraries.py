@@ -23,7 +23,7 @@ from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.config.libraries import LibraryKeys
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
-from nemo_aligner.engine.checkpoints import nemo_archive
+from nemo_aligner.engine.checkpoints import archive_weights, nemo_archive
 from nemo_aligner.engine.checkpoints.sharded import without_extra_state
 from nemo_aligner.engine.checkpoints.tokenizer import BYTE_TOKENIZER, FastTokenizer, byte_tokenizer
 from nemo_aligner.engine.checkpoints.whole_weights import pieces
@@ -245,14 +245,14 @@ def shaken(arch: Architecture, run: RunOptions) -> nn.Module:
 def loaded(path: Path, arch: Architecture, run: RunOptions, cluster: MegatronCluster) -> nn.Module:
     model = build_model(arch, run)
     with nemo_archive.open_archive(path, cluster) as folder:
-        nemo_archive.load_weights(model, folder, cluster)
+        archive_weights.load_weights(model, folder, cluster)
     return model
 
 
 def contents(path: Path, arch: Architecture, cluster: MegatronCluster) -> dict[str, torch.Tensor]:
     """The whole tensors of an archive, under their names where norms are modules of their own."""
     with nemo_archive.open_archive(path, cluster) as folder:
-        whole = nemo_archive.whole_tensors(build_model(arch, RunOptions(shapes_only=True)), folder)
+        whole = archive_weights.whole_tensors(build_model(arch, RunOptions(shapes_only=True)), folder)
         return {name: whole[name] for name in whole.parts}
 
 
