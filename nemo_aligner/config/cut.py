@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Over how many ranks a run wants its model cut; tensor and pipeline -1: as stored, for this many processes.
+
+    `prefix` is what stands before the keys of tensor, pipeline and virtual in its config: "model." or nothing.
+    """
+
+    tensor: int = -1
+    pipeline: int = -1
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    prefix: str = ""
+
+
+AS_STORED, WHOLE = Sizes(), Sizes(tensor=1, pipeline=1)
+
+
+def passes(check: Callable[[], object]) -> bool:
+    """Whether `check` has nothing to refuse: it raises no ConfigError."""
+    try:
+        check()
+    except ConfigError:
+        return False
+    return True
 
 
 def uneven(arch: Architecture, tensor: int) -> Iterator[str]:
@@ -56,11 +85,7 @@ def check_cut(
 
 def can_cut(arch: Architecture, *, tensor: int = 1, pipeline: int = 1, virtual: int = 1) -> bool:
     """Whether `check_cut` lets it through."""
-    try:
-        check_cut(arch, tensor=tensor, pipeline=pipeline, virtual=virtual)
-    except ConfigError:
-        return False
-    return True
+    return passes(lambda: check_cut(arch, tensor=tensor, pipeline=pipeline, virtual=virtual))
 
 
 def chosen_sizes(

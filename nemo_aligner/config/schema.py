@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.fixed import MODEL, OPTIM, TRAINER, check_amp_o2, check_fixed
 from nemo_aligner.config.libraries import LibraryKeys
@@ -256,6 +257,19 @@ class ModelOverrides(ExpertOverrides, LibraryKeys, RecomputationKeys):
     micro_batch_tokens: int | None = None  # of a micro-batch at most, shared ones once; null = any number
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Over how many ranks the model is to be cut."""
+        return Sizes(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            virtual=self.virtual_pipeline_model_parallel_size or 1,
+            context=self.context_parallel_size,
+            expert=self.expert_model_parallel_size,
+            expert_tensor=self.expert_tensor_parallel_size,
+            prefix="model.",
+        )
 
     def check_model(self, exp: ExpManagerConfig, trainer: TrainerConfig) -> None:
         """What every training script asks of `model`. Raises ConfigError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_aligner.config.cut import check_cut, chosen_sizes
+from nemo_aligner.config.cut import AS_STORED, Sizes, check_cut, chosen_sizes
 from nemo_aligner.config.peft import LoraTuning, PeftConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints.nemo_archive import base_of, read_architecture
@@ -28,19 +28,16 @@ def check_is_reward_model(path: str | Path, key: str) -> None:
 def parallel_sizes(
     trainer: TrainerConfig,
     path: str | Path,
+    sizes: Sizes = AS_STORED,
     *,
     key: str,
-    tensor: int = -1,
-    pipeline: int = -1,
-    virtual: int = 1,
-    context: int = 1,
-    prefix: str = "",
 ) -> tuple[int, int]:
     """Tensor- and pipeline-parallel sizes of a run of the archive at `path`, which `key` names in the config.
 
     -1 takes the stored size, reduced until it divides the processes and the model; an explicit size that does not is a
-    ConfigError, which names the size's key behind `prefix`. Raises CheckpointError where there is no archive.
+    ConfigError, which names the size's key. Raises CheckpointError where there is no archive.
     """
+    virtual, context, prefix = sizes.virtual, sizes.context, sizes.prefix
     arch = read_architecture(path, key=key)
     if arch.peft is not None:
         base_of(path, arch, key=key)
@@ -49,10 +46,11 @@ def parallel_sizes(
         raise ConfigError(f"{context} does not divide {there} = {world}", "model.context_parallel_size")
     if context > 1:
         world, there = world // context, f"{there} / model.context_parallel_size"
-    for name, size in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
+    asked = (("tensor_model_parallel_size", sizes.tensor), ("pipeline_model_parallel_size", sizes.pipeline))
+    for name, size in asked:
         if size != -1 and (size < 1 or world % size):
             raise ConfigError(f"{size} does not divide {there} = {world}", f"{prefix}{name}")
-    tensor, pipeline = chosen_sizes(arch, world, tensor=tensor, pipeline=pipeline, virtual=virtual)
+    tensor, pipeline = chosen_sizes(arch, world, tensor=sizes.tensor, pipeline=sizes.pipeline, virtual=virtual)
     if world % (tensor * pipeline):
         raise ConfigError(
             f"tensor_model_parallel_size {tensor} × pipeline_model_parallel_size {pipeline} = {tensor * pipeline} does "
@@ -78,18 +76,8 @@ def check_training(trainer: TrainerConfig, model: ModelOverrides, *, key: str) -
             "learned",
             "model.encoder_seq_length",
         )
-    virtual = model.virtual_pipeline_model_parallel_size or 1
-    tensor, pipeline = parallel_sizes(
-        trainer,
-        model.restore_from_path,
-        key=key,
-        tensor=model.tensor_model_parallel_size,
-        pipeline=model.pipeline_model_parallel_size,
-        virtual=virtual,
-        context=model.context_parallel_size,
-        prefix="model.",
-    )
-    model.check_recomputed_layers(arch.num_layers // (pipeline * virtual))
+    tensor, pipeline = parallel_sizes(trainer, model.restore_from_path, model.sizes, key=key)
+    model.check_recomputed_layers(arch.num_layers // (pipeline * model.sizes.virtual))
     if arch.num_moe_experts is not None:
         if model.peft.lora is not None and not model.peft.lora.of_attention_alone:
             raise ConfigError(

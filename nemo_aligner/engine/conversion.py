@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_aligner.config.architecture import Architecture, padded_vocab_size
-from nemo_aligner.config.cut import uneven
+from nemo_aligner.config.cut import WHOLE, uneven
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.config.yaml_file import read_mapping
@@ -131,7 +131,7 @@ def import_adapter(folder: Path, base: Path, output: Path, *, precision: str) ->
         raise CheckpointError(f"--base {base}: an adapter, or a reward model; give a whole policy")
     log.info("reading %s", folder)
     lora, tensors = read_peft_folder(folder, arch)
-    with start_for_archive(TrainerConfig(accelerator="cpu"), base, key="--base", tensor=1, pipeline=1) as cluster:
+    with start_for_archive(TrainerConfig(accelerator="cpu"), base, WHOLE, key="--base") as cluster:
         with open_archive(base, cluster, key="--base") as opened, placed(f"--base {base}"):
             tokenizer = load_tokenizer(opened, arch)
         arch = with_vocabulary(arch, tokenizer, f"--base {base}")
@@ -150,7 +150,7 @@ def export_adapter(source: Path, target: Path) -> None:
     if arch.reward_model_type is not None:
         raise CheckpointError(f"--input {source}: of a reward model, whose head has no Hugging Face form")
     to_hf_config(arch, arch.precision)  # or there is no Hugging Face model that it could be loaded into
-    with start_for_archive(TrainerConfig(accelerator="cpu"), source, key="--input", tensor=1, pipeline=1) as cluster:
+    with start_for_archive(TrainerConfig(accelerator="cpu"), source, WHOLE, key="--input") as cluster:
         loaded = load_for_inference(source, cluster, precision=arch.precision, key="--input", merge=False)
         log.info("writing %s", target)
         write_peft_folder(target, arch, LoraTuning.from_nemo(arch.peft), loaded.module.state_dict())
@@ -168,7 +168,7 @@ def export_hf(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> Non
         raise CheckpointError(f"--input {source}: a Hugging Face folder already")
     trainer, key = TrainerConfig(accelerator="cpu"), "--input"
     with (
-        start_for_archive(trainer, source, key=key, tensor=1, pipeline=1) as cluster,
+        start_for_archive(trainer, source, WHOLE, key=key) as cluster,
         described_archive(source, cluster, key=key) as found,
     ):
         log.info("writing %s", target)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.config.architecture import Architecture
+from nemo_aligner.config.cut import AS_STORED, Sizes
 from nemo_aligner.config.peft import LoraTuning
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine.checkpoints import archive_weights, nemo_archive, resident
@@ -32,32 +33,25 @@ log = logging.getLogger(__name__)
 def start_for_archive(
     trainer: TrainerConfig,
     path: str | Path,
+    sizes: Sizes = AS_STORED,
     *,
     key: str,
-    tensor: int = -1,
-    pipeline: int = -1,
-    virtual: int = 1,
-    context: int = 1,
-    expert: int = 1,
-    expert_tensor: int | None = None,
     seed: int = 1234,
-    prefix: str = "",
 ) -> Iterator[MegatronCluster]:
-    """The processes of this run, cut as the archive at `path` or the caller asks (-1: as stored).
+    """The processes of this run, cut as the archive at `path` or the caller asks.
 
-    `key` is the config key that named the archive, `prefix` is what stands before those of the sizes, for
-    messages. The archive's config is read before any process starts, so a wrong path fails at once.
+    `key` is the config key that named the archive. The archive's config is read before any process starts, so a wrong
+    path fails at once.
     """
-    asked = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context}
-    sizes = parallel_sizes(trainer, path, key=key, prefix=prefix, **asked)
+    tensor, pipeline = parallel_sizes(trainer, path, sizes, key=key)
     launch_local_ranks(trainer)
     with start_cluster(
         trainer,
-        tensor=sizes[0],
-        pipeline=sizes[1],
-        context=context,
-        expert=expert,
-        expert_tensor=expert_tensor,
+        tensor=tensor,
+        pipeline=pipeline,
+        context=sizes.context,
+        expert=sizes.expert,
+        expert_tensor=sizes.expert_tensor,
         seed=seed,
     ) as cluster:
         yield cluster
@@ -75,19 +69,7 @@ def start_for_training(
     trainer: TrainerConfig, model: ModelOverrides, *, key: str
 ) -> AbstractContextManager[MegatronCluster]:
     """The processes of a training run, cut as its `model.*` keys say; `key` names the archive in messages."""
-    return start_for_archive(
-        trainer,
-        model.restore_from_path,
-        key=key,
-        tensor=model.tensor_model_parallel_size,
-        pipeline=model.pipeline_model_parallel_size,
-        virtual=model.virtual_pipeline_model_parallel_size or 1,
-        context=model.context_parallel_size,
-        expert=model.expert_model_parallel_size,
-        expert_tensor=model.expert_tensor_parallel_size,
-        seed=model.seed,
-        prefix="model.",
-    )
+    return start_for_archive(trainer, model.restore_from_path, model.sizes, key=key, seed=model.seed)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.config.cut import can_cut
+from nemo_aligner.config.cut import can_cut, passes
 from nemo_aligner.config.experts import ExpertOverrides
 from nemo_aligner.config.recomputation import RecomputationKeys
-from nemo_aligner.errors import ConfigError, LaunchError
+from nemo_aligner.errors import LaunchError
 from nemo_aligner.planning.memory import Memory, Work, inference, training
 from nemo_aligner.planning.parameters import Layout
 
@@ -125,24 +124,20 @@ def _layouts(arch: Architecture, cluster: Cluster, wish: Wish) -> Iterator[Layou
 
 def _recomputes(layout: Layout, layers: int) -> bool:
     """Whether a run recomputes the `layers` of a pipeline stage so."""
-    try:
-        RecomputationKeys(layout.granularity, layout.method, layout.num_layers).check_recomputed_layers(layers)
-    except ConfigError:
-        return False
-    return True
+    keys = RecomputationKeys(layout.granularity, layout.method, layout.num_layers)
+    return passes(lambda: keys.check_recomputed_layers(layers))
 
 
 def _expert_sizes(arch: Architecture, ranks: int, tp: int, sequence_parallel: bool, wish: Wish) -> list[int]:
     """Over how many of the `ranks` of a pipeline stage the experts of a layer may be cut."""
     if arch.num_moe_experts is None or not wish.trains:
         return [1]
-    found = []
-    for ep in [wish.ep] if wish.ep else _divisors(arch.num_moe_experts):
-        with contextlib.suppress(ConfigError):  # a run that is cut so would be refused
-            asked = ExpertOverrides(ep, wish.etp)
-            asked.check_expert_sizes(arch, tensor=tp, ranks=ranks, sequence_parallel=sequence_parallel)
-            found.append(ep)
-    return found
+
+    def fits(ep: int) -> bool:
+        check = ExpertOverrides(ep, wish.etp).check_expert_sizes
+        return passes(lambda: check(arch, tensor=tp, ranks=ranks, sequence_parallel=sequence_parallel))
+
+    return [ep for ep in ([wish.ep] if wish.ep else _divisors(arch.num_moe_experts)) if fits(ep)]
 
 
 def _divisors(number: int) -> list[int]:

@@ -49,12 +49,13 @@ def test_logits_equal_transformers(shop: Workshop) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from nemo_aligner.config.cut import WHOLE
     from nemo_aligner.config.schema import TrainerConfig
     from nemo_aligner.engine.loading import load_for_inference, start_for_archive
 
     tokens = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
     trainer = TrainerConfig(accelerator="cpu")
-    with start_for_archive(trainer, shop.path("sft_model.nemo"), key="k", tensor=1, pipeline=1) as cluster:
+    with start_for_archive(trainer, shop.path("sft_model.nemo"), WHOLE, key="k") as cluster:
         ours = load_for_inference(shop.path("sft_model.nemo"), cluster, precision="32", key="k").module
         with torch.no_grad():
             found = ours(tokens, torch.arange(33).expand(2, 33), None)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.config.cut import check_cut
+from nemo_aligner.config.cut import Sizes, check_cut
 from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, OfflineDataConfig, SamplerConfig
 from nemo_aligner.data.blending import Blend, blend, check_weights
 from nemo_aligner.data.chat import check_template, template_text
@@ -33,13 +33,7 @@ def check_archive(cfg: OfflineConfig, path: str, *others: str | None) -> None:
 
     Raises CheckpointError, ConfigError.
     """
-    tensor, pipeline = parallel_sizes(
-        cfg.trainer,
-        path,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-    )
+    tensor, pipeline = parallel_sizes(cfg.trainer, path, _sizes(cfg), key="gpt_model_file")
     for other in filter(None, others):
         check_cut(read_architecture(other), tensor=tensor, pipeline=pipeline, of=other)
 
@@ -50,14 +44,11 @@ def start_cluster(cfg: OfflineConfig, path: str | None) -> AbstractContextManage
 
     if path is None:
         return start_without_model(cfg.trainer, seed=cfg.seed)
-    return start_for_archive(
-        cfg.trainer,
-        path,
-        key="gpt_model_file",
-        tensor=cfg.tensor_model_parallel_size,
-        pipeline=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    )
+    return start_for_archive(cfg.trainer, path, _sizes(cfg), key="gpt_model_file", seed=cfg.seed)
+
+
+def _sizes(cfg: OfflineConfig) -> Sizes:
+    return Sizes(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
 
 
 def open_rows(data: OfflineDataConfig, required: Mapping[str, str]) -> Blend:

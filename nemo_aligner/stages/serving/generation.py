@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.auth import read_token
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
 from nemo_aligner.data.jsonl import dump_row, write_jsonl
@@ -44,9 +45,9 @@ def run(cfg: GenerationConfig) -> None:
         read = files_read(cfg.prompts_jsonl) if cfg.prompts_jsonl else []
         inputs: Inputs = {"prompts_jsonl": read, _ARCHIVE: [cfg.gpt_model_file]}
         refuse_overwriting(cfg.output_file, f"output_file={cfg.output_file}", inputs)
-    sizes: dict[str, Any] = {"tensor": cfg.tensor_model_parallel_size, "pipeline": cfg.pipeline_model_parallel_size}
+    sizes = Sizes(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
     check_template(cfg, _TEMPLATE)
-    tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, **sizes)
+    tensor, pipeline = parallel_sizes(cfg.trainer, cfg.gpt_model_file, sizes, key=_ARCHIVE)
     copies = cfg.trainer.devices * cfg.trainer.num_nodes // (tensor * pipeline)
     if cfg.server and copies > 1:
         raise ConfigError(
@@ -61,7 +62,7 @@ def run(cfg: GenerationConfig) -> None:
         from nemo_aligner.engine.loading import start_for_archive
         from nemo_aligner.engine.policy import load_policy
 
-        with start_for_archive(cfg.trainer, cfg.gpt_model_file, key=_ARCHIVE, seed=cfg.seed, **sizes) as cluster:
+        with start_for_archive(cfg.trainer, cfg.gpt_model_file, sizes, key=_ARCHIVE, seed=cfg.seed) as cluster:
             policy = load_policy(cfg.gpt_model_file, cluster, precision=cfg.trainer.precision)
             if prompts:
                 scores = cfg.inference.compute_logprob

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from nemo_aligner.algorithms.statistics import standardised
 from nemo_aligner.config.auth import read_token
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.rewards import REWARD_MODEL, RewardPlan
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.data.chat import ChatTemplate, check_template
@@ -40,7 +40,7 @@ def run(cfg: ServerConfig) -> None:
     token = read_token(cfg.inference.auth_token_file, "inference.auth_token_file")
     path = cfg.rm_model_file
     if path is not None:
-        parallel_sizes(cfg.trainer, path, key=_KEY, **_sizes(cfg))
+        parallel_sizes(cfg.trainer, path, _sizes(cfg), key=_KEY)
         check_is_reward_model(path, _KEY)
     with functions_of(cfg) as functions:
         if path is None:
@@ -50,16 +50,16 @@ def run(cfg: ServerConfig) -> None:
             serve_model(cfg, path, functions, token)
 
 
-def _sizes(cfg: ServerConfig) -> dict[str, Any]:
+def _sizes(cfg: ServerConfig) -> Sizes:
     tensor, pipeline = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    return {"tensor": tensor, "pipeline": pipeline, "prefix": "model."}
+    return Sizes(tensor, pipeline, prefix="model.")
 
 
 def serve_model(cfg: ServerConfig, path: str, functions: Functions | None, token: str | None) -> None:
     from nemo_aligner.engine.loading import start_for_archive
     from nemo_aligner.engine.reward_model import load_reward_model
 
-    with start_for_archive(cfg.trainer, path, key=_KEY, **_sizes(cfg)) as cluster:
+    with start_for_archive(cfg.trainer, path, _sizes(cfg), key=_KEY) as cluster:
         model = load_reward_model(path, cluster, precision=cfg.trainer.precision, key=_KEY)
         scorer = SharedScorer(model, cluster, cfg.inference.inference_micro_batch_size, standardization(cfg, model))
         with StopSignal() as stop:

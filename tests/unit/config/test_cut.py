@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.config.cut import can_cut, check_cut, uneven
+from nemo_aligner.config.cut import Sizes, can_cut, check_cut, uneven
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.schema import ModelOverrides, TrainerConfig
 from nemo_aligner.engine import checks
@@ -68,7 +68,7 @@ def test_a_cut_that_the_model_does_not_take_is_refused_by_its_key(
     sizes = {"tensor": 1, "pipeline": 1, **cut}
     for prefix in ("", "model."):
         with pytest.raises(ConfigError) as caught:
-            checks.parallel_sizes(TrainerConfig(devices=16), "m.nemo", key="k", prefix=prefix, **sizes)
+            checks.parallel_sizes(TrainerConfig(devices=16), "m.nemo", Sizes(**sizes, prefix=prefix), key="k")
         assert str(caught.value).startswith(f"{prefix}{key}: ")
         assert says.replace("model.", prefix) in str(caught.value)
     model = ModelOverrides(restore_from_path="m.nemo")
@@ -107,7 +107,7 @@ def test_stored_sizes_are_reduced_to_what_the_model_and_the_processes_allow_in_a
 ) -> None:
     arch = replace(WIDE, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     archive(arch)
-    assert checks.parallel_sizes(TrainerConfig(devices=8), "m.nemo", key="k", **asked) == found
+    assert checks.parallel_sizes(TrainerConfig(devices=8), "m.nemo", Sizes(**asked), key="k") == found
     run = {f"{name}_model_parallel_size": asked.get(name, -1) for name in ("tensor", "pipeline")}
     run["virtual_pipeline_model_parallel_size"] = asked.get("virtual")
     counted = of_run(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from nemo_aligner.config.cut import AS_STORED, Sizes
 from nemo_aligner.config.schema import TrainerConfig
 from nemo_aligner.engine import loading
 from nemo_aligner.engine.checkpoints import nemo_archive
@@ -69,9 +70,9 @@ def started(monkeypatch: pytest.MonkeyPatch, alone: None) -> list[dict[str, Any]
     calls: list[dict[str, Any]] = []
     start = loading.start_for_archive
 
-    def noted(trainer: TrainerConfig, path: str | Path, **how: Any) -> Any:
-        calls.append({"devices": trainer.devices, "path": str(path), **how})
-        return start(trainer, path, **how)
+    def noted(trainer: TrainerConfig, path: str | Path, sizes: Sizes = AS_STORED, **how: Any) -> Any:
+        calls.append({"devices": trainer.devices, "path": str(path), "sizes": sizes, **how})
+        return start(trainer, path, sizes, **how)
 
     monkeypatch.setattr(loading, "start_for_archive", noted)
     return calls

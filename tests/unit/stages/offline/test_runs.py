@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nemo_aligner.checksums import file_sum
+from nemo_aligner.config.cut import AS_STORED, WHOLE
 from nemo_aligner.config.evaluation import EvaluationConfig
 from nemo_aligner.config.offline import LabelerConfig, OfflineConfig, SamplerConfig
 from nemo_aligner.errors import AlignerError, CheckpointError, ConfigError
@@ -78,7 +79,7 @@ def test_greedy_samples_are_what_the_model_says_after_the_template(
         drawn = [plain.likeliest(tokenizer.encode(f"Q: {row['input']}"), 6) for row in PROMPTS]
         expected = [{**row, "output": tokenizer.decode(tokens)} for row, tokens in zip(PROMPTS, drawn, strict=True)]
     assert read_rows(tmp_path / "out.jsonl") == expected
-    own = {"key": "gpt_model_file", "tensor": 1, "pipeline": 1, "seed": 41}
+    own = {"key": "gpt_model_file", "sizes": WHOLE, "seed": 41}
     assert started == [{"devices": 1, "path": str(archives.policy), **own}]
 
 
@@ -104,7 +105,7 @@ def test_rewards_are_those_of_prompt_and_response_under_the_template(
     assert read_rows(tmp_path / "out.jsonl") == [
         {**row, "reward": pytest.approx(r, abs=1e-4)} for row, r in zip(SAMPLES, rewards, strict=True)
     ]
-    own = {"key": "gpt_model_file", "tensor": -1, "pipeline": -1, "seed": 41}
+    own = {"key": "gpt_model_file", "sizes": AS_STORED, "seed": 41}
     assert started == [{"devices": 1, "path": str(archives.judge), **own}]
     cfg.reward_standardization.enable = True
     reward_labeler.run(cfg)
@@ -118,7 +119,7 @@ def test_an_evaluation_draws_as_the_sampler_does_and_reports_rewards_and_kl_of_w
     cfg = evaluation_config(tmp_path, archives)
     cfg.exp_manager.create_tensorboard_logger, cfg.exp_manager.log_samples = True, 3
     evaluation.run(cfg)
-    own = {"key": "gpt_model_file", "tensor": -1, "pipeline": -1, "seed": 41}
+    own = {"key": "gpt_model_file", "sizes": AS_STORED, "seed": 41}
     assert started == [{"devices": 1, "path": str(archives.policy), **own}]
     figures = json.loads((tmp_path / "out.jsonl").read_text())
     assert [told["policy"] for told in figures] == cfg.policy_files

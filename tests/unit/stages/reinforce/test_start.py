@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.reinforce import ReinforceConfig
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine import policy
@@ -119,8 +120,7 @@ def test_a_run_updates_the_policy_as_plain_torch_would(
     start.run(cfg)
     assert [judge.did for judge in judges] == [["waited", "asked", "closed"]]
     assert judges[0].config is cfg.remote_critic_rm
-    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
-    own = {**sizes, "seed": 77, "prefix": "model."}
+    own = {"sizes": Sizes(prefix="model."), "seed": 77}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.policy), "key": key, **own}]
     rates = [4e-3 * (1 - t / 4) for t in range(4)]

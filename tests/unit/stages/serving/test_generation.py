@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_aligner.config.chat import ChatKeys
+from nemo_aligner.config.cut import WHOLE
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.data.chat import ChatTemplate
 from nemo_aligner.data.prompts import encode_prompts, open_prompts
@@ -67,7 +68,7 @@ def test_prompts_of_the_command_line_and_of_a_file_are_answered_in_their_order(
     generation.run(cfg)
     with opened(archives.policy) as plain:
         assert read_rows(tmp_path / "out.jsonl") == [answered(plain, text, bos) for text in TEXTS]
-    own = {"key": "gpt_model_file", "seed": 41, "tensor": 1, "pipeline": 1}
+    own = {"key": "gpt_model_file", "seed": 41, "sizes": WHOLE}
     assert started == [{"devices": 1, "path": str(archives.policy), **own}]
 
 

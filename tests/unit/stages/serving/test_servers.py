@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.generation import GenerationConfig
 from nemo_aligner.config.serving import ServerConfig
 from nemo_aligner.errors import CheckpointError
@@ -192,7 +193,7 @@ def test_the_reward_server_answers_with_its_models_rewards_until_it_is_told_to_s
     assert found["exceeded"][:, 0].tolist() == [0, 0, 0, 1, -1]
     assert b"101 bytes" in found["error"][4, 0]
     assert (tritons[0].runs, tritons[0].stopped) == (False, 1)
-    own = {"key": "rm_model_file", "tensor": -1, "pipeline": -1, "prefix": "model."}
+    own = {"key": "rm_model_file", "sizes": Sizes(prefix="model.")}
     assert started == [{"devices": 1, "path": str(archives.judge), **own}]
 
 

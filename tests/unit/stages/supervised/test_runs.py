@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nemo_aligner import loggers
+from nemo_aligner.config.cut import Sizes
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.config.supervised import RMConfig, SFTConfig, SFTDatasetConfig
 from nemo_aligner.engine import policy, reward_model
@@ -145,8 +146,7 @@ def test_sft_trains_on_the_answers_as_plain_torch_would(
     cfg.exp_manager.create_dllogger_logger = True
     sft.run(cfg)
     check_training(tmp_path / "log", archives.policy, answer_loss, QUESTIONS, HELD_OUT)
-    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
-    own = {**sizes, "seed": 77, "prefix": "model."}
+    own = {"sizes": Sizes(prefix="model."), "seed": 77}
     assert started == [{"devices": 1, "path": str(archives.policy), "key": "model.restore_from_path", **own}]
     assert sink.config["model"]["data"]["train_ds"]["global_batch_size"] == 2
     assert read_architecture(tmp_path / "log" / "checkpoints" / "m.nemo").precision == "32"
@@ -160,8 +160,7 @@ def test_a_reward_model_trains_on_pairs_as_plain_torch_would_and_stores_mean_and
     reward_training.run(cfg)
     log, pairs, held_out = tmp_path / "log", pairs_of(PAIRS), pairs_of(HELD_OUT_PAIRS)
     check_training(log, archives.judge, pair_loss, pairs, held_out)
-    sizes = {"tensor": -1, "pipeline": -1, "virtual": 1, "context": 1, "expert": 1, "expert_tensor": None}
-    own = {**sizes, "seed": 77, "prefix": "model."}
+    own = {"sizes": Sizes(prefix="model."), "seed": 77}
     key = "pretrained_checkpoint.restore_from_path"
     assert started == [{"devices": 1, "path": str(archives.judge), "key": key, **own}]
     assert sink.config["model"]["global_batch_size"] == 2
