@@ -189,7 +189,12 @@ def test_a_quickstart_of_other_settings_is_refused_before_anything_is_done(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["settings"]
 
 
-def test_a_quickstart_whose_server_dies_ends_at_once_and_names_its_log(tmp_path: Path) -> None:
+def test_a_quickstart_whose_server_dies_ends_at_once_and_names_its_log(workshop: Workshop, tmp_path: Path) -> None:
+    for name, made in (("sft_model", "sft_model"), ("backbone", "sft_model"), ("reward_model", "reward_model")):
+        shutil.copy(workshop.path(f"{made}.nemo"), tmp_path / f"{name}.nemo")  # so that these are not made first
+    (tmp_path / "data").mkdir()
+    for name in ("pairs", "prompts", "repeated_held_out_prompts"):
+        shutil.copy(workshop.path("prompts_dataset.jsonl"), tmp_path / f"data/{name}.jsonl")
     command = ["bash", "scripts/quickstart.sh", "--tiny", "--reinforce"]
     environment = {**ENV, "QUICKSTART_DIR": str(tmp_path)}
     process = subprocess.Popen(
