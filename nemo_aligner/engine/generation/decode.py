@@ -47,8 +47,8 @@ from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.kernels.packed_weights import PackedWeights
 from nemo_aligner.engine.model.forward import from_last_stage
 
-_SCORED_TOGETHER = 256
-"""Positions of a prompt whose logits are held at once."""
+SCORED_TOGETHER = 256
+"""Positions of texts whose logits are held at once."""
 
 
 class Linear(NamedTuple):
@@ -243,8 +243,8 @@ class CachedForward:
         logprobs: list[float] = []
         top_logprobs: list[TopLogprobs] = []
         targets = torch.tensor(prompt[1:], dtype=torch.int64, device=self.device)
-        for start in range(0, len(targets), _SCORED_TOGETHER):
-            part = slice(start, start + _SCORED_TOGETHER)
+        for start in range(0, len(targets), SCORED_TOGETHER):
+            part = slice(start, start + SCORED_TOGETHER)
             logits = self.logits(hidden[part])
             assert logits is not None
             found = logits.float().log_softmax(dim=-1)

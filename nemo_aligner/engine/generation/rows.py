@@ -6,7 +6,7 @@ processes share the work change it. A beginning that rows have in common is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Group, prefix_groups
 from nemo_aligner.config.architecture import Architecture
-from nemo_aligner.engine.generation.decode import CachedForward
+from nemo_aligner.engine.generation.decode import SCORED_TOGETHER, CachedForward
 from nemo_aligner.engine.model.forward import from_last_stage
 from nemo_aligner.engine.model.logprobs import log_sums_of
 
@@ -51,25 +51,34 @@ class RowForward:
     def logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
         """`[len(row)]` float32 for each row: log p(token | those before it) from token `starts[i]` on, 0 before."""
         found = [torch.zeros(len(row)) for row in rows]
-        for i, hidden in self._hidden(rows, [max(1, start) - 1 for start in starts]):
-            first = len(rows[i]) - len(hidden) + 1
-            for start in range(first, len(rows[i]), TOKENS_TOGETHER):
-                part = slice(start, min(start + TOKENS_TOGETHER, len(rows[i])))
-                logits = self._forward.logits(hidden[part.start - first : part.stop - first])
-                if logits is not None:
-                    targets = torch.tensor(rows[i][part])[:, None]
-                    found[i][part] = logits.gather(1, targets).squeeze(1).float() - log_sums_of(logits, logits.size(1))
+        for batch in _batches(self._scored(rows, starts), SCORED_TOGETHER, lambda part: len(part[2])):
+            logits = self._forward.logits(torch.cat([hidden for _, _, hidden in batch]))
+            if logits is None:
+                continue
+            places = [(i, slice(start, start + len(hidden))) for i, start, hidden in batch]
+            targets = torch.tensor([token for i, part in places for token in rows[i][part]])
+            scored = logits.gather(1, targets[:, None]).squeeze(1).float() - log_sums_of(logits, logits.size(1))
+            for (i, part), logprobs in zip(places, scored.split([len(hidden) for *_, hidden in batch]), strict=True):
+                found[i][part] = logprobs
         return from_last_stage(found)
+
+    def _scored(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+        """A row, its token `start` and the hidden states `[≤ SCORED_TOGETHER, H]` before those from there on."""
+        for i, hidden in self._hidden(rows, [max(1, start) - 1 for start in starts]):
+            start = len(rows[i]) - len(hidden) + 1
+            for part in hidden[:-1].split(SCORED_TOGETHER):
+                yield i, start, part
+                start += len(part)
 
     def _hidden(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Each row's index and its hidden states from token `firsts[i]` to its last, in any order."""
         minimum = MIN_SHARED if self._forward.goes_on else 1 + max(map(len, rows), default=0)
         groups = prefix_groups(rows, minimum=minimum)
         alone = [Group((i,), 0) for group in groups if not group.prefix for i in group.rows]
-        for batch in _batches(alone, lambda group: len(rows[group.rows[0]])):
+        for batch in _batches(alone, TOKENS_TOGETHER, lambda group: len(rows[group.rows[0]])):
             hidden, _ = self._forward.extend([rows[group.rows[0]] for group in batch])
             yield from ((g.rows[0], found[firsts[g.rows[0]] :]) for g, found in zip(batch, hidden, strict=True))
-        for batch in _batches([group for group in groups if group.prefix], lambda group: group.prefix):
+        for batch in _batches([group for group in groups if group.prefix], TOKENS_TOGETHER, lambda group: group.prefix):
             yield from self._going_on(rows, firsts, batch)
 
     def _going_on(
@@ -82,7 +91,7 @@ class RowForward:
             if len(rows[i]) == groups[g].prefix:
                 yield i, prefixes[g][firsts[i] :]
         longer = [(i, g) for i, g in members if len(rows[i]) > groups[g].prefix]
-        for batch in _batches(longer, lambda member: len(rows[member[0]]) - groups[member[1]].prefix):
+        for batch in _batches(longer, TOKENS_TOGETHER, lambda member: len(rows[member[0]]) - groups[member[1]].prefix):
             suffixes = [rows[i][groups[g].prefix :] for i, g in batch]
             hidden, _ = self._forward.extend(suffixes, [cached[g] for _, g in batch])
             for (i, g), found in zip(batch, hidden, strict=True):
@@ -90,12 +99,12 @@ class RowForward:
                 yield i, torch.cat([prefixes[g][firsts[i] :], found]) if firsts[i] < p else found[firsts[i] - p :]
 
 
-def _batches(items: Sequence[T], tokens: Callable[[T], int]) -> Iterator[list[T]]:
-    """`items` in their order, as many together as have TOKENS_TOGETHER, one at least."""
+def _batches(items: Iterable[T], most: int, tokens: Callable[[T], int]) -> Iterator[list[T]]:
+    """`items` in their order, as many together as have `most` tokens, one at least."""
     batch: list[T] = []
     total = 0
     for item in items:
-        if batch and total + tokens(item) > TOKENS_TOGETHER:
+        if batch and total + tokens(item) > most:
             yield batch
             batch, total = [], 0
         batch.append(item)

@@ -79,7 +79,10 @@ def test_rewards_and_logprobs_do_not_depend_on_the_other_rows(
             found = [row for part in parts for row in policy.logprobs(asked[part], starts[part])]
             assert all(torch.equal(a, b) for a, b in zip(found, alone_logprobs, strict=True))
         monkeypatch.setattr(rows, "TOKENS_TOGETHER", 30)
+        monkeypatch.setattr(rows, "SCORED_TOGETHER", 7)
         assert judge.rewards(asked) == alone
+        found = policy.logprobs(asked, starts)
+        assert all(torch.equal(a, b) for a, b in zip(found, alone_logprobs, strict=True))
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if threads > 1 else 2)
         assert judge.rewards(asked) == alone
@@ -118,3 +121,18 @@ def test_a_common_beginning_is_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     with policy.ready():
         policy.logprobs([[*prompt, 1, 2], [*prompt, 3], [7, 8, 9]], [20, 20, 0])
     assert sum(ran) == 20 + 2 + 1 + 3
+
+
+def test_short_rows_have_their_logits_in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model_of(WIDE)
+    made: list[int] = []
+    logits = policy._forward.logits
+
+    def spy(hidden: torch.Tensor) -> torch.Tensor | None:
+        made.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(policy._forward, "logits", spy)
+    with policy.ready():
+        policy.logprobs([[1, 2, 3, 4], [5, 6], [7]], [2, 0, 0])
+    assert made == [2 + 1]
