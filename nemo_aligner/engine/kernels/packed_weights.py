@@ -148,9 +148,12 @@ class PackedWeights:
         layout, packed = self._packed.get(id(weight), (None, None))
         if isinstance(layout, Panels) or not self._alike:
             return _product(layout, rows, weight if packed is None else packed, bias)
-        padded = F.pad(rows, (0, 0, 0, -len(rows) % ALIKE))
-        parts = [_product(layout, part, weight if packed is None else packed, bias) for part in padded.split(ALIKE)]
-        return torch.cat(parts)[: len(rows)]
+        parts = list(rows.split(ALIKE))
+        if rest := -len(rows) % ALIKE:
+            parts[-1] = F.pad(parts[-1], (0, 0, 0, rest))
+        found = [_product(layout, part, weight if packed is None else packed, bias) for part in parts]
+        found[-1] = found[-1][: ALIKE - rest]
+        return torch.cat(found)
 
     def rows(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` `[N]` int64 of `weight` `[out, in]`: `[N, in]`."""
