@@ -70,6 +70,10 @@ class CpuKernels:
         self._logprobs_backward.argtypes, self._logprobs_backward.restype = [pointer] * 5 + [number] * 3, None
         self.stream_attention = library.stream_attention
         self.stream_attention.argtypes = [pointer] * 5
+        self.has_units = bool(library.has_units())
+        if self.has_units:
+            self._add_weight_gradient = library.add_weight_gradient
+            self._add_weight_gradient.argtypes = [pointer] * 3 + [number] * 3
         self.has_products = bool(library.has_products())
         self._pack, self._rows_of = library.pack, library.rows_of
         self._pack.argtypes = [pointer, number, number, ctypes.c_int]
@@ -124,6 +128,15 @@ class CpuKernels:
         addresses = (tensor.data_ptr() for tensor in (logits, log_sums, given, targets, found))
         self._logprobs_backward(*addresses, *logits.shape, vocab_size)
         return found
+
+    def add_weight_gradient(self, x: Tensor, given: Tensor, gradient: Tensor) -> None:
+        """`gradient` `[O, I]` float32 += `given`ᵀ · `x`, of `[N, O]` and `[N, I]`; O and I are multiples of 16.
+
+        Needs `has_units`. Raises MemoryError.
+        """
+        addresses = (tensor.data_ptr() for tensor in (x, given, gradient))
+        if self._add_weight_gradient(*addresses, *x.shape, given.size(1)):
+            raise MemoryError("gradient of a weight")
 
     def attend(
         self,

@@ -18,6 +18,7 @@ from torch import nn
 
 from nemo_aligner.config.schema import OptimConfig
 from nemo_aligner.engine.checkpoints.optimizer_state import make_checkpointable
+from nemo_aligner.engine.kernels.weight_gradient import fuse_weight_gradients
 from nemo_aligner.engine.processes.cuda_on_cpu import cuda_type_names
 from nemo_aligner.errors import ConfigError
 
@@ -37,6 +38,7 @@ def build_optimizer(
     sharded = is_sharded(optim, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
     ddp = data_parallel_settings(optim, sharded)
     wrapped = DistributedDataParallel(config=get_model_config(model), ddp_config=ddp, module=model)
+    fuse_weight_gradients(wrapped, dtype)
     offloads = is_offloaded(optim, sharded, dtype)
     settings = OptimizerConfig(
         optimizer="adam",

@@ -41,15 +41,18 @@ static inline float wide(real value) {
     return result;
 }
 
-static inline floats load(const real *from) {
+/* LANES numbers in the lower halves of words */
+static inline words load_halves(const real *from) {
 #ifdef __AVX512F__ /* one instruction, of which the compiler makes four */
-    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)) << 16);
+    return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
 #else
     halves bits;
     memcpy(&bits, from, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, words) << 16);
+    return __builtin_convertvector(bits, words);
 #endif
 }
+
+static inline floats load(const real *from) { return (floats)(load_halves(from) << 16); }
 
 static inline void store(real *to, floats values) { /* to the nearest, ties to even */
 #ifdef __AVX512BF16__

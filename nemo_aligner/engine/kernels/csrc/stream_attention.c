@@ -39,7 +39,7 @@ static float soften(const Stream *s, const Memory *m, float *scores, real *weigh
         seen(s, run, position, &from, &to);
         memset(weights, 0, from * sizeof(real));
         for (long k = from; k < to; k += LANES) store_some(weights + k, load_floats(one + k) * share, to - k);
-        memset(weights + to, 0, (rounded(bound_of(run, first, count), IN_WORD) - to) * sizeof(real));
+        memset(weights + to, 0, (rounded(bound_of(run, first, count), UNIT * IN_WORD) - to) * sizeof(real));
     }
     return s->scale * largest + logf(total);
 }
@@ -73,7 +73,7 @@ static void pack_queries(const Memory *m, const float *from, long first, long co
     const Run *run = &m->prefix;
     for (int i = 0; i < 2; i++, run = &m->own) {
         long end = rounded(bound_of(run, first, count), PANEL);
-        for (long q = 0; q < count; q += IN_WORD)
+        for (long q = 0; q < rounded(count, UNIT * IN_WORD); q += IN_WORD)
             for (long k = 0; k < end; k += LANES) {
                 real narrow[IN_WORD][LANES];
                 for (long j = 0; j < IN_WORD && q + j < count; j++)
@@ -85,17 +85,20 @@ static void pack_queries(const Memory *m, const float *from, long first, long co
     }
 }
 
-/* gradient[D, keys] of both runs += rowsᵀ · panels, with rows[count, D] `stride` numbers apart */
-static void add_gradient(const Stream *s, Memory *m, const real *rows, long stride, long first, long count,
-                         const word *panels, int values) {
-    const long step = QUERIES / IN_WORD * PANEL, inputs = rounded(count, IN_WORD) / IN_WORD;
+/* gradient[D, keys] of both runs += rowsᵀ · panels, with rows[count, D] */
+static void add_gradient(const Stream *s, Memory *m, const real *rows, long first, long count, const word *panels, int values) {
+    const long step = QUERIES / IN_WORD * PANEL, inputs = rounded(count, UNIT * IN_WORD) / IN_WORD;
+#if HAS_UNITS
+    pack_columns(rows, s->D, count, s->D, (word *)m->across, QUERIES / IN_WORD);
+#else
     for (long d = 0; d < s->D; d++) {
-        for (long q = 0; q < count; q++) m->across[d * QUERIES + q] = rows[q * stride + d];
+        for (long q = 0; q < count; q++) m->across[d * QUERIES + q] = rows[q * s->D + d];
         for (long q = count; q < inputs * IN_WORD; q++) m->across[d * QUERIES + q] = 0;
     }
+#endif
     Run *run = &m->prefix;
     for (int i = 0; i < 2; i++, run = &m->own, panels += m->prefix.keys / PANEL * step)
-        multiply((const word *)m->across, QUERIES / IN_WORD, s->D, panels, step, inputs,
+        products(m, (const word *)m->across, QUERIES / IN_WORD, s->D, panels, step, inputs,
                  rounded(bound_of(run, first, count), PANEL), values ? run->value_gradient : run->key_gradient, run->keys, 1);
 }
 
@@ -120,7 +123,7 @@ static void forward_block(const Stream *s, Memory *m, long g, long r, long from,
     const long D = s->D, heads = s->G * s->R, head = g * s->R + r, first = m->own.offset + from, place = m->own.start + from;
     const long keys = m->prefix.keys + m->own.keys, wide = rounded(D, PANEL);
     for (long q = 0; q < count; q++) turn(s, head_at(s, place + q, g, r), place + q, 0, m->queries + q * D);
-    score(s, m, m->queries, D, first, count, 0, m->scores);
+    score(s, m, m->queries, first, count, 0, m->scores);
     for (long q = 0; q < count; q++)
         log_sums[(place + q) * heads + head] =
             soften(s, m, m->scores + q * keys, m->weights + q * keys, first + q, first, count);
@@ -136,9 +139,12 @@ static void backward_block(const Stream *s, Memory *m, long g, long r, long from
     const long D = s->D, heads = s->G * s->R, head = g * s->R + r, first = m->own.offset + from, place = m->own.start + from;
     const long keys = m->prefix.keys + m->own.keys, wide = rounded(D, PANEL), stride = heads * D;
     const real *given = out_gradient + (place * heads + head) * D, *found = out + (place * heads + head) * D;
-    for (long q = 0; q < count; q++) turn(s, head_at(s, place + q, g, r), place + q, 0, m->queries + q * D);
-    score(s, m, m->queries, D, first, count, 0, m->scores);
-    score(s, m, given, stride, first, count, 1, m->gradients);
+    for (long q = 0; q < count; q++) {
+        turn(s, head_at(s, place + q, g, r), place + q, 0, m->queries + q * D);
+        memcpy(m->given + q * D, given + q * stride, D * sizeof(real));
+    }
+    score(s, m, m->queries, first, count, 0, m->scores);
+    score(s, m, m->given, first, count, 1, m->gradients);
     for (long q = 0; q < count; q++) {
         floats delta = {0};
         for (long d = 0; d < D; d += LANES) delta += load(given + q * stride + d) * load(found + q * stride + d);
@@ -146,9 +152,9 @@ static void backward_block(const Stream *s, Memory *m, long g, long r, long from
                       log_sums[(place + q) * heads + head], sum_of(delta));
     }
     pack_queries(m, m->scores, first, count, m->panels);
-    add_gradient(s, m, given, stride, first, count, m->panels, 1);
+    add_gradient(s, m, m->given, first, count, m->panels, 1);
     pack_queries(m, m->gradients, first, count, m->panels);
-    add_gradient(s, m, m->queries, D, first, count, m->panels, 0);
+    add_gradient(s, m, m->queries, first, count, m->panels, 0);
     sum_up(s, m, first, count, 0);
     for (long q = 0; q < count; q++) {
         for (long d = 0; d < D; d += LANES) store(m->rows + d, load_floats(m->sums + q * wide + d));
@@ -168,13 +174,16 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
 #pragma omp parallel
     {
         const unsigned mode = flush_tiny();
-        Memory memory;
+        Memory memory = {.units = has_units()};
         char *all = aligned_alloc(64, cut_memory(&memory, NULL, s, prefix, own));
         if (all) cut_memory(&memory, all, s, prefix, own);
         else {
 #pragma omp atomic write
             failed = 1;
         }
+#if HAS_UNITS
+        if (memory.units) begin_units();
+#endif
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < s->P * s->G; item++) {
@@ -199,6 +208,9 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
                 if (i > begin && !span[1]) memory.prefix = before, memory.own = after;
             }
         }
+#if HAS_UNITS
+        if (memory.units) end_units();
+#endif
         free(all);
         restore(mode);
     }

@@ -3,10 +3,10 @@
 #pragma once
 #include "kernels.h"
 #include "rotary.h"
-#include "tiles.h"
+#include "units.h"
 #include <stdlib.h>
 
-enum { QUERIES = 4 * 14 }; /* looked at together */
+enum { QUERIES = HAS_UNITS ? 4 * UNIT : 4 * 14 }; /* looked at together */
 
 /* What does not change over a call; mirrored by engine/kernels/stream_attention.py. cosine and sine are of every place. */
 typedef struct {
@@ -23,16 +23,6 @@ typedef struct {
     word *key_outputs, *key_inputs, *value_outputs, *value_inputs;
     float *key_gradient, *value_gradient;
 } Run;
-
-static inline floats load_floats(const float *from) {
-    floats values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-static long rounded(long n, long to) { return (n + to - 1) / to * to; }
-
-static long least(long a, long b) { return a < b ? a : b; }
 
 static const real *head_at(const Stream *s, long place, long g, long head) {
     return s->mixed + ((place * s->G + g) * (s->R + 2) + head) * s->D;
@@ -60,66 +50,28 @@ static void pack_outputs(const real *rows, long n, long D, word *panels) {
                 else panels[w * PANEL + c] = 0;
 }
 
-/* The words of LANES outputs, whose inputs are in `rows` vectors `stride` numbers apart, the first `count` of them there */
-static inline words together(const real *rows, long stride, long count) {
-    words found = {0};
-    for (long i = 0; i < IN_WORD && i < count; i++) {
-#ifdef FLOAT32
-        memcpy(&found, rows + i * stride, sizeof found);
-#else
-        halves bits;
-        memcpy(&bits, rows + i * stride, sizeof bits);
-        found |= __builtin_convertvector(bits, words) << (16 * i);
-#endif
-    }
-    return found;
-}
-
-/* rows[n, D] → panels[D / PANEL][words of n][PANEL], the rows being inputs; `step` words from panel to panel */
-static void pack_inputs(const real *rows, long n, long D, word *panels, long step) {
-    for (long d = 0; d < rounded(D, PANEL); d += LANES)
-        for (long k = 0; k < n; k += IN_WORD) {
-            words found = d < D ? together(rows + k * D + d, D, n - k) : (words){0};
-            memcpy(panels + d / PANEL * step + k / IN_WORD * PANEL + d % PANEL, &found, sizeof found);
-        }
-}
-
-static inline __attribute__((always_inline)) void multiply_tile(const word *x, long stride, const word *panel, long count,
-                                                                float *out, long width, int add, const int R) {
-    floats sums[TILE][2];
-    UNROLLED
-    for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++)
-            sums[r][half] = add ? load_floats(out + r * width + half * LANES) : (floats){0};
-    add_products(sums, x, stride, panel, count, PANEL, R);
-    UNROLLED
-    for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) memcpy(out + r * width + half * LANES, &sums[r][half], sizeof(floats));
-}
-
-/* out[rows, outputs] (+)= x[rows, count words] · panels `step` words apart; rows of x and out lie `stride` words and
- * `width` numbers apart */
-static void multiply(const word *x, long stride, long rows, const word *panels, long step, long count, long outputs,
-                     float *out, long width, int add) {
-    const long tiles = (rows + TILE - 1) / TILE;
-    for (long column = 0; column < outputs; column += PANEL, panels += step)
-        for (long t = 0; t < tiles; t++) {
-            long m = rows * t / tiles;
-            float *to = out + m * width + column;
-#define CASE(R) \
-    case R: multiply_tile(x + m * stride, stride, panels, count, to, width, add, R); break;
-            switch (rows * (t + 1) / tiles - m) { EACH_TILE(CASE) }
-#undef CASE
-        }
-}
-
 /* Memory of one thread */
 typedef struct {
     Run prefix, own;
     real *rows, *queries, *weights, *across; /* [longest, D], [QUERIES, D], [QUERIES, keys], [D, QUERIES] */
+    real *given;                             /* [QUERIES, D] */
     word *panels;                            /* P or dS as [keys / PANEL][words of QUERIES][PANEL] */
     float *scores, *gradients, *sums;        /* [QUERIES, keys] twice, [QUERIES, D rounded up] */
+    int units;                               /* whether this thread may use them */
 } Memory;
+
+/* multiply(), which may compute rows up to a multiple of UNIT: whatever `x` has there, and `out` has room for */
+static void products(const Memory *m, const word *x, long stride, long rows, const word *panels, long step, long count,
+                     long outputs, float *out, long width, int add) {
+#if HAS_UNITS
+    if (m->units && count % UNIT == 0) {
+        multiply_units(x, stride, rounded(rows, UNIT), panels, step, count, outputs, out, width, add);
+        return;
+    }
+#endif
+    (void)m;
+    multiply(x, stride, rows, panels, step, count, outputs, out, width, add);
+}
 
 static void *cut(char **from, long bytes) {
     char *found = *from;
@@ -143,6 +95,7 @@ static long cut_memory(Memory *m, char *from, const Stream *s, long prefix, long
     }
     m->rows = cut(&from, (prefix > own ? prefix : own) * D * sizeof(real));
     m->queries = cut(&from, QUERIES * D * sizeof(real));
+    m->given = cut(&from, QUERIES * D * sizeof(real));
     m->across = cut(&from, D * QUERIES * sizeof(real));
     m->weights = cut(&from, QUERIES * keys * sizeof(real));
     m->panels = cut(&from, QUERIES * keys * sizeof(real));
@@ -159,13 +112,13 @@ static void fill(const Stream *s, Memory *m, Run *run, long start, long length, 
     const long step = run->keys / IN_WORD * PANEL;
     for (long k = 0; k < length; k++) turn(s, head_at(s, start + k, g, s->R), start + k, 0, m->rows + k * D);
     pack_outputs(m->rows, length, D, run->key_outputs);
-    if (backward) pack_inputs(m->rows, length, D, run->key_inputs, step);
+    if (backward) pack_inputs(m->rows, length, D, D, run->key_inputs, step);
     for (long k = 0; k < length; k++) memcpy(m->rows + k * D, head_at(s, start + k, g, s->R + 1), D * sizeof(real));
     if (backward) {
         pack_outputs(m->rows, length, D, run->value_outputs);
         memset(run->key_gradient, 0, D * run->keys * sizeof(float));
         memset(run->value_gradient, 0, D * run->keys * sizeof(float));
-    } else pack_inputs(m->rows, length, D, run->value_inputs, step);
+    } else pack_inputs(m->rows, length, D, D, run->value_inputs, step);
 }
 
 /* Of a block of `count` queries from position `first` on: keys of the run that any of them sees */
@@ -178,13 +131,12 @@ static void seen(const Stream *s, const Run *run, long position, long *from, lon
     *from = s->window && at + 1 > s->window ? least(at + 1 - s->window, *to) : 0;
 }
 
-/* scores[count, keys of both runs] = x · outputs, for the keys that the block sees */
-static void score(const Stream *s, const Memory *m, const real *x, long stride, long first, long count, int values,
-                  float *scores) {
+/* scores[count, keys of both runs] = x[count, D] · outputs, for the keys that the block sees */
+static void score(const Stream *s, const Memory *m, const real *x, long first, long count, int values, float *scores) {
     const long W = s->D / IN_WORD, width = m->prefix.keys + m->own.keys;
     const Run *run = &m->prefix;
     for (int i = 0; i < 2; i++, run = &m->own, scores += m->prefix.keys)
-        multiply((const word *)x, stride / IN_WORD, count, values ? run->value_outputs : run->key_outputs, W * PANEL, W,
+        products(m, (const word *)x, W, count, values ? run->value_outputs : run->key_outputs, W * PANEL, W,
                  rounded(bound_of(run, first, count), PANEL), scores, width, 0);
 }
 
@@ -194,6 +146,6 @@ static void sum_up(const Stream *s, const Memory *m, long first, long count, int
     const Run *run = &m->prefix;
     const word *x = (const word *)m->weights;
     for (int i = 0; i < 2; i++, run = &m->own, x += m->prefix.keys / IN_WORD)
-        multiply(x, width, count, values ? run->value_inputs : run->key_inputs, run->keys / IN_WORD * PANEL,
-                 (bound_of(run, first, count) + IN_WORD - 1) / IN_WORD, wide, m->sums, wide, i);
+        products(m, x, width, count, values ? run->value_inputs : run->key_inputs, run->keys / IN_WORD * PANEL,
+                 rounded(bound_of(run, first, count), UNIT * IN_WORD) / IN_WORD, wide, m->sums, wide, i);
 }

@@ -24,6 +24,8 @@ def kinds() -> list[tuple[torch.dtype, str]]:
             "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"},
         }
         processors += [name for name, needed in lesser.items() if needed <= flags]
+        if "amx_bf16" in flags:  # the like without units for matrices
+            processors.append("cooperlake")
     return list(itertools.product((torch.bfloat16, torch.float32), processors))
 
 

@@ -71,6 +71,24 @@ def test_log_sums_and_the_gradient_of_log_probabilities(
     assert not found[:, vocabulary:].any()
 
 
+@pytest.mark.parametrize(("places", "inputs", "outputs"), [(0, 16, 32), (5, 80, 48), (100, 16, 16), (2100, 48, 272)])
+def test_gradients_of_a_weight_are_added_up(
+    kernels: CpuKernels, dtype: torch.dtype, places: int, inputs: int, outputs: int
+) -> None:
+    if not kernels.has_units:
+        pytest.skip("there are no units for matrices, or not for this dtype")
+    x, given, before = normal(dtype, places, inputs), normal(dtype, places, outputs), torch.randn(outputs, inputs)
+    found, wanted = before.clone(), before.double() + given.double().T @ x.double()
+    kernels.add_weight_gradient(x, given, found)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = before.clone()
+    kernels.add_weight_gradient(x, given, again)
+    torch.set_num_threads(threads)
+    assert torch.equal(again, found)
+
+
 def rows_of_all_kinds() -> list[list[int]]:
     """Long and short, alike at first in two ways, one that others begin with, and more than one block of queries."""
     rng = random.Random(1)

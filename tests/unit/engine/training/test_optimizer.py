@@ -12,12 +12,13 @@ import torch
 from nemo_aligner.algorithms.terms import LossTerms
 from nemo_aligner.config.schema import OptimConfig, TrainerConfig
 from nemo_aligner.engine.interfaces import Microbatch
+from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.processes.cluster import MegatronCluster, start_cluster
 from nemo_aligner.engine.training.optimizer import data_parallel_settings, is_sharded
 from nemo_aligner.errors import ConfigError, TrainingError
 from nemo_aligner.stages.supervised.loop import sft_objective
-from tests.tiny import plain_sft_loss, rows, trainable
-from tests.unit.engine.helpers import without_optimizer
+from tests.tiny import ARCH, plain_sft_loss, rows, trainable
+from tests.unit.engine.helpers import split, without_optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,3 +140,26 @@ def test_weights_that_nobody_else_updates_cannot_be_fetched(caplog: pytest.LogCa
                          ("distributed_fused_adam", False, True), ("fused_adam", False, False)])  # fmt: skip
 def test_on_cpus_adams_state_is_cut_over_ranks_as_its_name_says(name: str, alone: bool, of_two: bool) -> None:
     assert [is_sharded(OptimConfig(name=name), ranks) for ranks in (1, 2)] == [alone, of_two]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_added_up_in_our_kernel_are_those_that_torch_adds_up(
+    cluster: MegatronCluster, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = cpu_kernels(torch.bfloat16, torch.device("cpu"))
+    if kernels is None or not kernels.has_units:
+        pytest.skip("there are no units for matrices")
+    arch = replace(ARCH, hidden_size=32, ffn_hidden_size=48, bias=True, share_embeddings_and_output_weights=tied)
+
+    def gradients(*, fused: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(kernels, "has_units", fused)
+        model = without_optimizer(cluster, arch, torch.bfloat16)
+        model.add_optimizer(OptimConfig(name="adamw"), clip_grad=0.0, max_steps=1)
+        model.train_step(split(rows(), 2), sft_objective)
+        return [parameter.main_grad for parameter in model.module.parameters()]
+
+    found, wanted = gradients(fused=True), gradients(fused=False)
+    assert not all(torch.equal(ours, torchs) for ours, torchs in zip(found, wanted, strict=True)), "it was in use"
+    for ours, torchs in zip(found, wanted, strict=True):
+        assert torchs.any()
+        assert (ours - torchs).norm() <= 0.01 * torchs.norm()
