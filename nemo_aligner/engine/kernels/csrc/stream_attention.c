@@ -14,6 +14,17 @@
  */
 #include "stream_runs.h"
 
+/* scores[k] = e^(scale · scores[k] − shift) from `from` to `to`, which are multiples of LANES; returns their sum */
+static float exponentials(float *scores, long from, long to, float scale, float shift) {
+    floats total = {0};
+    for (long k = from; k < to; k += LANES) {
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) scores[k + j] = exponential(scale * scores[k + j] - shift);
+        total += load_floats(scores + k);
+    }
+    return sum_of(total);
+}
+
 /* The scores of the query at `position` become softmax's weights; returns log Σ e^(scale · score) */
 static float soften(const Stream *s, const Memory *m, float *scores, real *weights, long position, long first, long count) {
     const Run *run = &m->prefix;
@@ -21,24 +32,22 @@ static float soften(const Stream *s, const Memory *m, float *scores, real *weigh
     long from, to;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys) {
         seen(s, run, position, &from, &to);
+        for (long k = from / LANES * LANES; k < from; k++) one[k] = -INFINITY; /* whole vectors from here on */
+        for (long k = to; k < rounded(to, LANES); k++) one[k] = -INFINITY;
 #pragma omp simd reduction(max : largest)
-        for (long k = from; k < to; k++) largest = one[k] > largest ? one[k] : largest;
+        for (long k = from / LANES * LANES; k < rounded(to, LANES); k++) largest = one[k] > largest ? one[k] : largest;
     }
     run = &m->prefix, one = scores;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys) {
         seen(s, run, position, &from, &to);
-#pragma omp simd reduction(+ : total)
-        for (long k = from; k < to; k++) {
-            one[k] = exponential(s->scale * (one[k] - largest));
-            total += one[k];
-        }
+        total += exponentials(one, from / LANES * LANES, rounded(to, LANES), s->scale, s->scale * largest);
     }
     const float share = 1.0f / total;
     run = &m->prefix, one = scores;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys, weights += m->prefix.keys) {
         seen(s, run, position, &from, &to);
+        for (long k = from / LANES * LANES; k < to; k += LANES) store(weights + k, load_floats(one + k) * share);
         memset(weights, 0, from * sizeof(real));
-        for (long k = from; k < to; k += LANES) store_some(weights + k, load_floats(one + k) * share, to - k);
         memset(weights + to, 0, (rounded(bound_of(run, first, count), UNIT * IN_WORD) - to) * sizeof(real));
     }
     return s->scale * largest + logf(total);
@@ -51,11 +60,10 @@ static void differentiate(const Stream *s, const Memory *m, float *scores, float
     for (int i = 0; i < 2; i++, run = &m->own) {
         long from, to, end = rounded(bound_of(run, first, count), PANEL);
         seen(s, run, position, &from, &to);
-#pragma omp simd
-        for (long k = from; k < to; k++) {
-            float p = exponential(s->scale * scores[k] - log_sum);
-            scores[k] = p;
-            gradients[k] = s->scale * p * (gradients[k] - delta);
+        exponentials(scores, from / LANES * LANES, rounded(to, LANES), s->scale, log_sum);
+        for (long k = from / LANES * LANES; k < to; k += LANES) {
+            floats found = s->scale * load_floats(scores + k) * (load_floats(gradients + k) - delta);
+            memcpy(gradients + k, &found, sizeof found);
         }
         float *both[2] = {scores, gradients};
         for (int j = 0; j < 2; j++) {
