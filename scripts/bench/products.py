@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +18,32 @@ Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
 
 
 class Products(TorchDispatchMode):
-    """Within it every product is noted: the operation, and shape, strides and dtype of what it was given."""
+    """Within it every product is noted: the operation, and shape, strides and dtype of what it was given.
+
+    Those of weights' gradients too that are added up in a kernel of their own, which torch does not see.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self._fused = getattr(layers, "fused_weight_gradient_mlp_cuda", None)
+
+    def __enter__(self) -> Products:
+        if self._fused is not None:
+            layers.fused_weight_gradient_mlp_cuda = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        super().__exit__(*fault)
+        if self._fused is not None:
+            layers.fused_weight_gradient_mlp_cuda = self._fused
+
+    def wgrad_gemm_accum_fp32(self, *args: Tensor) -> None:
+        """As Megatron calls it."""
+        assert self._fused is not None
+        self.calls.append((self._fused.wgrad_gemm_accum_fp32, tuple(shape_of(arg) for arg in args), {}))
+        self._fused.wgrad_gemm_accum_fp32(*args)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -53,7 +53,7 @@ class Panels:
 
 
 class OneDnn:
-    """That of torch's bf16 products, the fastest where the processor has units for matrices.
+    """That of torch's bf16 products, the fastest without ours.
 
     Parameters that are part of a larger buffer (the distributed optimizer's) stay as they are beside it, as their
     memory would not be freed.

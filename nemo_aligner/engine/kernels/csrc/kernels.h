@@ -2,8 +2,8 @@
 #pragma once
 #include "numbers.h"
 
-/* 1 where `product` is the fastest there is: on x86, but in bf16 not where there are units for matrices, which oneDNN uses */
-#if defined __AVX2__ && defined __FMA__ && (defined FLOAT32 || !defined __AMX_BF16__)
+/* 1 where `product` is the fastest there is: on x86 */
+#if defined __AVX2__ && defined __FMA__
 #define HAS_PRODUCTS 1
 #else
 #define HAS_PRODUCTS 0

@@ -8,10 +8,10 @@
  * so every product reads it once, from the first byte to the last, and the next panel is on its way from memory while
  * this one is multiplied with all rows. A panel lies where its rows lay, so packing needs no memory of its own. Every
  * output is one chain of float32 sums over its inputs in their order, so a row's result does not depend on the rows
- * beside it.
+ * beside it. Units for matrices, where there are any, multiply the whole panels.
  */
 #include "kernels.h"
-#include "tiles.h"
+#include "units.h"
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -107,7 +107,7 @@ static inline __attribute__((always_inline)) void tile(const word *x, long strid
 }
 
 /* `tile` for any number of rows, a few together */
-static void multiply(const word *x, long stride, const word *panel, const real *bias, real *out, long rows, long W,
+static void multiply_rows(const word *x, long stride, const word *panel, const real *bias, real *out, long rows, long W,
                      long N, long columns, const char *ahead, const char *end) {
     long tiles = (rows + TILE - 1) / TILE;
     for (long t = 0; t < tiles; t++) {
@@ -122,14 +122,42 @@ static void multiply(const word *x, long stride, const word *panel, const real *
     }
 }
 
+#if HAS_UNITS
+/* product() for the whole panels, by this thread's share of them. x has rows up to a multiple of UNIT, `stride` words apart. */
+static void multiply_whole_panels(const word *x, long stride, const word *panels, const real *bias, real *out, long M,
+                                  long N, long W) {
+    enum { NEIGHBOURS = 8 }; /* panels whose outputs are written together, as far as threads have enough to do */
+    const long whole = N / PANEL, most = whole / (4 * omp_get_num_threads());
+    const long together = M <= 2 * UNIT || most < 1 ? 1 : least(most, NEIGHBOURS), blocks = (M + BLOCK - 1) / BLOCK;
+    float sums[2 * UNIT * PANEL] __attribute__((aligned(64)));
+    begin_units();
+#pragma omp for schedule(static) collapse(2) nowait
+    for (long b = 0; b < blocks; b++)
+        for (long begin = 0; begin < whole; begin += together)
+            for (long m = b * BLOCK; m < least(M, (b + 1) * BLOCK); m += 2 * UNIT)
+                for (long p = begin; p < least(whole, begin + together); p++) {
+                    const long count = least(2 * UNIT, M - m);
+                    multiply_units(x + m * stride, stride, rounded(count, UNIT), panels + p * PANEL * W, 0, W, PANEL, sums,
+                                   PANEL, 0);
+                    for (long r = 0; r < count; r++)
+                        for (long c = 0; c < PANEL; c += LANES) {
+                            floats found = load_floats(sums + r * PANEL + c);
+                            store(out + (m + r) * N + p * PANEL + c, bias ? found + load(bias + p * PANEL + c) : found);
+                        }
+                }
+    end_units();
+}
+#endif
+
 /* out[M, N] = x[M, K] · weightᵀ (+ bias[N], unless it is null), summed in float32. Returns 0, or 1 without memory. */
 int product(const real *x, const real *weight, const real *bias, real *out, long M, long N, long K) {
     const word *panels = (const word *)weight;
     const long W = words_of(K);
-    /* rows that lie a multiple of 2 KB apart would drive each other out of the cache */
-    long stride = W % 512 ? W : W + 16;
-    word *copy = stride == W ? NULL : malloc(M * stride * sizeof(word));
-    if (stride != W && !copy) return 1;
+    const int units = has_units() && W % UNIT == 0;
+    /* rows that lie a multiple of 2 KB apart would drive each other out of the cache; units take UNIT rows at a time */
+    const long stride = W % 512 ? W : W + 16, padded = units ? rounded(M, UNIT) : M;
+    word *copy = stride == W && padded == M ? NULL : malloc(padded * stride * sizeof(word));
+    if (!copy && !(stride == W && padded == M)) return 1;
     const word *rows = copy ? copy : (const word *)x;
 #pragma omp parallel
     {
@@ -137,18 +165,25 @@ int product(const real *x, const real *weight, const real *bias, real *out, long
 #pragma omp for schedule(static)
             for (long m = 0; m < M; m++) memcpy(copy + m * stride, x + m * K, K * sizeof(real));
         }
+        long done = 0;
+#if HAS_UNITS
+        if (units) {
+            multiply_whole_panels(rows, stride, panels, bias, out, M, N, W);
+            done = N / PANEL;
+        }
+#endif
         long blocks = (M + BLOCK - 1) / BLOCK, count = panels_of(N);
         for (long b = 0; b < blocks; b++) {
             long first = M * b / blocks, size = M * (b + 1) / blocks - first;
             /* more threads than panels: each panel's rows are shared out */
             long parts = (omp_get_num_threads() + count - 1) / count;
 #pragma omp for schedule(static) nowait
-            for (long item = 0; item < count * parts; item++) {
+            for (long item = done * parts; item < count * parts; item++) {
                 long p = item / parts, begin = size * (item % parts) / parts, end = size * (item % parts + 1) / parts;
                 const word *panel = panels + p * PANEL * W;
                 const char *next = (const char *)(panel + PANEL * W);
                 long ahead = p + 1 < count ? columns_of(p + 1, N) * W * sizeof(word) : 0, column = p * PANEL;
-                multiply(rows + (first + begin) * stride, stride, panel, bias ? bias + column : NULL,
+                multiply_rows(rows + (first + begin) * stride, stride, panel, bias ? bias + column : NULL,
                          out + (first + begin) * N + column, end - begin, W, N, columns_of(p, N), next, next + ahead);
             }
         }
