@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
-from megatron.core.tensor_parallel import layers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_aligner.engine.kernels.weight_gradient import FusedWeightGradient
+
 PRODUCTS = ("mm", "addmm", "addmm_", "linear", "linear_backward", "mkldnn_linear")
 """Names of torch's operations that multiply rows by a weight; attention has others."""
+
+_FUSED = FusedWeightGradient.wgrad_gemm_accum_fp32
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
@@ -26,24 +31,23 @@ class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._fused = getattr(layers, "fused_weight_gradient_mlp_cuda", None)
+        self._noting = mock.patch.object(FusedWeightGradient, "wgrad_gemm_accum_fp32", self._note(_FUSED))
+
+    def _note(self, product: Callable[..., None]) -> Callable[..., None]:
+        def noting(fused: FusedWeightGradient, *args: Tensor) -> None:
+            self.calls.append((functools.partial(product, fused), tuple(shape_of(arg) for arg in args), {}))
+            product(fused, *args)
+
+        return noting
 
     def __enter__(self) -> Products:
-        if self._fused is not None:
-            layers.fused_weight_gradient_mlp_cuda = self
+        self._noting.start()
         super().__enter__()
         return self
 
     def __exit__(self, *fault: Any) -> None:
         super().__exit__(*fault)
-        if self._fused is not None:
-            layers.fused_weight_gradient_mlp_cuda = self._fused
-
-    def wgrad_gemm_accum_fp32(self, *args: Tensor) -> None:
-        """As Megatron calls it."""
-        assert self._fused is not None
-        self.calls.append((self._fused.wgrad_gemm_accum_fp32, tuple(shape_of(arg) for arg in args), {}))
-        self._fused.wgrad_gemm_accum_fp32(*args)
+        self._noting.stop()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,7 +1,7 @@
 """Attention of generation over cached keys and values: by our kernel, or by torch for a prefill and for a step.
 
 Notation as in decode.py. Each is called with a layer's index and its mixed heads `[N, G, R + 2, D]`, stores the new
-keys and values, and returns contexts `[N, G·R·D]`.
+keys and values where they will be looked at again, and returns contexts `[N, G·R·D]`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.engine.kernels.library import CpuKernels
+from nemo_aligner.engine.kernels.stream_attention import Spans, attend_alike
 from nemo_aligner.engine.model.attention import packed_attention
 
 Windows = Sequence[int | None]
@@ -50,6 +51,19 @@ class KernelAttention(NamedTuple):
         where, scale = (self.places, self.positions), 1 / math.sqrt(mixed.size(3))
         window = self.windows[layer] or 0
         return self.kernels.attend(mixed, self.rotary, *where, layer=layer, window=window, scale=scale)
+
+
+class RowAttention(NamedTuple):
+    """Of rows in a stream, of which nothing is kept; `rotary` is that of every place, `[N, D_rot]` each."""
+
+    kernels: CpuKernels
+    rotary: Rotary | None
+    spans: Spans
+    windows: Windows
+
+    def __call__(self, layer: int, mixed: Tensor) -> Tensor:
+        scale = 1 / math.sqrt(mixed.size(3))
+        return attend_alike(mixed, self.rotary, self.spans, self.windows[layer], scale, self.kernels)
 
 
 class PromptAttention:

@@ -30,6 +30,7 @@ from torch import Tensor
 from nemo_aligner.algorithms.cache_widths import GPU_BLOCK_ROWS, GPU_GRAIN
 from nemo_aligner.algorithms.heads import kernels_take
 from nemo_aligner.algorithms.sampling import likeliest
+from nemo_aligner.algorithms.shared_prefix import Layout
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.cached_attention import (
     BlockAttention,
@@ -37,6 +38,7 @@ from nemo_aligner.engine.generation.cached_attention import (
     KernelAttention,
     PromptAttention,
     Rotary,
+    RowAttention,
 )
 from nemo_aligner.engine.generation.experts import Experts
 from nemo_aligner.engine.generation.graphs import GraphedSteps
@@ -45,6 +47,7 @@ from nemo_aligner.engine.interfaces import PromptScores, TopLogprobs
 from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kernels.library import cpu_kernels
 from nemo_aligner.engine.kernels.packed_weights import PackedWeights
+from nemo_aligner.engine.kernels.stream_attention import spans_of
 from nemo_aligner.engine.model.forward import from_last_stage
 
 SCORED_TOGETHER = 256
@@ -205,34 +208,38 @@ class CachedForward:
         return [CachedPrompt(*parts) for parts in zip(keys_values, found, scores, strict=False)]
 
     @property
-    def goes_on(self) -> bool:
-        """Whether `extend` can go on from what was computed before."""
+    def streams(self) -> bool:
+        """Whether there is `stream`."""
         return self._attends
 
     @torch.no_grad()
-    def extend(
-        self, texts: Sequence[Sequence[int]], begun: Sequence[Tensor] | None = None
-    ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Run tokens, each text from its beginning or, with `begun`, on from the keys and values of what comes before.
+    def stream(self, layout: Layout) -> Tensor:
+        """Hidden states `[N, H]` of rows laid out as a stream, of which each row's are a function of the row alone.
+
+        The true ones on the last stage; to be `alike`, products have to be so too.
+        """
+        assert self.kernels is not None
+        rotary = self._rotary and Rotary(self._rotary.cos[layout.positions], self._rotary.sin[layout.positions])
+        attend = RowAttention(self.kernels, rotary, spans_of(layout.groups), self._windows)
+        return self._layers(layout.tokens, layout.positions, attend)
+
+    @torch.no_grad()
+    def extend(self, texts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Run whole texts.
 
         Returns, for each text of S tokens, its hidden states `[S, H]` (the true ones on the last stage) and its keys
         and values `[layers, 2, G, S, D]`.
         """
         lengths, shape = [len(text) for text in texts], (len(self.layers), 2, self._groups)
-        before = [0] * len(texts) if begun is None else [one.size(3) for one in begun]
         tokens = torch.tensor(list(itertools.chain(*texts)), device=self.device)
-        positions = torch.cat(
-            [torch.arange(b, b + s, device=self.device) for b, s in zip(before, lengths, strict=True)]
-        )
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         own = [torch.empty(*shape, s, self.arch.head_dim, dtype=self.dtype, device=self.device) for s in lengths]
         attend: CachedAttention
         if self._attends:
             # every token's own row is its text's, as far as it goes
-            shared = [(0,) * 4] * len(texts) if begun is None else [place_of(one) for one in begun]
-            places = [(b, *s, *place_of(one)) for b, s, one in zip(before, shared, own, strict=True)]
+            places = [(0,) * 5 + place_of(one) for one in own]
             attend = self._kernel_attention(torch.from_numpy(np.repeat(places, lengths, axis=0)), positions)
         else:
-            assert begun is None, "torch's kernels do not go on from what was computed before"
             attend = PromptAttention(self._rotary, positions, own, self._windows)
         return self._layers(tokens, positions, attend).split(lengths), own
 

@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from nemo_aligner.algorithms.shared_prefix import MIN_SHARED, Group, prefix_groups
+from nemo_aligner.algorithms.shared_prefix import Group, lay_out, prefix_groups, stream_places
 from nemo_aligner.config.architecture import Architecture
 from nemo_aligner.engine.generation.decode import SCORED_TOGETHER, CachedForward
 from nemo_aligner.engine.model.forward import from_last_stage
@@ -72,31 +72,27 @@ class RowForward:
 
     def _hidden(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Each row's index and its hidden states from token `firsts[i]` to its last, in any order."""
-        minimum = MIN_SHARED if self._forward.goes_on else 1 + max(map(len, rows), default=0)
-        groups = prefix_groups(rows, minimum=minimum)
-        alone = [Group((i,), 0) for group in groups if not group.prefix for i in group.rows]
-        for batch in _batches(alone, TOKENS_TOGETHER, lambda group: len(rows[group.rows[0]])):
-            hidden, _ = self._forward.extend([rows[group.rows[0]] for group in batch])
-            yield from ((g.rows[0], found[firsts[g.rows[0]] :]) for g, found in zip(batch, hidden, strict=True))
-        for batch in _batches([group for group in groups if group.prefix], TOKENS_TOGETHER, lambda group: group.prefix):
-            yield from self._going_on(rows, firsts, batch)
+        if not self._forward.streams:
+            for batch in _batches(range(len(rows)), TOKENS_TOGETHER, lambda i: len(rows[i])):
+                states, _ = self._forward.extend([rows[i] for i in batch])
+                yield from ((i, found[firsts[i] :]) for i, found in zip(batch, states, strict=True))
+            return
+        for parts in _batches(_parts(rows), TOKENS_TOGETHER, lambda part: stream_places(rows, [part])):
+            batch = [i for part in parts for i in part.rows]
+            layout = lay_out([rows[i] for i in batch])
+            hidden = self._forward.stream(layout)
+            yield from (
+                (i, hidden[places[firsts[i] : len(rows[i])]]) for i, places in zip(batch, layout.places, strict=True)
+            )
 
-    def _going_on(
-        self, rows: Sequence[Sequence[int]], firsts: Sequence[int], groups: Sequence[Group]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Of groups with prefixes: those first, then every row from there."""
-        prefixes, cached = self._forward.extend([rows[group.rows[0]][: group.prefix] for group in groups])
-        members = [(i, g) for g, group in enumerate(groups) for i in group.rows]
-        for i, g in members:
-            if len(rows[i]) == groups[g].prefix:
-                yield i, prefixes[g][firsts[i] :]
-        longer = [(i, g) for i, g in members if len(rows[i]) > groups[g].prefix]
-        for batch in _batches(longer, TOKENS_TOGETHER, lambda member: len(rows[member[0]]) - groups[member[1]].prefix):
-            suffixes = [rows[i][groups[g].prefix :] for i, g in batch]
-            hidden, _ = self._forward.extend(suffixes, [cached[g] for _, g in batch])
-            for (i, g), found in zip(batch, hidden, strict=True):
-                p = groups[g].prefix
-                yield i, torch.cat([prefixes[g][firsts[i] :], found]) if firsts[i] < p else found[firsts[i] - p :]
+
+def _parts(rows: Sequence[Sequence[int]]) -> Iterator[Group]:
+    """The groups of `rows`, in parts where they are large, in which the prefix is a quarter at most."""
+    for group in prefix_groups(rows):
+        most = max(TOKENS_TOGETHER, 4 * group.prefix) - group.prefix
+        suffixes = [(i, len(rows[i]) - group.prefix) for i in group.rows]
+        for part in _batches(suffixes, most, lambda suffix: suffix[1]):
+            yield Group(tuple(i for i, _ in part), group.prefix)
 
 
 def _batches(items: Iterable[T], most: int, tokens: Callable[[T], int]) -> Iterator[list[T]]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from nemo_aligner.algorithms.shared_prefix import Suffixes
 from nemo_aligner.engine.kernels.library import CpuKernels, address
 
+_GRAIN = 32
+"""Keys whose products are summed together, by any processor."""
+
 
 class Spans(NamedTuple):
     """The runs of a stream that attend alike, as csrc/stream_attention.c describes them.
@@ -45,7 +48,7 @@ class _Stream(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("mixed", "cosine", "sine", "spans", "parts")),
-        *((name, ctypes.c_int64) for name in ("P", "N", "G", "R", "D", "turned", "window")),
+        *((name, ctypes.c_int64) for name in ("P", "N", "G", "R", "D", "turned", "window", "grain")),
         ("scale", ctypes.c_float),
     )
 
@@ -87,12 +90,35 @@ class StreamAttention(torch.autograd.Function):
         return found, None, None, None, None, None
 
 
+def attend_alike(
+    mixed: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    spans: Spans,
+    window: int | None,
+    scale: float,
+    kernels: CpuKernels,
+) -> Tensor:
+    """StreamAttention without a gradient, of which every row's result is a function of the row, to the last bit.
+
+    Every place is of a span. Raises MemoryError.
+    """
+    n, groups, heads, width = mixed.shape
+    out = mixed.new_empty(n, groups * (heads - 2) * width)
+    _call(kernels, _stream(mixed, rotary, spans, window, scale, _GRAIN), out, torch.empty(n, groups * (heads - 2)))
+    return out
+
+
 def _stream(
-    mixed: Tensor, rotary: tuple[Tensor, Tensor] | None, spans: Spans, window: int | None, scale: float
+    mixed: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    spans: Spans,
+    window: int | None,
+    scale: float,
+    grain: int = 1,
 ) -> _Stream:
     n, groups, heads, width = mixed.shape
     cos, sin, turned = (None, None, 0) if rotary is None else (*(address(t) for t in rotary), rotary[0].size(1))
-    sizes = len(spans.parts) - 1, n, groups, heads - 2, width, turned, window or 0
+    sizes = len(spans.parts) - 1, n, groups, heads - 2, width, turned, window or 0, grain
     return _Stream(address(mixed), cos, sin, *(address(t) for t in spans), *sizes, scale)
 
 

@@ -16,7 +16,7 @@ _MULTIPLE = 16
 """Of which both sizes of a weight are."""
 
 
-class _Fused:
+class FusedWeightGradient:
     """What stands where Megatron has apex's `fused_weight_gradient_mlp_cuda`."""
 
     def __init__(self, kernels: CpuKernels) -> None:
@@ -32,7 +32,7 @@ def fuse_weight_gradients(wrapped: DistributedDataParallel, dtype: torch.dtype) 
     kernels = cpu_kernels(dtype, next(wrapped.parameters()).device)
     if kernels is None or not kernels.has_units:
         return
-    layers.fused_weight_gradient_mlp_cuda = _Fused(kernels)
+    layers.fused_weight_gradient_mlp_cuda = FusedWeightGradient(kernels)
     for module in wrapped.modules():
         if isinstance(module, ColumnParallelLinear):
             sizes = module.input_size, module.output_size_per_partition  # its weight may be the embedding's

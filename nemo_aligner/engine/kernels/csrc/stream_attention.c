@@ -8,27 +8,30 @@
  * Keys, values and softmax's weights are multiplied as they are stored, and summed in float32. Notation as in decode.py:
  * N places, G key/value heads, R query heads of each, D dimensions, a multiple of 16.
  *
+ * With a grain of some keys, forward alone, a prefix is looked at up to a multiple of it, and its rest as the beginning of
+ * each span that goes on from it. Sums over keys are then made in one order, whatever part of a row is in a prefix.
+ *
  * Forward:  S = scale · Q Kᵀ,  P = softmax(S),  O = P V
  * Backward: dP = dO Vᵀ,  dS = scale · P ∘ (dP − Σ dO ∘ O),  dQ = dS K,  dKᵀ = Qᵀ dS,  dVᵀ = dOᵀ P
  *           with P = e^(S − L), where the forward pass keeps L = log Σ e^S (Dao et al. 2022, arXiv 2205.14135, B.2)
  */
 #include "stream_runs.h"
 
-/* scores[k] = e^(scale · scores[k] − shift) from `from` to `to`, which are multiples of LANES; returns their sum */
-static float exponentials(float *scores, long from, long to, float scale, float shift) {
-    floats total = {0};
+/* scores[k] = e^(scale · scores[k] − shift) from `from` to `to`, which are multiples of LANES; returns total + their sums */
+static floats exponentials(float *scores, long from, long to, float scale, float shift, floats total) {
     for (long k = from; k < to; k += LANES) {
 #pragma omp simd
         for (int j = 0; j < LANES; j++) scores[k + j] = exponential(scale * scores[k + j] - shift);
         total += load_floats(scores + k);
     }
-    return sum_of(total);
+    return total;
 }
 
 /* The scores of the query at `position` become softmax's weights; returns log Σ e^(scale · score) */
 static float soften(const Stream *s, const Memory *m, float *scores, real *weights, long position, long first, long count) {
     const Run *run = &m->prefix;
-    float largest = -INFINITY, total = 0, *one = scores;
+    float largest = -INFINITY, *one = scores;
+    floats sums = {0};
     long from, to;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys) {
         seen(s, run, position, &from, &to);
@@ -40,9 +43,9 @@ static float soften(const Stream *s, const Memory *m, float *scores, real *weigh
     run = &m->prefix, one = scores;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys) {
         seen(s, run, position, &from, &to);
-        total += exponentials(one, from / LANES * LANES, rounded(to, LANES), s->scale, s->scale * largest);
+        sums = exponentials(one, from / LANES * LANES, rounded(to, LANES), s->scale, s->scale * largest, sums);
     }
-    const float share = 1.0f / total;
+    const float total = sum_of(sums), share = 1.0f / total;
     run = &m->prefix, one = scores;
     for (int i = 0; i < 2; i++, run = &m->own, one += m->prefix.keys, weights += m->prefix.keys) {
         seen(s, run, position, &from, &to);
@@ -60,7 +63,7 @@ static void differentiate(const Stream *s, const Memory *m, float *scores, float
     for (int i = 0; i < 2; i++, run = &m->own) {
         long from, to, end = rounded(bound_of(run, first, count), PANEL);
         seen(s, run, position, &from, &to);
-        exponentials(scores, from / LANES * LANES, rounded(to, LANES), s->scale, log_sum);
+        exponentials(scores, from / LANES * LANES, rounded(to, LANES), s->scale, log_sum, (floats){0});
         for (long k = from / LANES * LANES; k < to; k += LANES) {
             floats found = s->scale * load_floats(scores + k) * (load_floats(gradients + k) - delta);
             memcpy(gradients + k, &found, sizeof found);
@@ -183,8 +186,8 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
     {
         const unsigned mode = flush_tiny();
         Memory memory = {.units = has_units()};
-        char *all = aligned_alloc(64, cut_memory(&memory, NULL, s, prefix, own));
-        if (all) cut_memory(&memory, all, s, prefix, own);
+        char *all = aligned_alloc(64, cut_memory(&memory, NULL, s, prefix, own + s->grain - 1));
+        if (all) cut_memory(&memory, all, s, prefix, own + s->grain - 1);
         else {
 #pragma omp atomic write
             failed = 1;
@@ -200,14 +203,16 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
             for (long i = begin; i < end; i++) {
                 const int64_t *span = s->spans + 4 * i;
                 const Run before = memory.prefix, after = memory.own;
-                if (i == begin) fill(s, &memory, &memory.prefix, span[0], span[1], 0, g, backward);
+                const long whole = span[1] / s->grain * s->grain, rest = span[1] - whole, last = rest + span[3];
+                if (i == begin) fill(s, &memory, &memory.prefix, 0, 0, span[0], whole, 0, g, backward);
                 if (i > begin && !span[1]) { /* the prefix that the spans before it went on from */
                     memory.own = memory.prefix;
                     memory.prefix.length = memory.prefix.keys = 0;
-                } else fill(s, &memory, &memory.own, span[2], span[3], span[1], g, backward);
+                    if (memory.own.length < last) fill(s, &memory, &memory.own, 0, 0, span[2], last, 0, g, backward);
+                } else fill(s, &memory, &memory.own, span[0] + whole, rest, span[2], last, whole, g, backward);
                 for (long r = 0; r < s->R; r++)
-                    for (long from = 0; from < span[3]; from += QUERIES) {
-                        long count = least(QUERIES, span[3] - from);
+                    for (long from = rest; from < last; from += QUERIES) {
+                        long count = least(QUERIES, last - from);
                         if (backward)
                             backward_block(s, &memory, g, r, from, count, out, log_sums, out_gradient, mixed_gradient);
                         else forward_block(s, &memory, g, r, from, count, out, log_sums);

@@ -13,6 +13,7 @@ typedef struct {
     const real *mixed, *cosine, *sine;
     const int64_t *spans, *parts;
     int64_t P, N, G, R, D, turned, window; /* window: places seen at most, 0 = all */
+    int64_t grain; /* see stream_attention.c */
     float scale;
 } Stream;
 
@@ -105,15 +106,20 @@ static long cut_memory(Memory *m, char *from, const Stream *s, long prefix, long
     return from - begin;
 }
 
-/* Keys and values of `length` places from `start` on into `run` */
-static void fill(const Stream *s, Memory *m, Run *run, long start, long length, long offset, long g, int backward) {
+/* Keys and values of `length` places into `run`: the first `before` of them from `tail` on, the others from `start` on */
+static void fill(const Stream *s, Memory *m, Run *run, long tail, long before, long start, long length, long offset, long g,
+                 int backward) {
     const long D = s->D;
-    run->start = start, run->length = length, run->offset = offset, run->keys = rounded(length, PANEL);
+    run->start = start - before, run->length = length, run->offset = offset, run->keys = rounded(length, PANEL);
     const long step = run->keys / IN_WORD * PANEL;
-    for (long k = 0; k < length; k++) turn(s, head_at(s, start + k, g, s->R), start + k, 0, m->rows + k * D);
+    for (long k = 0; k < length; k++) {
+        long place = k < before ? tail + k : run->start + k;
+        turn(s, head_at(s, place, g, s->R), place, 0, m->rows + k * D);
+    }
     pack_outputs(m->rows, length, D, run->key_outputs);
     if (backward) pack_inputs(m->rows, length, D, D, run->key_inputs, step);
-    for (long k = 0; k < length; k++) memcpy(m->rows + k * D, head_at(s, start + k, g, s->R + 1), D * sizeof(real));
+    for (long k = 0; k < length; k++)
+        memcpy(m->rows + k * D, head_at(s, k < before ? tail + k : run->start + k, g, s->R + 1), D * sizeof(real));
     if (backward) {
         pack_outputs(m->rows, length, D, run->value_outputs);
         memset(run->key_gradient, 0, D * run->keys * sizeof(float));

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_aligner.algorithms.shared_prefix import Layout, lay_out
 from nemo_aligner.engine.kernels.library import CpuKernels
 from nemo_aligner.engine.kernels.pointwise import RmsNorm, SiluGate
-from nemo_aligner.engine.kernels.stream_attention import StreamAttention, spans_of
+from nemo_aligner.engine.kernels.stream_attention import StreamAttention, attend_alike, spans_of
 from tests.unit.engine.kernels.numbers import normal
 
 
@@ -136,6 +136,26 @@ def test_attention_of_a_stream_and_its_gradient_are_those_of_every_row_by_itself
         rotary = angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
     options = spans_of(layout.groups), window, width**-0.5, kernels
     checked(StreamAttention.apply(*inputs, rotary, *options), attended(*exact, rotary, layout, window), inputs, exact)
+
+
+@pytest.mark.parametrize(("width", "window"), [(64, None), (16, 5), (80, 40)])
+def test_attention_alike_is_a_function_of_the_row_whatever_it_shares(
+    kernels: CpuKernels, dtype: torch.dtype, width: int, window: int | None
+) -> None:
+    rows = [*rows_of_all_kinds(), *(list(range(k)) for k in (31, 32, 33, 64, 200))]
+    table, angles = normal(dtype, 250, 2, 4, width), torch.arange(300)[:, None] * torch.logspace(0, -3, width // 2)
+    cos, sin = angles.cos().repeat(1, 2).to(dtype), torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
+
+    def attended_alike(rows: list[list[int]], minimum: int) -> list[Tensor]:
+        layout = lay_out(rows, minimum=minimum)
+        rotary, spans = (cos[layout.positions], sin[layout.positions]), spans_of(layout.groups)
+        out = attend_alike(table[layout.tokens], rotary, spans, window, width**-0.5, kernels)
+        return [out[places[: len(row)]] for places, row in zip(layout.places, rows, strict=True)]
+
+    alone = [attended_alike([row], 1)[0] for row in rows]
+    for minimum in (1, 8, 1000):
+        assert all(map(torch.equal, attended_alike(rows, minimum), alone))
+    assert all(map(torch.equal, attended_alike(rows[::-2], 8), alone[::-2]))
 
 
 def test_attention_of_a_stream_is_the_same_with_any_number_of_threads(kernels: CpuKernels, dtype: torch.dtype) -> None:
