@@ -129,6 +129,8 @@ static void multiply_whole_panels(const word *x, long stride, const word *panels
     enum { NEIGHBOURS = 8 }; /* panels whose outputs are written together, as far as threads have enough to do */
     const long whole = N / PANEL, most = whole / (4 * omp_get_num_threads());
     const long together = M <= 2 * UNIT || most < 1 ? 1 : least(most, NEIGHBOURS), blocks = (M + BLOCK - 1) / BLOCK;
+    /* more than a cache holds is written past it, where lines are whole */
+    const int passes_by = M * N > 1 << 22 && !(((uintptr_t)out | N * sizeof(real)) % 64);
     float sums[2 * UNIT * PANEL] __attribute__((aligned(64)));
     begin_units();
 #pragma omp for schedule(static) collapse(2) nowait
@@ -139,12 +141,17 @@ static void multiply_whole_panels(const word *x, long stride, const word *panels
                     const long count = least(2 * UNIT, M - m);
                     multiply_units(x + m * stride, stride, rounded(count, UNIT), panels + p * PANEL * W, 0, W, PANEL, sums,
                                    PANEL, 0);
-                    for (long r = 0; r < count; r++)
-                        for (long c = 0; c < PANEL; c += LANES) {
-                            floats found = load_floats(sums + r * PANEL + c);
-                            store(out + (m + r) * N + p * PANEL + c, bias ? found + load(bias + p * PANEL + c) : found);
-                        }
+                    for (long r = 0; r < count; r++) {
+                        const float *found = sums + r * PANEL;
+                        real *to = out + (m + r) * N + p * PANEL;
+                        floats low = load_floats(found), high = load_floats(found + LANES);
+                        if (bias) low += load(bias + p * PANEL), high += load(bias + p * PANEL + LANES);
+                        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                        if (passes_by) _mm512_stream_si512((void *)to, both);
+                        else _mm512_storeu_si512(to, both);
+                    }
                 }
+    if (passes_by) _mm_sfence();
     end_units();
 }
 #endif

@@ -151,6 +151,18 @@ def test_packed_weights_give_their_rows_and_come_back(kernels: CpuKernels, dtype
     assert torch.equal(packed, weight)
 
 
+@pytest.mark.parametrize("outputs", [32768, 32784])
+def test_a_product_larger_than_a_cache_is_that_of_its_rows(
+    kernels: CpuKernels, dtype: torch.dtype, outputs: int
+) -> None:
+    if not kernels.has_products:
+        pytest.skip("torch has faster ones there")
+    x, weight, bias = normal(dtype, 140, 64), normal(dtype, outputs, 64), normal(dtype, outputs)
+    kernels.pack(weight)
+    found = kernels.product(x, weight, bias)
+    assert torch.equal(found, torch.cat([kernels.product(part, weight, bias) for part in x.split(9)]))
+
+
 @pytest.mark.parametrize("rows", [1, 13, 29, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (100, 66), (7, 64), (32, 1024)])
 @pytest.mark.parametrize("with_bias", [False, True])
