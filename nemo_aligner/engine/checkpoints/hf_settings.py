@@ -166,7 +166,9 @@ def _named_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, t
         sources |= {name: (_NAMED[1], legacy) for name in sources if name in legacy}
     found = {name: (file, content.get(name)) for name, (file, content) in sources.items()}
     return {
-        name: (file, one.get("content") if isinstance(one, dict) else one) for name, (file, one) in found.items() if one
+        name: (file, one.get("content", one) if isinstance(one, dict) else one)
+        for name, (file, one) in found.items()
+        if one
     }
 
 
