@@ -201,7 +201,7 @@ def full_logprobs(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Tensor
 def test_scores_of_the_prompt_and_likeliest_tokens_are_those_of_a_full_forward(
     model: torch.nn.Module, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_aligner.engine.generation.decode._SCORED_TOGETHER", 4)
+    monkeypatch.setattr("nemo_aligner.engine.generation.decode.SCORED_TOGETHER", 4)
     params = SamplingParams(max_tokens=6, top_logprobs=3, seed=2)
     plain = GenerationRequest(0, 1, prompt, sampling=replace(params, top_logprobs=0), uid=2)
     scored = GenerationRequest(0, 0, prompt, sampling=params, scores_prompt=True, uid=1)
