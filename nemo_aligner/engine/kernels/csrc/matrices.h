@@ -73,4 +73,3 @@ static void multiply(const word *x, long stride, long rows, const word *panels, 
 #undef CASE
         }
 }
-

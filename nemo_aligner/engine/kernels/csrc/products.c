@@ -108,7 +108,7 @@ static inline __attribute__((always_inline)) void tile(const word *x, long strid
 
 /* `tile` for any number of rows, a few together */
 static void multiply_rows(const word *x, long stride, const word *panel, const real *bias, real *out, long rows, long W,
-                     long N, long columns, const char *ahead, const char *end) {
+                          long N, long columns, const char *ahead, const char *end) {
     long tiles = (rows + TILE - 1) / TILE;
     for (long t = 0; t < tiles; t++) {
         long m = rows * t / tiles, count = rows * (t + 1) / tiles - m, lines = (end - ahead) / 64;
@@ -163,8 +163,9 @@ int product(const real *x, const real *weight, const real *bias, real *out, long
     const int units = has_units() && W % UNIT == 0;
     /* rows that lie a multiple of 2 KB apart would drive each other out of the cache; units take UNIT rows at a time */
     const long stride = W % 512 ? W : W + 16, padded = units ? rounded(M, UNIT) : M;
-    word *copy = stride == W && padded == M ? NULL : malloc(padded * stride * sizeof(word));
-    if (!copy && !(stride == W && padded == M)) return 1;
+    const int copies = stride != W || padded != M;
+    word *copy = copies ? malloc(padded * stride * sizeof(word)) : NULL;
+    if (copies && !copy) return 1;
     const word *rows = copy ? copy : (const word *)x;
 #pragma omp parallel
     {
@@ -191,7 +192,7 @@ int product(const real *x, const real *weight, const real *bias, real *out, long
                 const char *next = (const char *)(panel + PANEL * W);
                 long ahead = p + 1 < count ? columns_of(p + 1, N) * W * sizeof(word) : 0, column = p * PANEL;
                 multiply_rows(rows + (first + begin) * stride, stride, panel, bias ? bias + column : NULL,
-                         out + (first + begin) * N + column, end - begin, W, N, columns_of(p, N), next, next + ahead);
+                              out + (first + begin) * N + column, end - begin, W, N, columns_of(p, N), next, next + ahead);
             }
         }
     }

@@ -192,9 +192,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
 #pragma omp atomic write
             failed = 1;
         }
-#if HAS_UNITS
         if (memory.units) begin_units();
-#endif
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < s->P * s->G; item++) {
@@ -221,9 +219,7 @@ int stream_attention(const Stream *s, real *out, float *log_sums, const real *ou
                 if (i > begin && !span[1]) memory.prefix = before, memory.own = after;
             }
         }
-#if HAS_UNITS
         if (memory.units) end_units();
-#endif
         free(all);
         restore(mode);
     }

@@ -111,4 +111,7 @@ static void pack_columns(const real *rows, long stride, long n, long columns, wo
             for (long i = 0; i < UNIT; i++) memcpy(across + (c + i) * step + k / IN_WORD, &block[i], sizeof block[i]);
         }
 }
+#else
+static inline void begin_units(void) {}
+static inline void end_units(void) {}
 #endif

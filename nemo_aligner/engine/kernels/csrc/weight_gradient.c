@@ -3,26 +3,10 @@
  * A library multiplies a transposed matrix at a third of their speed, and makes a bf16 matrix that is yet to be added up.
  */
 #include "units.h"
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 enum { TOGETHER = 1024, BLOCK = 128 }; /* places that are multiplied at once; outputs whose inputs stay in a core's cache */
 
-/* Whether this process may use them: Linux keeps their state for one that has asked for it. */
-int has_units(void) {
 #if HAS_UNITS
-    static int answer = -1;
-    if (answer < 0) answer = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tiles' data */);
-    return answer;
-#else
-    return 0;
-#endif
-}
-
-#if HAS_UNITS
-
 /* gradient[O, I] += givenᵀ · x, in float32, from x[N, I] and given[N, O]; O and I are multiples of UNIT. Returns 0, or 1
  * without memory, and then nothing has changed. */
 int add_weight_gradient(const real *x, const real *given, float *gradient, long N, long I, long O) {
@@ -42,9 +26,8 @@ int add_weight_gradient(const real *x, const real *given, float *gradient, long 
         for (long first = 0; first < N && !failed; first += TOGETHER) {
             const long n = least(TOGETHER, N - first), count = rounded(n, UNIT * IN_WORD) / IN_WORD;
 #pragma omp for schedule(static)
-            for (long p = 0; p < panels; p++) {
+            for (long p = 0; p < panels; p++)
                 pack_inputs(x + first * I + p * PANEL, n, I, least(PANEL, I - p * PANEL), inputs + p * step, step);
-            }
 #pragma omp for schedule(dynamic)
             for (long o = 0; o < O; o += BLOCK) {
                 const long rows = least(BLOCK, O - o);
