@@ -17,6 +17,7 @@ static inline void begin_units(void) {
         uint8_t rows[16];
     } shape = {.palette = 1};
     for (int i = 0; i < 8; i++) shape.bytes[i] = UNIT * sizeof(word), shape.rows[i] = UNIT;
+    __asm__ volatile("" : : "m"(shape)); /* gcc thinks that only its first bytes are read */
     _tile_loadconfig(&shape);
 }
 
