@@ -302,10 +302,12 @@ class CachedForward:
             layer, whole = self.layers[index], self._whole_layers[index]
             if whole is not None and isinstance(attend, KernelAttention):
                 delta = self._summed(whole.attention(hidden, delta, attend.places, attend.positions), layer.projection)
-                delta = self._summed(whole.feed_forward(hidden, delta), layer.fc2)
             else:
                 mixed = self._mixed_heads(layer, self._add_and_norm(layer.input_norm, hidden, delta))
                 delta = self._row_parallel(layer.projection, attend(index, mixed))
+            if whole is not None:
+                delta = self._summed(whole.feed_forward(hidden, delta), layer.fc2)
+            else:
                 delta = self._feed_forward(layer, self._add_and_norm(layer.mlp_norm, hidden, delta))
         if delta is not None:
             hidden += delta

@@ -29,16 +29,22 @@ int attention_half(const Layer *l, real *hidden, const real *delta, const int64_
     return failed;
 }
 
-/* out[N, H] = fc2(silu(gate) · value) with gate, value = fc1(norm(hidden += delta)), F columns each */
+/* out[N, H] = fc2(silu(gate) · value) with gate, value = fc1(norm(hidden += delta)), F columns each; a few rows after
+ * another, so that what is in between does not leave the cache */
 int feed_forward_half(const Layer *l, real *hidden, const real *delta, real *out, long N) {
-    real *normed = malloc(N * (l->H + 3 * l->F) * sizeof(real));
+    enum { TOGETHER = 256 };
+    const long most = N < TOGETHER ? N : TOGETHER;
+    real *normed = malloc(most * (l->H + 3 * l->F) * sizeof(real));
     if (!normed) return 1;
-    real *inner = normed + N * l->H, *gated = inner + N * 2 * l->F;
-    add_rms_norm(hidden, delta, l->mlp_norm, normed, N, l->H, l->eps);
-    int failed = product(normed, l->fc1, l->fc1_bias, inner, N, 2 * l->F, l->H);
-    if (!failed) {
-        silu_mul(inner, gated, N, l->F);
-        failed = product(gated, l->fc2, NULL, out, N, l->H, l->F);
+    real *inner = normed + most * l->H, *gated = inner + most * 2 * l->F;
+    int failed = 0;
+    for (long first = 0; first < N && !failed; first += most) {
+        const long rows = N - first < most ? N - first : most, at = first * l->H;
+        add_rms_norm(hidden + at, delta ? delta + at : NULL, l->mlp_norm, normed, rows, l->H, l->eps);
+        failed = product(normed, l->fc1, l->fc1_bias, inner, rows, 2 * l->F, l->H);
+        if (failed) break;
+        silu_mul(inner, gated, rows, l->F);
+        failed = product(gated, l->fc2, NULL, out + at, rows, l->H, l->F);
     }
     free(normed);
     return failed;
