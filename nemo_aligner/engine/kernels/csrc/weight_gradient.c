@@ -3,20 +3,28 @@
  * A library multiplies a transposed matrix at a third of their speed, and makes a bf16 matrix that is yet to be added up.
  */
 #include "units.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+#endif
 
-enum { TOGETHER = 1024, BLOCK = 128 }; /* places that are multiplied at once; outputs whose inputs stay in a core's cache */
+/* places that are multiplied at once, not a power of two, or columns would drive each other out of the cache; outputs, at
+ * most, whose inputs stay there */
+enum { TOGETHER = 1376, BLOCK = 256 };
 
 #if HAS_UNITS
 /* gradient[O, I] += givenᵀ · x, in float32, from x[N, I] and given[N, O]; O and I are multiples of UNIT. Returns 0, or 1
  * without memory, and then nothing has changed. */
 int add_weight_gradient(const real *x, const real *given, float *gradient, long N, long I, long O) {
-    const long step = TOGETHER / IN_WORD * PANEL, panels = (I + PANEL - 1) / PANEL;
+    const long step = TOGETHER / IN_WORD * PANEL, panels = (I + PANEL - 1) / PANEL, threads = omp_get_max_threads();
+    const long block = least(BLOCK, rounded((O + threads - 1) / threads, UNIT)); /* every thread has one */
     int failed = 0;
     word *inputs = aligned_alloc(64, panels * step * sizeof(word));
     if (!inputs) return 1;
 #pragma omp parallel
     {
-        word *across = aligned_alloc(64, BLOCK * TOGETHER / IN_WORD * sizeof(word));
+        word *across = aligned_alloc(64, block * TOGETHER / IN_WORD * sizeof(word));
         if (!across) {
 #pragma omp atomic write
             failed = 1;
@@ -29,8 +37,8 @@ int add_weight_gradient(const real *x, const real *given, float *gradient, long 
             for (long p = 0; p < panels; p++)
                 pack_inputs(x + first * I + p * PANEL, n, I, least(PANEL, I - p * PANEL), inputs + p * step, step);
 #pragma omp for schedule(dynamic)
-            for (long o = 0; o < O; o += BLOCK) {
-                const long rows = least(BLOCK, O - o);
+            for (long o = 0; o < O; o += block) {
+                const long rows = least(block, O - o);
                 pack_columns(given + first * O + o, O, n, rows, across, TOGETHER / IN_WORD);
                 multiply_units(across, TOGETHER / IN_WORD, rows, inputs, step, count, I, gradient + o * I, I, 1);
             }
