@@ -10,8 +10,8 @@ from nemo_aligner.engine.lazy_compile import put_off_compiler
 # or MKL, on some processors, sums in an order that depends on where in memory its operands lie; read at its first use
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-# large tensors in large pages, where the system has them for who asks: with small ones, to find where a column goes on takes
-# longer than to read it; torch looks when it makes its first tensor
+# large tensors in large pages, where the system has them for who asks: with small ones, to find where a column goes on
+# takes longer than to read it; torch looks when it makes its first tensor
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 if _PAGES.exists() and "[never]" not in _PAGES.read_text():
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -25,7 +25,7 @@ class StreamParams(PackedSeqParams):
 
     `wanted` `[N']` int64: those of this rank's places whose logits are asked for; None = all. `longest`: tokens of the
     longest row. `part`: which places are this rank's; None = all. `members`: whose they are, for losses of routers,
-    where there are some in training.
+    where there are some in training. `rotary`: angles, and their cos and signed sin, which layers have in common.
     """
 
     layout: Layout
@@ -33,6 +33,7 @@ class StreamParams(PackedSeqParams):
     spans: Spans
     part: ContextPart | None
     members: RowsOfPlaces | None = None
+    rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, layout: Layout, wanted: Tensor | None, longest: int, part: ContextPart | None = None) -> None:
         # Megatron makes its rotary table as long as the longest

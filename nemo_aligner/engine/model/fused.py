@@ -87,7 +87,7 @@ class StreamSelfAttention(SelfAttention):
             return super().forward(hidden_states, attention_mask, *args, **options, **kwargs)
         mixed, _ = self.linear_qkv(hidden_states)
         core = self.core_attention
-        rotary = None if rotary_pos_emb is None else cos_and_signed_sin(rotary_pos_emb.flatten(1), mixed.dtype)
+        rotary = None if rotary_pos_emb is None else _rotary(params, rotary_pos_emb, mixed.dtype)
         heads = mixed.view(len(mixed), self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         # selective recomputation does without it: the kernel keeps nothing that the products around it do not
         context = StreamAttention.apply(heads, rotary, params.spans, core.window, core.scale, kernels)
@@ -98,6 +98,13 @@ class StreamSelfAttention(SelfAttention):
         drops = self.training and self.core_attention.dropout > 0
         normed = not isinstance(self.q_layernorm, IdentityOp | None)
         return not (drops or normed) and kernels_take(self.hidden_size_per_attention_head)
+
+
+def _rotary(params: StreamParams, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`cos_and_signed_sin` of `angles` `[N, 1, 1, D_rot]`, computed in a stream's first layer for all of them."""
+    if params.rotary is None or params.rotary[0] is not angles:
+        params.rotary = angles, cos_and_signed_sin(angles.flatten(1), dtype)
+    return params.rotary[1]
 
 
 def cos_and_signed_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from nemo_aligner.algorithms.sampling import _at
 from nemo_aligner.engine.generation.cached_attention import Rotary, turned_heads
 from nemo_aligner.engine.generation.kv_cache import CachedPrompt, KVCache
 from nemo_aligner.engine.kernels import library
+from nemo_aligner.engine.kernels.layer import CpuLayer, LayerWeights
 from nemo_aligner.engine.kernels.library import CpuKernels
 from tests.unit.engine.kernels.numbers import assert_close, normal
 
@@ -184,6 +185,27 @@ def test_product_is_that_of_float64_rounded_and_of_every_row_by_itself(
     torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=atol * inputs**0.5)
     for row in range(0, rows, 7):
         assert torch.equal(kernels.product(x[row : row + 1], packed, bias)[0], found[row])
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_the_feed_forward_half_of_a_layer_is_its_parts_one_after_another_for_any_number_of_rows(
+    kernels: CpuKernels, dtype: torch.dtype, with_delta: bool
+) -> None:
+    if not kernels.has_products:
+        pytest.skip("torch has faster ones there")
+    norm, bias, fc1, fc2 = (normal(dtype, *shape) for shape in ((32,), (128,), (128, 32), (32, 64)))
+    kernels.pack(fc1)
+    kernels.pack(fc2)
+    unused = normal(dtype, 32, 32)
+    weights = LayerWeights(norm, unused, unused, norm, fc1, fc2)
+    layer = CpuLayer(kernels, weights, (None, bias), None, index=0, groups=1, head_dim=32, window=0, eps=1e-5)
+    hidden, delta = normal(dtype, 700, 32), normal(dtype, 700, 32) if with_delta else None
+    before = hidden.clone()
+    found = layer.feed_forward(hidden, delta)
+    normed = kernels.add_rms_norm(before, delta, norm, 1e-5)
+    gated = kernels.silu_mul(kernels.product(normed, fc1, bias))
+    assert torch.equal(found, kernels.product(gated, fc2, None))
+    assert torch.equal(hidden, before)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -123,10 +123,18 @@ def attended(mixed: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: Layout
     ("groups", "heads", "width", "turned", "window"),
     [(2, 3, 64, 64, None), (1, 1, 16, 8, None), (3, 2, 80, 0, 5), (1, 4, 128, 128, 40), (2, 1, 32, 16, None)],
 )
+@pytest.mark.parametrize("multiple", [1, 7])
 def test_attention_of_a_stream_and_its_gradient_are_those_of_every_row_by_itself(
-    kernels: CpuKernels, dtype: torch.dtype, groups: int, heads: int, width: int, turned: int, window: int | None
+    kernels: CpuKernels,
+    dtype: torch.dtype,
+    groups: int,
+    heads: int,
+    width: int,
+    turned: int,
+    window: int | None,
+    multiple: int,
 ) -> None:
-    layout = lay_out(rows_of_all_kinds(), multiple=7)
+    layout = lay_out(rows_of_all_kinds(), multiple=multiple)
     inputs = [normal(dtype, len(layout.tokens), groups, heads + 2, width).requires_grad_()]
     exact = doubled(inputs)
     rotary = None
