@@ -12,8 +12,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # large tensors in large pages, where the system has them for who asks: with small ones, to find where a column goes on
 # takes longer than to read it; torch looks when it makes its first tensor
-_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-if _PAGES.exists() and "[never]" not in _PAGES.read_text():
+try:
+    _pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+except OSError:
+    _pages = "[never]"  # no Linux, or one without them
+if "[never]" not in _pages:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Megatron says at import which accelerator packages it did not find, and at every layer which arguments it will want
