@@ -189,10 +189,8 @@ def saved_by_layer(arch: Architecture, layout: Layout, work: Work, *, experts: b
     queries, kv = query_size(arch, tp), kv_size(arch, tp)
     selective = layout.granularity == "selective"
     norms = 2 * ((1 if selective else 2) * wide * item)  # a norm's input and output
-    tables = 2 if _has_kernel(arch, work) else 4  # cos and sin, of q and k alike or for each
-    rotary = tables * int(arch.head_dim * arch.rotary_percentage) * item
-    if arch.position_embedding_type != "rope":
-        rotary = 0
+    # cos and sin, for q and k each; of the kernel all layers have them in common
+    rotary = 0 if _has_kernel(arch, work) else 4 * _turned(arch) * item
     heads = 0
     if arch.qk_layernorm:  # q and k before their norms: on a CPU copies, on a GPU views of q, k and v
         heads = (queries + (kv // 2 if work.on_cpu else kv)) * item
@@ -248,8 +246,15 @@ def under_way(layout: Layout, work: Work, stage: int) -> int:
     return min(most, work.microbatches * layout.vpp)
 
 
+def _turned(arch: Architecture) -> int:
+    """Dimensions of a head that are turned by rotary angles."""
+    return int(arch.head_dim * arch.rotary_percentage) if arch.position_embedding_type == "rope" else 0
+
+
 def _saved_of_angles(arch: Architecture, work: Work) -> int:
-    return arch.head_dim * _FP32 * work.tokens
+    """With their cos and sin, where attention is one kernel."""
+    tables = 2 * _turned(arch) * work.item if _has_kernel(arch, work) else 0
+    return (arch.head_dim * _FP32 + tables) * work.tokens
 
 
 def _saved_at_ends(arch: Architecture, layout: Layout, work: Work, stage: int) -> int:
