@@ -42,9 +42,10 @@ int feed_forward_half(const Layer *l, real *hidden, const real *delta, real *out
         const long rows = N - first < most ? N - first : most, at = first * l->H;
         add_rms_norm(hidden + at, delta ? delta + at : NULL, l->mlp_norm, normed, rows, l->H, l->eps);
         failed = product(normed, l->fc1, l->fc1_bias, inner, rows, 2 * l->F, l->H);
-        if (failed) break;
-        silu_mul(inner, gated, rows, l->F);
-        failed = product(gated, l->fc2, NULL, out + at, rows, l->H, l->F);
+        if (!failed) {
+            silu_mul(inner, gated, rows, l->F);
+            failed = product(gated, l->fc2, NULL, out + at, rows, l->H, l->F);
+        }
     }
     free(normed);
     return failed;

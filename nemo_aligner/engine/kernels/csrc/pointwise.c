@@ -3,13 +3,8 @@
  * What a training forward rounds between two of these operations is rounded here too (the residual sum, the gate).
  */
 #include "kernels.h"
+#include "threads.h"
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads(void) { return 1; }
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
 /* hidden[N, H] += delta[N, H] (unless it is null); out = hidden / sqrt(mean(hidden²) + eps) · weight[H] */
 void add_rms_norm(real *hidden, const real *delta, const real *weight, real *out, long rows, long width, float eps) {

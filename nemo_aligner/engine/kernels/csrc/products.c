@@ -11,13 +11,9 @@
  * beside it. Units for matrices, where there are any, multiply the whole panels.
  */
 #include "kernels.h"
+#include "threads.h"
 #include "units.h"
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_num_threads(void) { return 1; }
-#endif
 
 enum { BLOCK = 256 }; /* rows kept in cache */
 

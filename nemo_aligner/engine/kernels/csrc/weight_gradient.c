@@ -2,12 +2,8 @@
  *
  * A library multiplies a transposed matrix at a third of their speed, and makes a bf16 matrix that is yet to be added up.
  */
+#include "threads.h"
 #include "units.h"
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads(void) { return 1; }
-#endif
 
 /* places that are multiplied at once, not a power of two, or columns would drive each other out of the cache; outputs, at
  * most, whose inputs stay there */
