@@ -20,12 +20,14 @@ class Spans(NamedTuple):
     """The runs of a stream that attend alike, as csrc/stream_attention.c describes them.
 
     `spans` `[S, 4]` int64; those from `parts[i]` to `parts[i + 1]` go on from one prefix; `parts` `[P + 1]` int64.
-    `places`: how many are in one.
     """
 
     spans: Tensor
     parts: Tensor
-    places: int
+
+    def cover(self, places: int) -> bool:
+        """Whether all of a stream's `places` are of one of them."""
+        return int(self.spans[:, 3].sum()) == places
 
 
 def spans_of(groups: Sequence[Suffixes]) -> Spans:
@@ -42,7 +44,7 @@ def spans_of(groups: Sequence[Suffixes]) -> Spans:
         if group.prefix:
             spans.append((0, 0, group.start, group.prefix))
             parts.append(len(spans))
-    return Spans(torch.tensor(spans).view(-1, 4), torch.tensor(parts), sum(length for *_, length in spans))
+    return Spans(torch.tensor(spans).view(-1, 4), torch.tensor(parts))
 
 
 class _Stream(ctypes.Structure):
@@ -75,21 +77,21 @@ class StreamAttention(torch.autograd.Function):
         """
         n, groups, heads, width = mixed.shape
         # what is zeroed here is what the kernel leaves alone
-        out = (mixed.new_empty if spans.places == n else mixed.new_zeros)(n, groups * (heads - 2) * width)
+        out = (mixed.new_empty if spans.cover(n) else mixed.new_zeros)(n, groups * (heads - 2) * width)
         log_sums = torch.empty(n, groups * (heads - 2))
-        ctx.save_for_backward(mixed, out, log_sums, spans.spans, spans.parts, *(rotary or ()))
-        ctx.options = window, scale, kernels, spans.places
+        ctx.save_for_backward(mixed, out, log_sums, *spans, *(rotary or ()))
+        ctx.options = window, scale, kernels
         _call(kernels, _stream(mixed, rotary, spans, window, scale), out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [given] = gradients
-        mixed, out, log_sums, spans, parts, *rotary = ctx.saved_tensors
-        window, scale, kernels, places = ctx.options
-        found = (torch.empty_like if places == len(mixed) else torch.zeros_like)(mixed)
-        whole = Spans(spans, parts, places)
-        stream = _stream(mixed, (rotary[0], rotary[1]) if rotary else None, whole, window, scale)
+        mixed, out, log_sums, places, parts, *rotary = ctx.saved_tensors
+        spans = Spans(places, parts)
+        window, scale, kernels = ctx.options
+        found = (torch.empty_like if spans.cover(len(mixed)) else torch.zeros_like)(mixed)
+        stream = _stream(mixed, (rotary[0], rotary[1]) if rotary else None, spans, window, scale)
         _call(kernels, stream, out, log_sums, given.contiguous(), found)
         return found, None, None, None, None, None
 
@@ -123,7 +125,7 @@ def _stream(
     n, groups, heads, width = mixed.shape
     cos, sin, turned = (None, None, 0) if rotary is None else (*(address(t) for t in rotary), rotary[0].size(1))
     sizes = len(spans.parts) - 1, n, groups, heads - 2, width, turned, window or 0, grain
-    return _Stream(address(mixed), cos, sin, address(spans.spans), address(spans.parts), *sizes, scale)
+    return _Stream(address(mixed), cos, sin, *(address(t) for t in spans), *sizes, scale)
 
 
 def _call(kernels: CpuKernels, stream: _Stream, *tensors: Tensor) -> None:
